@@ -1,0 +1,41 @@
+"""Every setting of a run: one pydantic model per section, loaded from YAML plus dotted overrides.
+
+This level (L0) imports no torch, so configs can be checked on a login node in milliseconds. Everything above reads
+settings from the `Config` object that is passed to it; nothing reads environment variables or globals.
+"""
+
+from megatron_llm.config.load import ConfigError, parse_config, read_raw_config
+from megatron_llm.config.schema import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    KernelsConfig,
+    LoggingConfig,
+    LrScheduleConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    RopeScalingConfig,
+    SourceConfig,
+    TrainingConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "KernelsConfig",
+    "LoggingConfig",
+    "LrScheduleConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "PrecisionConfig",
+    "RopeScalingConfig",
+    "SourceConfig",
+    "TrainingConfig",
+    "parse_config",
+    "read_raw_config",
+]

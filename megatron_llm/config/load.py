@@ -1,0 +1,145 @@
+"""From a YAML file and dotted overrides to a validated `Config`, with every mistake reported at once.
+
+`training/resolve.py` calls `read_raw_config`, completes the mapping from `model.hf`, then calls `parse_config`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from megatron_llm.config.schema import Config
+
+
+class ConfigError(ValueError):
+    """One or more things a user must change before the run can start. `problems` holds a sentence for each."""
+
+    def __init__(self, problems: list[str]):
+        self.problems = problems
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__(f"{count} in the configuration:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads `1e-4` as a number (YAML 1.1 wants a dot) and refuses duplicate keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d[\d_]*)(?:\.[\d_]*)?[eE][-+]?\d+$"),
+    list("-+0123456789"),
+)
+
+
+def read_raw_config(path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """The mapping in a YAML file, with `section.key=value` overrides applied (values are YAML).
+
+    Raises ConfigError naming the file or the override when either cannot be read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError([f"config file {path} does not exist"])
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{path} is not valid YAML: {' '.join(str(error).split())}"]) from error
+    if not isinstance(raw, dict):
+        raise ConfigError([f"{path} must hold a mapping of sections, got {type(raw).__name__}"])
+    problems = [problem for override in overrides or [] if (problem := _apply_override(raw, override))]
+    if problems:
+        raise ConfigError(problems)
+    return raw
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> str | None:
+    """Set one `a.b.0.c=value` in `raw` in place; numeric components index lists. Returns the problem, if any."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        return f"override {override!r} is not of the form section.key=value"
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        return f"override {override!r}: {text!r} is not a YAML value"
+    *parents, last = key.split(".")
+    node: Any = raw
+    for part in parents:
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                return f"override {override!r}: {part!r} is not an index into a list of {len(node)}"
+            node = node[int(part)]
+        elif isinstance(node, dict):
+            if node.get(part) is None:
+                node[part] = {}
+            node = node[part]
+        else:
+            return f"override {override!r}: {part!r} lies below a plain value"
+    if isinstance(node, list) and last.isdigit() and int(last) < len(node):
+        node[int(last)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        return f"override {override!r}: cannot set {last!r} there"
+    return None
+
+
+def parse_config(raw: dict[str, Any]) -> Config:
+    """Validate a raw mapping. Raises ConfigError with one sentence for every wrong, missing or unknown key."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError([_sentence(detail) for detail in error.errors()]) from error
+
+
+def _sentence(detail: Any) -> str:
+    """One pydantic error as a sentence: where, what was given, what would be right."""
+    location = [str(part) for part in detail["loc"]]
+    where = ".".join(location) or "the configuration"
+    if detail["type"] == "extra_forbidden":
+        known = _field_names(location[:-1])
+        close = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {'.'.join([*location[:-1], close[0]])}?" if close else f"known keys: {', '.join(sorted(known))}"
+        return f"{where}: unknown key; {hint}"
+    if detail["type"] == "missing":
+        return f"{where}: required, but not given"
+    message = detail["msg"].removeprefix("Value error, ")
+    if isinstance(detail.get("input"), (dict, BaseModel)):
+        return f"{where}: {message}"
+    return f"{where}: {message} (got {detail.get('input')!r})"
+
+
+def _field_names(location: list[str]) -> list[str]:
+    """Names of the fields of the section at `location`, following lists and optional sections."""
+    section: Any = Config
+    for part in location:
+        if part.isdigit():
+            continue
+        section = _section_type(section.model_fields[part].annotation)
+    return list(section.model_fields)
+
+
+def _section_type(annotation: Any) -> Any:
+    """The BaseModel inside `X`, `X | None` or `list[X]`."""
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in typing.get_args(annotation):
+        found = _section_type(argument)
+        if found is not None:
+            return found
+    return None

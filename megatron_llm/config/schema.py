@@ -1,0 +1,187 @@
+"""The sections of a run's configuration, with their names, meanings, defaults and the checks local to one section.
+
+Names follow Hugging Face for the model (`hidden_size`, ...) and Megatron for the layout (`tensor_parallel`, ...).
+Checks that involve two sections, the world size, files or an HF folder live in `training/resolve.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Field(gt=0)
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are refused, instances are read-only."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class RopeScalingConfig(Section):
+    """How rotary frequencies are stretched for contexts beyond the pretrained one (HF's `rope_scaling`)."""
+
+    rope_type: Literal["linear", "llama3"]
+    factor: float = Field(ge=1.0)
+    low_freq_factor: float = Field(default=1.0, gt=0, description="llama3 only")
+    high_freq_factor: float = Field(default=4.0, gt=0, description="llama3 only")
+    original_max_position_embeddings: int = Field(default=8192, gt=0, description="llama3 only")
+
+    @model_validator(mode="after")
+    def _ordered_frequencies(self) -> RopeScalingConfig:
+        if self.rope_type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(f"high_freq_factor {self.high_freq_factor} must exceed low_freq_factor {self.low_freq_factor}")
+        return self
+
+
+class ModelConfig(Section):
+    """A Llama-type decoder. With `hf` the remaining fields come from that folder's config.json."""
+
+    hf: str | None = Field(default=None, description="Hugging Face folder to take architecture and weights from")
+    vocab_size: int = PositiveInt
+    hidden_size: int = PositiveInt
+    intermediate_size: int = PositiveInt
+    num_hidden_layers: int = PositiveInt
+    num_attention_heads: int = PositiveInt
+    num_key_value_heads: int = Field(default=0, ge=0, description="0: as many as attention heads")
+    head_dim: int = Field(default=0, ge=0, description="0: hidden_size / num_attention_heads")
+    rope_theta: float = Field(default=10000.0, gt=0)
+    rope_scaling: RopeScalingConfig | None = None
+    rms_norm_eps: float = Field(default=1e-5, gt=0)
+    max_position_embeddings: int = Field(default=0, ge=0, description="0: training.sequence_length")
+    tie_word_embeddings: bool = False
+    initializer_range: float = Field(default=0.02, ge=0, description="standard deviation of freshly made weights")
+
+    @model_validator(mode="after")
+    def _fill_derived(self) -> ModelConfig:
+        heads = self.num_attention_heads
+        if not self.num_key_value_heads:
+            object.__setattr__(self, "num_key_value_heads", heads)
+        if not self.head_dim:
+            if self.hidden_size % heads:
+                raise ValueError(f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {heads}; set head_dim")
+            object.__setattr__(self, "head_dim", self.hidden_size // heads)
+        if heads % self.num_key_value_heads:
+            raise ValueError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {self.num_key_value_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd; rotary embeddings rotate pairs of channels")
+        return self
+
+
+class ParallelConfig(Section):
+    """The layout. Data parallelism is what is left of the world: world / (tensor * pipeline * context)."""
+
+    tensor_parallel: int = Field(default=1, gt=0)
+    pipeline_parallel: int = Field(default=1, gt=0)
+    context_parallel: int = Field(default=1, gt=0)
+    sequence_parallel: bool = Field(default=True, description="shard activations between TP regions along tokens; no effect at tensor_parallel 1")
+    pipeline_schedule: Literal["1f1b", "gpipe"] = "1f1b"
+    virtual_stages: int = Field(default=1, gt=0)
+    bucket_size: int = Field(default=40_000_000, gt=0, description="elements of a gradient bucket, the unit of communication")
+    timeout_seconds: float = Field(default=600.0, gt=0, description="a collective that waits longer ends the run")
+
+
+class SourceConfig(Section):
+    """One data set: the PREFIX of PREFIX.bin and PREFIX.idx."""
+
+    path: str
+    weight: float = Field(default=1.0, gt=0, description="share of the rows, relative to the other sources")
+    name: str | None = Field(default=None, description="name in the metrics; the file name if unset")
+
+
+class DataConfig(Section):
+    """Where tokens come from and how they become rows of `training.sequence_length`."""
+
+    kind: Literal["pretrain", "chat", "synthetic"] = "pretrain"
+    train: list[SourceConfig] = []
+    valid: list[SourceConfig] = []
+    tokenizer: str | None = Field(default=None, description="tokenizer folder that travels with checkpoints and exports")
+    packing: Literal["auto", "concat", "best_fit", "in_order", "none"] = Field(
+        default="auto", description="auto: concat for pretrain, best_fit for chat"
+    )
+    order: Literal["shuffled", "file"] = "shuffled"
+    train_on: Literal["assistant", "all"] = Field(default="assistant", description="chat: which tokens carry loss (validation: always assistant)")
+    overlong: Literal["error", "drop", "truncate"] = Field(default="error", description="chat: conversations longer than a row")
+
+
+class TrainingConfig(Section):
+    """How long, on what batch. A row is `sequence_length` tokens; batch sizes count rows."""
+
+    sequence_length: int = Field(gt=0)
+    micro_batch_size: int = Field(default=1, gt=0, description="rows per forward pass of one model replica")
+    global_batch_size: int = Field(gt=0, description="rows per optimizer step over all replicas")
+    steps: int = Field(ge=0)
+    seed: int = Field(default=1234, ge=0, lt=2**31)
+    eval_every: int = Field(default=0, ge=0, description="steps between evaluations; 0: only after the last step")
+    eval_rows: int = Field(default=64, gt=0, description="rows of each validation set")
+    document_isolation: bool = Field(default=True, description="attention and positions restart at every document")
+
+
+class OptimizerConfig(Section):
+    """AdamW with decoupled weight decay, not applied to norms and biases."""
+
+    name: Literal["adamw"] = "adamw"
+    lr: float = Field(gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    grad_clip: float = Field(default=1.0, ge=0, description="largest global gradient norm; 0: no clipping")
+
+    @model_validator(mode="after")
+    def _betas_in_range(self) -> OptimizerConfig:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas {self.betas} must lie in [0, 1)")
+        return self
+
+
+class LrScheduleConfig(Section):
+    """Linear warm-up from 0, then constant, or a cosine to `min_lr`."""
+
+    kind: Literal["constant", "cosine"] = "cosine"
+    warmup_steps: int = Field(default=0, ge=0)
+    min_lr: float = Field(default=0.0, ge=0)
+    decay_steps: int | None = Field(default=None, gt=0, description="step at which the cosine reaches min_lr; training.steps if unset")
+
+
+class PrecisionConfig(Section):
+    """dtype of weights and activations. Gradients, masters, moments and statistics use at least float32."""
+
+    compute: Literal["auto", "float64", "float32", "bfloat16"] = Field(default="auto", description="auto: bfloat16 on GPU, float32 on CPU")
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written, how many stay, and whether a run starts from the newest one in its folder."""
+
+    every_steps: int = Field(default=0, ge=0, description="0: only after the last step or when stopped by a signal")
+    keep_last: int = Field(default=3, gt=0)
+    resume: Literal["auto", "never"] = "auto"
+
+
+class LoggingConfig(Section):
+    """Where a run writes, and how often it says something."""
+
+    run_dir: str = "runs/default"
+    every_steps: int = Field(default=1, gt=0)
+
+
+class KernelsConfig(Section):
+    """Which implementation of an operation runs."""
+
+    attention: Literal["auto", "sdpa", "reference"] = "auto"
+
+
+class Config(Section):
+    """A whole run."""
+
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig
+    optimizer: OptimizerConfig
+    lr_schedule: LrScheduleConfig = LrScheduleConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    kernels: KernelsConfig = KernelsConfig()
+    device: Literal["auto", "cpu", "cuda"] = "auto"
