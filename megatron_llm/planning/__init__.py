@@ -1,0 +1,1 @@
+"""Models of cost: FLOPs now, memory and time later."""

@@ -1,0 +1,1 @@
+"""The run: check the configuration, assemble the engine, and step through it."""

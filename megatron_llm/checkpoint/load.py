@@ -1,0 +1,136 @@
+"""Loading: a checkpoint as a `TensorSource` that reads only the rectangles a rank asks for, whatever layout wrote them.
+
+Called by `training/build.py` (resume), `cli/export.py`, `cli/inspect.py` and `cli/generate.py`.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_llm.checkpoint.manifest import MANIFEST, Manifest, StoredTensor, read_manifest
+from megatron_llm.ops.safetensors import SafetensorsFile, TensorInfo, file_checksum, torch_dtype
+from megatron_llm.parallel.shard import Box, Part
+
+
+class Checkpoint:
+    """A checkpoint whose manifest is sound and whose files are there with the right sizes; made by `open_checkpoint`."""
+
+    def __init__(self, folder: Path, manifest: Manifest):
+        self.folder = folder
+        self._manifest = manifest
+        self._open: dict[str, SafetensorsFile] = {}
+
+    @property
+    def run_state(self) -> dict[str, Any]:
+        return self._manifest.run_state
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self._manifest.config
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Versions of the packages that wrote it."""
+        return self._manifest.versions
+
+    @property
+    def kinds(self) -> list[str]:
+        return list(self._manifest.tensors)
+
+    @cached_property
+    def assets(self) -> dict[str, bytes]:
+        """Name -> content of the files that travel along. Raises ValueError if one is damaged."""
+        names = [name for name in self._manifest.files if name.startswith("assets/")]
+        self._verify(names)
+        return {name.removeprefix("assets/"): (self.folder / name).read_bytes() for name in names}
+
+    def tensors(self, kind: str) -> dict[str, TensorInfo]:
+        """Logical name -> dtype and shape of every tensor of a kind. Raises ValueError for a kind that was not saved."""
+        return {name: TensorInfo(tensor.dtype, tensor.shape) for name, tensor in self._stored(kind).items()}
+
+    def source(self, kind: str) -> CheckpointSource:
+        """The tensors of a kind by rectangle. Raises ValueError for a kind that was not saved."""
+        return CheckpointSource(self, kind, self._stored(kind))
+
+    def verify(self) -> None:
+        """Read every byte and compare the checksums. Raises ValueError naming each damaged file."""
+        self._verify(list(self._manifest.files))
+
+    def _verify(self, names: list[str]) -> None:
+        problems = []
+        for name in names:
+            checksum, expected = file_checksum(self.folder / name), self._manifest.files[name].checksum
+            if checksum != expected:
+                problems.append(f"{self.folder / name} is damaged: its checksum is {checksum}, the manifest says {expected}")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    def _stored(self, kind: str) -> dict[str, StoredTensor]:
+        if kind not in self._manifest.tensors:
+            raise ValueError(f"checkpoint {self.folder} has no {kind!r} tensors, only {', '.join(self.kinds) or 'none'}")
+        return self._manifest.tensors[kind]
+
+    def _file(self, name: str) -> SafetensorsFile:
+        if name not in self._open:
+            self._open[name] = SafetensorsFile(self.folder / name)
+        return self._open[name]
+
+
+class CheckpointSource:
+    """One kind of tensors of a checkpoint as a `TensorSource`."""
+
+    def __init__(self, checkpoint: Checkpoint, kind: str, tensors: dict[str, StoredTensor]):
+        self._checkpoint = checkpoint
+        self._kind = kind
+        self._tensors = tensors
+
+    def read(self, part: Part, box: Box) -> Tensor:
+        """Values of `box` of the logical tensor `part.name`, put together from the stored boxes that it touches.
+
+        Raises ValueError naming the tensor if the checkpoint lacks it, has another shape, or does not cover the box.
+        """
+        where = f"{self._kind} of {part.name} in {self._checkpoint.folder}"
+        if part.name not in self._tensors:
+            raise ValueError(f"{where}: not in the checkpoint, which holds {len(self._tensors)} tensors of this kind")
+        tensor = self._tensors[part.name]
+        if tensor.shape != part.shape:
+            raise ValueError(f"{where} has shape {tensor.shape}, the model needs {part.shape}")
+        values = torch.empty(box.shape, dtype=torch_dtype(tensor.dtype))
+        found = 0
+        for stored in tensor.boxes:
+            common = box.intersect(stored.box)
+            if common is not None:
+                file = self._checkpoint._file(stored.file)
+                values[common.relative_to(box).slices] = file.read(stored.key, common.relative_to(stored.box).slices)
+                found += common.numel
+        if found != box.numel:
+            raise ValueError(f"{where}: {found} of {box.numel} elements of the box at {box.offset} are stored")
+        return values
+
+
+def open_checkpoint(folder: str | Path) -> Checkpoint:
+    """Open a step folder. Reads the manifest and looks at the files' sizes; `Checkpoint.verify` reads their content.
+
+    Raises ValueError naming what is missing, truncated or damaged.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    problems = []
+    for name, expected in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{path} is missing ({expected.bytes} bytes according to {MANIFEST})")
+        elif path.stat().st_size != expected.bytes:
+            problems.append(f"{path} has {path.stat().st_size} bytes, {MANIFEST} says {expected.bytes}")
+    named = {stored.file for tensors in manifest.tensors.values() for tensor in tensors.values() for stored in tensor.boxes}
+    problems += [
+        f"{folder / MANIFEST}: tensors are in {name}, which it does not list" for name in sorted(named - set(manifest.files))
+    ]
+    if problems:
+        raise ValueError("\n".join(problems))
+    return Checkpoint(folder, manifest)

@@ -1,0 +1,198 @@
+"""Saving: every rank writes its own file, rank 0 checks that the whole model is there and commits with the manifest.
+
+`training/loop.py` calls `save_checkpoint` on all ranks. It is collective and fails on all ranks or on none: after each stage
+the ranks exchange what went wrong, so that a full disk on one node neither hangs the others nor leaves half a checkpoint
+that looks whole.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_llm import __version__
+from megatron_llm.checkpoint.manifest import MANIFEST, Manifest, StoredBox, StoredTensor, Tensors, untiled, write_manifest
+from megatron_llm.ops.safetensors import (
+    Entry,
+    TensorInfo,
+    WrittenFile,
+    dtype_name,
+    sync_folder,
+    write_bytes,
+    write_safetensors,
+)
+from megatron_llm.parallel.grid import Axis
+from megatron_llm.parallel.shard import Box
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TensorToSave:
+    """A rectangle of a logical tensor that this rank writes.
+
+    Attributes:
+        kind: "weights", "m" or "v".
+        name, shape: logical name, and shape of the whole logical tensor.
+        box: which rectangle of it.
+        tensor: the values, of `box.shape`, on any device; a view will do.
+    """
+
+    kind: str
+    name: str
+    shape: tuple[int, ...]
+    box: Box
+    tensor: Tensor
+
+
+@dataclass(frozen=True)
+class RankFile:
+    """What one rank wrote: the file's name and proof, and what it holds as (kind, name, shape, dtype, where)."""
+
+    name: str
+    written: WrittenFile
+    tensors: list[tuple[str, str, tuple[int, ...], str, StoredBox]]
+
+
+def save_checkpoint(
+    folder: str | Path,
+    tensors: Iterable[TensorToSave],
+    *,
+    run_state: dict[str, Any],
+    config: dict[str, Any],
+    assets: dict[str, bytes],
+    world: Axis,
+) -> None:
+    """Write a checkpoint. Collective over `world`; every rank passes its own `tensors` and the same of everything else.
+
+    Together the ranks' boxes must cover every logical tensor exactly once: of replicas, one rank passes its copy. What is
+    in `folder` already, whole or left by an interrupted save, is replaced. One tensor at a time is copied to the host.
+
+    Args:
+        folder: `RUN/checkpoints/step-XXXXXXXX`, on a file system that all ranks share.
+        run_state, config: stored as JSON. assets: files that travel along, name -> content, stored under `assets/`.
+
+    Raises ValueError on every rank, naming the ranks and what happened to them, if the checkpoint could not be written.
+    """
+    folder = Path(folder)
+    _on_all(world, folder, lambda: _prepare(folder, run_state, config, assets) if world.first else None)
+    mine = _on_all(world, folder, lambda: write_rank_file(folder, world.rank, tensors))
+    _on_all(world, folder, lambda: commit(folder, mine, run_state, config, assets) if world.first else None)
+
+
+def _on_all(world: Axis, folder: Path, work: Callable[[], T]) -> list[T]:
+    """Every rank's result of `work`, in rank order; if it raises anywhere, all ranks raise."""
+    result: T | None = None
+    error: str | None = None
+    cause: Exception | None = None
+    try:
+        result = work()
+    except Exception as caught:  # whatever it is, the other ranks wait for this one's answer
+        error, cause = f"{type(caught).__name__}: {caught}", caught
+    answers: list[Any] = [(result, error)]
+    if world.size > 1:
+        answers = [None] * world.size
+        dist.all_gather_object(answers, (result, error), group=world.group)
+    problems = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(answers) if error is not None]
+    if problems:
+        raise ValueError(f"checkpoint {folder} was not written: " + "; ".join(problems)) from cause
+    return [result for result, _ in answers]
+
+
+def _prepare(folder: Path, run_state: dict[str, Any], config: dict[str, Any], assets: dict[str, bytes]) -> None:
+    """Rank 0, before anything large is written: find out what cannot work, make an empty folder."""
+    json.dumps([run_state, config])
+    for name in assets:
+        if Path(name).is_absolute() or ".." in Path(name).parts or not Path(name).name:
+            raise ValueError(f"asset name {name!r} leads out of the checkpoint")
+    if folder.exists():
+        if (folder / MANIFEST).exists():
+            logger.warning("replacing checkpoint %s", folder)
+        delete_checkpoint(folder)
+    folder.mkdir(parents=True)
+    sync_folder(folder.parent)
+
+
+def delete_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint folder; from the first moment on it is no checkpoint, even if the rest is interrupted."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    sync_folder(folder)
+    shutil.rmtree(folder)
+
+
+def write_rank_file(folder: Path, rank: int, tensors: Iterable[TensorToSave]) -> RankFile | None:
+    """Write one rank's tensors, return what the manifest needs to know; None, and no file, if there are none."""
+    name = f"rank-{rank:05d}.safetensors"
+    entries = []
+    stored = []
+    for item in tensors:
+        if tuple(item.tensor.shape) != item.box.shape:
+            raise ValueError(f"{item.kind} of {item.name}: a tensor of shape {tuple(item.tensor.shape)} for the box {item.box}")
+        if not item.box.numel:
+            continue
+        key = f"{item.kind}/{item.name}@{','.join(map(str, item.box.offset))}"
+        info = TensorInfo(dtype_name(item.tensor.dtype), item.box.shape)
+        entries.append(Entry(key, info, item.tensor.detach))
+        stored.append((item.kind, item.name, tuple(item.shape), info.dtype, StoredBox(item.box, name, key)))
+    if not entries:
+        return None
+    written = write_safetensors(folder / name, entries, {"format": "pt"})
+    return RankFile(name, written, stored)
+
+
+def commit(
+    folder: Path,
+    rank_files: list[RankFile | None],
+    run_state: dict[str, Any],
+    config: dict[str, Any],
+    assets: dict[str, bytes],
+) -> None:
+    """Rank 0, when all files are on disk: check that they make whole tensors, write the assets, then the manifest.
+
+    Raises ValueError naming a tensor whose boxes overlap, leave gaps, or disagree about its shape or dtype.
+    """
+    present = [file for file in rank_files if file is not None]
+    for file in present:
+        path = folder / file.name
+        if not path.is_file() or path.stat().st_size != file.written.bytes:
+            raise ValueError(f"{path} was written, but rank 0 does not see it; checkpoints need a folder that all nodes share")
+    tensors = _joined(present)
+    files = {file.name: file.written for file in present}
+    for name, content in assets.items():
+        path = folder / "assets" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files[f"assets/{name}"] = write_bytes(path, content)
+    for path in {parent for name in files for parent in (folder / name).parents if folder in parent.parents}:
+        sync_folder(path)
+    versions = {"megatron_llm": __version__, "torch": str(torch.__version__)}
+    write_manifest(folder, Manifest(run_state, config, tensors, files, versions))
+
+
+def _joined(files: list[RankFile]) -> Tensors:
+    """The logical tensors that the ranks' boxes make up, each checked to be covered exactly once."""
+    boxes: dict[tuple[str, str], list[StoredBox]] = {}
+    looks: dict[tuple[str, str], tuple[tuple[int, ...], str]] = {}
+    for file in files:
+        for kind, name, shape, dtype, stored in file.tensors:
+            boxes.setdefault((kind, name), []).append(stored)
+            look = looks.setdefault((kind, name), (shape, dtype))
+            if look != (shape, dtype):
+                raise ValueError(f"{kind} of {name} is {look[1]} {look[0]} on one rank, {dtype} {shape} in {file.name}")
+    tensors: Tensors = {}
+    for (kind, name), stored_boxes in boxes.items():
+        shape, dtype = looks[kind, name]
+        problem = untiled(shape, [stored.box for stored in stored_boxes])
+        if problem:
+            raise ValueError(f"{kind} of {name}: {problem}")
+        tensors.setdefault(kind, {})[name] = StoredTensor(shape, dtype, tuple(stored_boxes))
+    return tensors

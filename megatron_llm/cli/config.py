@@ -1,0 +1,31 @@
+"""`megatron-llm config`: look at a configuration without running it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import yaml
+
+HELP = "show a configuration with everything filled in, or the JSON schema for editors"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Two sub-commands: show and schema."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    show = actions.add_parser("show", help="print the checked configuration with all defaults as YAML")
+    show.add_argument("config", metavar="CONFIG.yaml")
+    show.add_argument("overrides", nargs="*", metavar="section.key=value")
+    actions.add_parser("schema", help="print the JSON schema of a configuration")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print one of the two. Raises ConfigError with every problem of the configuration."""
+    from megatron_llm.config import Config, parse_config, read_raw_config
+
+    if args.action == "schema":
+        print(json.dumps(Config.model_json_schema(), indent=2))
+    else:
+        config = parse_config(read_raw_config(args.config, args.overrides))
+        print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
+    return 0

@@ -1,0 +1,61 @@
+"""`megatron-llm export`: a checkpoint as a Hugging Face folder. One process, one tensor in memory at a time, no GPU."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+HELP = "write a checkpoint as a Hugging Face folder"
+
+_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of `export`."""
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT_DIR", help="a step folder, or a run folder: its newest whole checkpoint"
+    )
+    parser.add_argument("output", metavar="HF_DIR", help="folder to write")
+    parser.add_argument(
+        "--dtype",
+        choices=_DTYPES,
+        help="dtype of all tensors; default: as in the folder the run started from, else the run's own",
+    )
+    parser.add_argument("--shard-size", type=parse_size, default="5GB", metavar="SIZE", help="largest file (default: 5GB)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `5GB`, `500MB` or `1000`; units are decimal, as in transformers' `max_shard_size`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]B)?", text.strip().upper())
+    size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MB")
+    return size
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export and say what was written. Raises ValueError if there is no whole checkpoint or the output is in the way."""
+    from megatron_llm.checkpoint import find_checkpoint, open_checkpoint
+    from megatron_llm.config import parse_config
+    from megatron_llm.hf import export_hf
+
+    checkpoint = open_checkpoint(find_checkpoint(args.checkpoint))
+    config = parse_config(checkpoint.config)
+    model = config.model
+    if not model.max_position_embeddings:
+        model = model.model_copy(update={"max_position_embeddings": config.training.sequence_length})
+    files = export_hf(
+        checkpoint.source("weights"),
+        model,
+        checkpoint.assets,
+        args.output,
+        dtype=_DTYPES[args.dtype] if args.dtype else None,
+        default_dtype="BF16" if config.precision.compute == "bfloat16" else "F32",
+        shard_size=args.shard_size,
+        overwrite=args.overwrite,
+        progress=True,
+    )
+    print(f"{checkpoint.folder} -> {args.output}: {', '.join(files)}")
+    return 0

@@ -1,0 +1,65 @@
+"""The `megatron-llm` command: a table of commands, one module each, and one way to report a user's mistake.
+
+A command module has `HELP`, `add_arguments(parser)` and `run(args) -> exit code`. Its top level imports nothing heavy
+(torch, transformers): `--help` loads all of them and must answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from types import ModuleType
+
+from megatron_llm import __version__
+
+COMMANDS = ("train", "generate", "export", "preprocess", "preprocess-chat", "inspect", "config")
+COMMANDS = tuple(c for c in COMMANDS if os.path.exists(os.path.join(os.path.dirname(__file__), c.replace("-", "_") + ".py")))  # TEMP
+
+
+def _module(command: str) -> ModuleType:
+    return importlib.import_module(f"megatron_llm.cli.{command.replace('-', '_')}")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    parser = argparse.ArgumentParser(prog="megatron-llm", description="3D-parallel training of decoder language models.")
+    parser.add_argument("--version", action="version", version=f"megatron-llm {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        module = _module(name)
+        command = commands.add_parser(name, help=module.HELP, description=module.HELP)
+        command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
+        module.add_arguments(command)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 1 bad input or failed run, 2 usage, 75 stopped after saving.
+
+    A ValueError is a mistake in the user's input: its message is all that is shown. Any other exception is a defect or a
+    fault of the machine and keeps its traceback.
+    """
+    args = build_parser().parse_args(argv)
+    try:
+        return int(_module(args.command).run(args))
+    except ValueError as error:
+        if args.debug:
+            traceback.print_exc()
+        elif _reports_errors():
+            print(f"megatron-llm {args.command}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _reports_errors() -> bool:
+    """Whether this process prints a user error: rank 0, or any rank once ranks work together and may differ.
+
+    Before a process group exists all ranks check the same input and would print the same message.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    return os.environ.get("RANK", "0") == "0" or (distributed is not None and distributed.is_initialized())

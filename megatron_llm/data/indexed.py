@@ -1,0 +1,349 @@
+"""Token files: Megatron's `PREFIX.bin` + `PREFIX.idx` (MMIDIDX version 1), `PREFIX.roles.bin`, `PREFIX.meta.json`.
+
+`.bin` is the token ids back to back, little-endian, no header. `.idx` (Megatron-LM, core/datasets/indexed_dataset.py):
+
+    offset 0   9 bytes  b"MMIDIDX\\0\\0"
+    offset 9   uint64   version = 1
+    offset 17  uint8    dtype code (DTYPES below)
+    offset 18  uint64   S, number of sequences
+    offset 26  uint64   D, number of document indices = documents + 1
+    offset 34  int32[S] tokens of each sequence; int64[S] byte offset of each in .bin;
+               int64[D] sequence number at which each document starts, the last one = S; int8[S] modes (optional)
+
+`.roles.bin` (chat) is one byte a token, `.meta.json` holds a `DatasetMeta`; Megatron ignores both, and files without
+them are read. `preprocess` and `chat` write with `IndexedWriter`; `rows`, `stream` and the `inspect` command read.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import fcntl
+import json
+import os
+import struct
+from array import array
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
+BLOCK = 1 << 20  # entries handled at a time where a whole file must be walked
+
+ROLES = {"none": 0, "system": 1, "user": 2, "assistant": 3, "tool": 4}
+ROLE_MASK = 0b0111
+NOT_TRAINED = 0b1000
+
+IntArray = npt.NDArray[np.integer[Any]]
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """uint16 below 65,500 tokens, else int32: the rule of Megatron's `DType.optimal_dtype`."""
+    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetMeta:
+    """What `PREFIX.meta.json` says. The counts come from the writer; the rest from whoever made the tokens.
+
+    Attributes:
+        kind: "pretrain" or "chat".
+        tokenizer, tokenizer_fingerprint: folder it was made with, sha256 of its tokenizer.json (or vocabulary files).
+        vocab_size: len(tokenizer). eod_id: id appended to every document, None if none was.
+        documents, tokens, max_token_id: counts, and the largest id that occurs.
+    """
+
+    kind: str
+    tokenizer: str
+    tokenizer_fingerprint: str
+    vocab_size: int
+    eod_id: int | None = None
+    bos_id: int | None = None
+    eos_id: int | None = None
+    documents: int = 0
+    tokens: int = 0
+    max_token_id: int = -1
+
+    @classmethod
+    def read(cls, path: Path) -> DatasetMeta:
+        """Raises ValueError naming the file if it is not such a JSON object. Unknown keys are left to newer versions."""
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return cls(**{field.name: content[field.name] for field in dataclasses.fields(cls)})
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a data set description ({error!r}); delete it or preprocess again") from error
+
+
+class IndexedWriter:
+    """Streams documents into `PREFIX.*.tmp` and puts the finished files in place on leaving the `with` block.
+
+    Memory is 4 bytes a document. The `.idx` is renamed last, so a data set either exists whole or not at all; after an
+    exception nothing of it is left, and an older data set of that name is untouched.
+    """
+
+    def __init__(self, prefix: str | Path, dtype: npt.DTypeLike, meta: DatasetMeta | None = None, roles: bool = False):
+        """`roles`: every document comes with role bytes. Raises ValueError if another process writes this prefix."""
+        self.prefix = str(prefix)
+        self._dtype = np.dtype(dtype).newbyteorder("<")
+        self._code = next(code for code, known in DTYPES.items() if known == np.dtype(dtype))
+        self._limit = np.iinfo(self._dtype).max
+        self._meta = meta
+        self._lengths = array("i")
+        self._tokens = 0
+        self._max_token_id = -1
+        Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
+        self._bin = _open_exclusive(Path(self.prefix + ".bin.tmp"))
+        self._roles = _open_exclusive(Path(self.prefix + ".roles.bin.tmp")) if roles else None
+
+    def add_document(self, tokens: IntArray, roles: npt.NDArray[np.uint8] | None = None) -> None:
+        """Append one document: integer ids [n], and with `roles=True` uint8 [n]. Raises ValueError for ids it cannot hold."""
+        if len(tokens) == 0:
+            raise ValueError(f"{self.prefix}: document {len(self._lengths)} has no tokens")
+        largest, smallest = int(tokens.max()), int(tokens.min())
+        if smallest < 0 or largest > self._limit:
+            raise ValueError(
+                f"{self.prefix}: document {len(self._lengths)} has token id {smallest if smallest < 0 else largest}, "
+                f"outside 0..{self._limit} of {self._dtype.name}; write it with a larger dtype"
+            )
+        if len(tokens) > np.iinfo(np.int32).max:
+            raise ValueError(f"{self.prefix}: document {len(self._lengths)} has {len(tokens)} tokens; .idx counts in int32")
+        assert (roles is None) == (self._roles is None), "role bytes are given for all documents or for none"
+        self._bin.write(np.ascontiguousarray(tokens, self._dtype).data)
+        if self._roles is not None and roles is not None:
+            assert len(roles) == len(tokens)
+            self._roles.write(np.ascontiguousarray(roles, np.uint8).data)
+        self._lengths.append(len(tokens))
+        self._tokens += len(tokens)
+        self._max_token_id = max(self._max_token_id, largest)
+
+    @property
+    def documents(self) -> int:
+        return len(self._lengths)
+
+    @property
+    def tokens(self) -> int:
+        return self._tokens
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self._commit()
+        finally:
+            for file in filter(None, (self._bin, self._roles)):
+                file.close()
+            for suffix in (".bin", ".roles.bin", ".meta.json", ".idx"):
+                Path(f"{self.prefix}{suffix}.tmp").unlink(missing_ok=True)
+
+    def _commit(self) -> None:
+        """Write `.idx` and `.meta.json`, force all to disk, rename; Raises ValueError if there is not one document."""
+        if not self._lengths:
+            raise ValueError(f"{self.prefix}: no document was written, so there is no data set to make")
+        suffixes = [".bin"]
+        for file in filter(None, (self._bin, self._roles)):
+            _flush_to_disk(file)
+        if self._roles is not None:
+            suffixes.append(".roles.bin")
+        if self._meta is not None:
+            counts = {"documents": self.documents, "tokens": self.tokens, "max_token_id": self._max_token_id}
+            content = dataclasses.asdict(dataclasses.replace(self._meta, **counts))  # type: ignore[arg-type]
+            with open(self.prefix + ".meta.json.tmp", "wb") as file:
+                file.write(json.dumps(content, indent=2).encode() + b"\n")
+                _flush_to_disk(file)
+            suffixes.append(".meta.json")
+        with open(self.prefix + ".idx.tmp", "wb") as file:
+            self._write_index(file)
+            _flush_to_disk(file)
+        # The old .idx goes first: without it no reader takes the new .bin for the old one if we die in between.
+        for suffix in (".idx", ".roles.bin", ".meta.json"):
+            Path(self.prefix + suffix).unlink(missing_ok=True)
+        for suffix in [*suffixes, ".idx"]:
+            os.replace(f"{self.prefix}{suffix}.tmp", self.prefix + suffix)
+
+    def _write_index(self, file: IO[bytes]) -> None:
+        lengths = np.frombuffer(self._lengths, np.int32)
+        count = len(lengths)
+        file.write(HEADER.pack(MAGIC, 1, self._code, count, count + 1))
+        file.write(lengths.astype("<i4", copy=False).data)
+        start = 0
+        for first in range(0, count, BLOCK):
+            ends = start + np.cumsum(lengths[first : first + BLOCK].astype("<i8") * self._dtype.itemsize)
+            file.write(np.concatenate(([start], ends[:-1])).astype("<i8").data)
+            start = int(ends[-1])
+        for first in range(0, count + 1, BLOCK):
+            file.write(np.arange(first, min(first + BLOCK, count + 1), dtype="<i8").data)
+
+
+def _open_exclusive(path: Path) -> IO[bytes]:
+    """Open for writing, emptied, locked against a second writer (where the file system has locks)."""
+    file = open(path, "ab")  # noqa: SIM115 - the writer closes it
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"{path} is being written by another process; give each one its own --output") from None
+    except OSError:
+        pass  # some network file systems have no locks
+    file.truncate(0)
+    return file
+
+
+def _flush_to_disk(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+class IndexedDataset:
+    """Read access to one data set through memory maps: opening costs the same for a thousand tokens and a trillion.
+
+    Attributes:
+        tokens: all token ids [N], memory-mapped. roles: uint8 [N] memory-mapped, None without `.roles.bin`.
+        meta: the description, None without `.meta.json`. documents: number of documents.
+    """
+
+    def __init__(self, prefix: str | Path):
+        """Raises ValueError naming file and byte offset if a file is missing, damaged or does not fit the others."""
+        self.prefix = str(prefix)
+        for suffix in (".idx", ".bin"):
+            if not Path(self.prefix + suffix).is_file():
+                raise ValueError(f"{self.prefix}{suffix} does not exist; {self._missing_hint()}")
+        self._read_index(Path(self.prefix + ".idx"))
+        path = Path(self.prefix + ".bin")
+        last = len(self._pointers) - 1
+        expected = int(self._pointers[last]) + int(self._lengths[last]) * self.dtype.itemsize if last >= 0 else 0
+        if path.stat().st_size != expected:
+            raise ValueError(
+                f"{path} has {path.stat().st_size} bytes, but {self.prefix}.idx describes {expected} "
+                f"({len(self._lengths)} sequences of {self.dtype.name}); the file is truncated or belongs to another index"
+            )
+        self.tokens: IntArray = _map(path, self.dtype, 0, expected // self.dtype.itemsize)
+        self.roles = self._read_roles(Path(self.prefix + ".roles.bin"))
+        self.meta = self._read_meta(Path(self.prefix + ".meta.json"))
+
+    def _missing_hint(self) -> str:
+        """Users often give the file instead of the prefix, or have not preprocessed."""
+        for suffix in (".bin", ".idx"):
+            if self.prefix.endswith(suffix):
+                return f"give the path without {suffix}"
+        return "a data set is PREFIX.bin and PREFIX.idx, made by `megatron-llm preprocess`"
+
+    def _read_index(self, path: Path) -> None:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            header = file.read(HEADER.size)
+        if header[:9] != MAGIC:
+            raise ValueError(f"{path} is not a token index: bytes 0-8 are {header[:9]!r}, expected {MAGIC!r}")
+        if len(header) < HEADER.size:
+            raise ValueError(f"{path} is truncated: it ends at byte {size}, inside the header of {HEADER.size} bytes")
+        _, version, code, sequences, indices = HEADER.unpack(header)
+        if version != 1:
+            raise ValueError(f"{path} has index version {version} at byte 9; only version 1 is known")
+        if code not in DTYPES or not np.issubdtype(DTYPES[code], np.integer):
+            raise ValueError(f"{path} has dtype code {code} at byte 17; token data has an integer type (1-5 or 8)")
+        self.dtype: np.dtype[Any] = np.dtype(DTYPES[code]).newbyteorder("<")
+        pointers_at = HEADER.size + 4 * sequences
+        documents_at = pointers_at + 8 * sequences
+        end = documents_at + 8 * indices
+        if size not in (end, end + sequences):  # `sequences` more bytes: the modes of multi-modal data
+            raise ValueError(
+                f"{path} has {size} bytes, but its header (bytes 18-33) promises {sequences} sequences and {indices} document "
+                f"indices, which take {end}; the file is {'truncated' if size < end else 'damaged'}"
+            )
+        self._lengths = _map(path, np.dtype("<i4"), HEADER.size, sequences)
+        self._pointers = _map(path, np.dtype("<i8"), pointers_at, sequences)
+        self._document_indices = _map(path, np.dtype("<i8"), documents_at, indices)
+        if indices == 0 or int(self._document_indices[0]) != 0 or int(self._document_indices[-1]) != sequences:
+            raise ValueError(f"{path}: document indices at byte {documents_at} do not run from 0 to {sequences}")
+        self.documents = indices - 1
+
+    def _read_roles(self, path: Path) -> npt.NDArray[np.uint8] | None:
+        if not path.is_file():
+            return None
+        if path.stat().st_size != len(self.tokens):
+            raise ValueError(f"{path} has {path.stat().st_size} bytes for {len(self.tokens)} tokens; preprocess again")
+        return _map(path, np.dtype(np.uint8), 0, len(self.tokens))
+
+    def _read_meta(self, path: Path) -> DatasetMeta | None:
+        if not path.is_file():
+            return None
+        meta = DatasetMeta.read(path)
+        if (meta.documents, meta.tokens) != (self.documents, len(self.tokens)):
+            raise ValueError(
+                f"{path} describes {meta.documents} documents with {meta.tokens} tokens, but {self.prefix}.idx has "
+                f"{self.documents} with {len(self.tokens)}; it belongs to another data set: delete it or preprocess again"
+            )
+        return meta
+
+    def _document_start(self, document: int) -> int:
+        """Token offset of a document; of the end for `document == documents`."""
+        sequence = int(self._document_indices[document])
+        return len(self.tokens) if sequence == len(self._pointers) else int(self._pointers[sequence]) // self.dtype.itemsize
+
+    def boundaries(self, start: int, end: int) -> npt.NDArray[np.int64]:
+        """Token offsets b with start < b < end at which a document starts, ascending. Binary search: O(log documents)."""
+        everything = range(self.documents + 1)
+        first = bisect.bisect_right(everything, start, key=self._document_start)
+        last = bisect.bisect_left(everything, end, key=self._document_start)
+        if first >= last:
+            return np.empty(0, np.int64)
+        sequences = np.asarray(self._document_indices[first:last])
+        sequences = sequences[sequences < len(self._pointers)]
+        return np.unique(np.asarray(self._pointers[sequences], np.int64) // self.dtype.itemsize)
+
+    def document_offsets(self) -> npt.NDArray[np.int64]:
+        """Token offset of every document's start, then the number of tokens: int64 [documents + 1]. Reads the whole index."""
+        starts = np.append(np.asarray(self._pointers, np.int64) // self.dtype.itemsize, len(self.tokens))
+        return starts[self._document_indices]
+
+    def document(self, number: int) -> IntArray:
+        """Token ids of one document, memory-mapped. Raises IndexError outside [0, documents)."""
+        if not 0 <= number < self.documents:
+            raise IndexError(f"document {number} of {self.documents} in {self.prefix}")
+        return self.tokens[self._document_start(number) : self._document_start(number + 1)]
+
+    def max_token_id(self) -> int:
+        """Largest id: from the meta file, else by reading all tokens. Raises ValueError for negative ids."""
+        return self.meta.max_token_id if self.meta is not None else self.scan_max_token_id()
+
+    def scan_max_token_id(self) -> int:
+        """Largest id by reading all tokens, -1 without any. Raises ValueError naming the place of a negative id."""
+        largest = -1
+        for first in range(0, len(self.tokens), BLOCK):
+            block = self.tokens[first : first + BLOCK]
+            if block.min() < 0:
+                at = first + int(np.argmax(block < 0))
+                raise ValueError(f"{self.prefix}.bin has the negative id {self.tokens[at]} at byte {at * self.dtype.itemsize}")
+            largest = max(largest, int(block.max()))
+        return largest
+
+    def verify(self) -> None:
+        """Read the whole index. Raises ValueError if sequences are not back to back or documents run backwards."""
+        itemsize, expected = self.dtype.itemsize, 0
+        for first in range(0, len(self._lengths), BLOCK):
+            lengths = np.asarray(self._lengths[first : first + BLOCK], np.int64)
+            starts = expected + np.concatenate(([0], np.cumsum(lengths * itemsize)))
+            wrong = (lengths < 0) | (np.asarray(self._pointers[first : first + BLOCK]) != starts[:-1])
+            if wrong.any():
+                number = first + int(np.argmax(wrong))
+                at = HEADER.size + 4 * len(self._lengths) + 8 * number
+                raise ValueError(
+                    f"{self.prefix}.idx: sequence {number} (byte {at}) starts at byte {self._pointers[number]} of the .bin, "
+                    f"expected {starts[number - first]}: sequences must lie back to back"
+                )
+            expected = int(starts[-1])
+        for first in range(0, self.documents, BLOCK):
+            steps = np.diff(self._document_indices[first : first + BLOCK + 1])
+            if (steps < 0).any():
+                raise ValueError(f"{self.prefix}.idx: document {first + int(np.argmax(steps < 0))} ends before it starts")
+
+
+def _map(path: Path, dtype: np.dtype[Any], offset: int, count: int) -> npt.NDArray[Any]:
+    """Read-only memory map of `count` items; an empty file cannot be mapped."""
+    return np.memmap(path, dtype, "r", offset, (count,)) if count else np.empty(0, dtype)

@@ -1,0 +1,228 @@
+"""Rows of one source: what row number n of a pretraining, chat or synthetic data set is.
+
+Each class is an endless pure function `row(n) -> Row`; n // rows_per_epoch is the epoch. Nothing is kept between calls
+but caches, so ranks agree without talking and a resumed run needs only the number of rows consumed. `stream.py`
+blends sources and turns rows into `Batch`es.
+
+S is `training.sequence_length`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_llm.data.indexed import NOT_TRAINED, ROLE_MASK, ROLES, IndexedDataset
+from megatron_llm.data.order import Permutation
+from megatron_llm.data.packing import Method, Packing, pack
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Row:
+    """S tokens: ids and the ids they predict (int64 [S]), loss weights (float32 [S]), and where documents start.
+
+    `starts` is int64, ascending, its first entry is 0.
+    """
+
+    tokens: IntArray
+    labels: IntArray
+    weights: npt.NDArray[np.float32]
+    starts: IntArray
+
+
+class RowSource(Protocol):
+    """A source of rows. `summary` says in a phrase what it holds, with anything dropped or cut."""
+
+    @property
+    def rows_per_epoch(self) -> int: ...
+
+    @property
+    def summary(self) -> str: ...
+
+    def row(self, number: int) -> Row: ...
+
+
+class PretrainRows:
+    """Windows of the token stream: row i of an epoch takes S tokens and, as labels, the S tokens one further.
+
+    Windows follow each other without gap, so all windows of an epoch predict rows_per_epoch * S different tokens.
+    The (N - 1) mod S tokens that do not fill a window at the end are not lost: each epoch moves all windows by another offset in
+    [0, S), reading the stream as a ring, so that other tokens are left over and documents are cut elsewhere.
+    """
+
+    def __init__(self, dataset: IndexedDataset, sequence_length: int, seed: int, shuffled: bool, isolation: bool):
+        """`isolation`: documents are segments of their own, and no document's end predicts the next one's start.
+
+        Raises ValueError if the data set is shorter than one row.
+        """
+        self._dataset, self._length, self._seed = dataset, sequence_length, seed
+        self._shuffled, self._isolation = shuffled, isolation
+        self._total = len(dataset.tokens)
+        self.rows_per_epoch = (self._total - 1) // sequence_length
+        if self.rows_per_epoch < 1:
+            raise ValueError(
+                f"{dataset.prefix} has {self._total} tokens, but one row takes {sequence_length + 1} "
+                f"(training.sequence_length + 1); use shorter rows or more data"
+            )
+
+    @property
+    def summary(self) -> str:
+        return f"{self._dataset.documents:,} documents, {self._total:,} tokens, {self.rows_per_epoch:,} rows an epoch"
+
+    def row(self, number: int) -> Row:
+        epoch, index = divmod(number, self.rows_per_epoch)
+        if self._shuffled:
+            index = Permutation(self.rows_per_epoch, self._seed, epoch)(index)
+        start = (self._offset(epoch) + index * self._length) % self._total
+        window = self._window(start, self._length + 1)
+        weights = np.ones(self._length, np.float32)
+        starts = np.zeros(1, np.int64)
+        if self._isolation:
+            inside = self._boundaries(start, start + self._length + 1) - start
+            weights[inside - 1] = 0
+            starts = np.concatenate((starts, inside[inside < self._length]))
+        return Row(window[:-1], window[1:], weights, starts)
+
+    def _offset(self, epoch: int) -> int:
+        """Offset of the windows: 0 in epoch 0, and every number below S once in S epochs."""
+        offsets = Permutation(self._length, self._seed, 0)
+        return (offsets(epoch % self._length) - offsets(0)) % self._length
+
+    def _window(self, start: int, count: int) -> IntArray:
+        """`count` tokens from `start` on, going on at token 0 after the last."""
+        head = np.asarray(self._dataset.tokens[start : start + count], np.int64)
+        if len(head) == count:
+            return head
+        return np.concatenate((head, self._window(0, count - len(head))))
+
+    def _boundaries(self, start: int, end: int) -> IntArray:
+        """Document starts strictly between two places of the ring, counted from the ring's token 0 without wrapping."""
+        if end <= self._total:
+            return self._dataset.boundaries(start, end)
+        around = self._boundaries(0, end - self._total) + self._total
+        return np.concatenate((self._dataset.boundaries(start, self._total), [self._total], around))
+
+
+class ChatRows:
+    """Packed conversations: each is a segment of its own and never cut, unless the user asks for `overlong: truncate`.
+
+    A position weighs 1 if the token it predicts belongs to the same conversation and is to be trained. What is left of a row is
+    a segment of weight 0.
+    """
+
+    def __init__(
+        self,
+        dataset: IndexedDataset,
+        sequence_length: int,
+        seed: int,
+        shuffled: bool,
+        packing: Method,
+        train_on: Literal["assistant", "all"],
+        overlong: Literal["error", "drop", "truncate"],
+    ):
+        """Raises ValueError without role bytes, a record longer than S if `overlong` is "error", or if none is left."""
+        if dataset.roles is None:
+            raise ValueError(
+                f"{dataset.prefix}.roles.bin does not exist, so nobody knows which tokens to train; "
+                f"make chat data with `megatron-llm preprocess-chat`, or set data.kind: pretrain"
+            )
+        self._dataset, self._roles, self._length, self._seed = dataset, dataset.roles, sequence_length, seed
+        self._shuffled, self._method, self._all = shuffled, packing, train_on == "all"
+        offsets = dataset.document_offsets()
+        lengths = np.diff(offsets)
+        too_long = lengths > sequence_length
+        self._overlong, self._policy = int(too_long.sum()), overlong
+        if self._overlong and overlong == "error":
+            first = int(np.argmax(too_long))
+            raise ValueError(
+                f"{dataset.prefix}: record {first} (counted from 0) has {lengths[first]} tokens, more than "
+                f"training.sequence_length {sequence_length}; {self._overlong} of {len(lengths)} records are too long, "
+                f"the longest has {lengths.max()}. Raise training.sequence_length, or set data.overlong to drop or truncate"
+            )
+        keep = (lengths > 0) & ~(too_long & (overlong == "drop"))
+        self._offsets = offsets[:-1][keep]
+        self._lengths = np.minimum(lengths[keep], sequence_length)
+        if not len(self._lengths):
+            raise ValueError(
+                f"{dataset.prefix} has no conversation of 1 to training.sequence_length {sequence_length} tokens "
+                f"({self._overlong} of {len(lengths)} are longer and data.overlong is {overlong})"
+            )
+        self._packings: dict[int, Packing] = {}
+
+    @property
+    def rows_per_epoch(self) -> int:
+        return self._packing(0).rows
+
+    @property
+    def summary(self) -> str:
+        used = float(self._lengths.sum()) / (self.rows_per_epoch * self._length)
+        done = {"drop": "dropped", "truncate": "cut"}.get(self._policy)
+        lost = f", {self._overlong:,} longer than {self._length} tokens {done}" if self._overlong else ""
+        return f"{len(self._lengths):,} conversations in {self.rows_per_epoch:,} rows an epoch ({used:.1%} full){lost}"
+
+    def _packing(self, epoch: int) -> Packing:
+        """Cached: a batch at the turn of an epoch needs two of them."""
+        epoch = epoch if self._method == "best_fit" and self._shuffled else 0
+        if epoch not in self._packings:
+            while len(self._packings) > 1:
+                del self._packings[next(iter(self._packings))]
+            self._packings[epoch] = pack(self._lengths, self._length, self._method, self._seed, epoch)
+        return self._packings[epoch]
+
+    def row(self, number: int) -> Row:
+        epoch, index = divmod(number, self.rows_per_epoch)
+        if self._shuffled:
+            index = Permutation(self.rows_per_epoch, self._seed, epoch)(index)
+        tokens = np.zeros(self._length, np.int64)
+        labels = np.zeros(self._length, np.int64)
+        weights = np.zeros(self._length, np.float32)
+        starts, at = [], 0
+        for item in self._packing(epoch).row(index).tolist():
+            begin, count = int(self._offsets[item]), int(self._lengths[item])
+            ids = self._dataset.tokens[begin : begin + count]
+            tokens[at : at + count] = ids
+            labels[at : at + count - 1] = ids[1:]
+            weights[at : at + count - 1] = self._trained(self._roles[begin + 1 : begin + count])
+            starts.append(at)
+            at += count
+        if at < self._length:
+            starts.append(at)
+        return Row(tokens, labels, weights, np.asarray(starts, np.int64))
+
+    def _trained(self, roles: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
+        """Which of the predicted tokens carry loss."""
+        if self._all:
+            return np.ones(len(roles), bool)
+        return (roles & (ROLE_MASK | NOT_TRAINED)) == ROLES["assistant"]
+
+
+class SyntheticRows:
+    """Random tokens, a pure function of (seed, row): benchmarks and tests need no files.
+
+    1 to 4 documents of uneven length a row, and a quarter of the positions weigh 0, so that micro-batches hold different
+    numbers of loss tokens.
+    """
+
+    def __init__(self, vocab_size: int, sequence_length: int, seed: int, isolation: bool, rows_per_epoch: int):
+        self._vocab_size, self._length, self._seed, self._isolation = vocab_size, sequence_length, seed, isolation
+        self.rows_per_epoch = rows_per_epoch
+
+    @property
+    def summary(self) -> str:
+        return f"random tokens of seed {self._seed}"
+
+    def row(self, number: int) -> Row:
+        # Raw bits, because numpy promises their stability across versions and not that of Generator's methods.
+        bits = np.random.Philox(key=np.array([self._seed, number], np.uint64)).random_raw(2 * self._length + 4)
+        tokens = (bits[: self._length] % np.uint64(self._vocab_size)).astype(np.int64)
+        weights = (bits[self._length : 2 * self._length] % np.uint64(4) != 0).astype(np.float32)
+        cuts = bits[2 * self._length :]
+        documents = 1 + int(cuts[0] % np.uint64(4))
+        starts = np.unique(np.append(0, (cuts[1:documents] % np.uint64(self._length)).astype(np.int64)))
+        weights[np.append(starts[1:], self._length) - 1] = 0
+        return Row(tokens, np.append(tokens[1:], 0), weights, starts if self._isolation else starts[:1])

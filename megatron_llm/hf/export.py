@@ -1,0 +1,179 @@
+"""Writes a Hugging Face folder from any source of logical tensors, one tensor in memory at a time.
+
+What came from a folder goes back as it was: same tensors, same dtypes, config.json changed only where the model was.
+`cli/export.py` calls this with a checkpoint; it needs one process and no process group.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from megatron_llm.config import ModelConfig
+from megatron_llm.hf.assets import CONFIG, TENSOR_DTYPES, exported_files, special_token_ids
+from megatron_llm.hf.families import find_family
+from megatron_llm.hf.family import Family, TensorName
+from megatron_llm.hf.reader import architecture_of
+from megatron_llm.ops.safetensors import TORCH_NAMES, Entry, TensorInfo, sync_folder, torch_dtype, write_bytes, write_safetensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_llm.parallel.shard import TensorSource
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Everything an export will write: config.json's bytes, the tensors in order, the other files."""
+
+    config: bytes
+    entries: list[Entry]
+    files: dict[str, bytes]
+
+
+def export_hf(
+    source: TensorSource,
+    model: ModelConfig,
+    assets: Mapping[str, bytes],
+    output: str | Path,
+    *,
+    dtype: str | None = None,
+    default_dtype: str = "F32",
+    shard_size: int = 5_000_000_000,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> list[str]:
+    """Write the folder `output` and return the names of its files. It appears whole or not at all.
+
+    Args:
+        source: the weights under their logical names.
+        assets: as `collect_assets` made them; without `hf/config.json` the model was trained from scratch.
+        dtype: safetensors' name of the dtype of every tensor; None: the dtype each had in the folder it came from.
+        default_dtype: for models trained from scratch.
+        shard_size: bytes of tensors in one file; a larger tensor has a file of its own.
+        overwrite: replace an older export. A folder that does not look like one is refused all the same.
+        progress: show a bar.
+
+    Raises ValueError if `output` is in the way, the source lacks a tensor, or values overflow the dtype.
+    """
+    output = Path(output).absolute()
+    _check_output(output, overwrite)
+    plan = _plan(source, model, assets, dtype, default_dtype)
+    partial_folder = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial_folder, ignore_errors=True)  # of an export that was interrupted
+    partial_folder.mkdir(parents=True)
+    try:
+        total = sum(entry.info.nbytes for entry in plan.entries)
+        with tqdm(total=total, desc=f"Writing {output.name}", unit="B", unit_scale=True, disable=not progress) as bar:
+            _write_weights(partial_folder, plan.entries, shard_size, bar.update)
+        for name, content in {"config.json": plan.config, **plan.files}.items():
+            write_bytes(partial_folder / name, content)
+        sync_folder(partial_folder)
+        old = output.with_name(f".{output.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if output.exists():
+            output.rename(old)
+        partial_folder.rename(output)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial_folder, ignore_errors=True)
+    sync_folder(output.parent)
+    return sorted(path.name for path in output.iterdir())
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    """Refuse to mix with or delete what is not an older export."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not output.is_dir():
+        raise ValueError(f"{output} is a file; an export is a folder")
+    if not overwrite:
+        raise ValueError(f"{output} is not empty; choose another folder, or replace it with --overwrite")
+    folders = [path.name for path in output.iterdir() if path.is_dir()]
+    if folders or not (output / "config.json").is_file():
+        what = f"holds the folder {folders[0]}" if folders else "has no config.json"
+        raise ValueError(f"{output} {what}, so it is no earlier export and is not deleted; choose another folder")
+
+
+def _family(assets: Mapping[str, bytes]) -> Family:
+    if CONFIG not in assets:
+        return find_family("LlamaForCausalLM")  # what ModelConfig describes
+    return architecture_of(json.loads(assets[CONFIG]), CONFIG)
+
+
+def _tensors(
+    family: Family, model: ModelConfig, assets: Mapping[str, bytes], dtype: str | None, default_dtype: str
+) -> list[tuple[TensorName, str, TensorInfo]]:
+    """(logical tensor, name in the folder, its dtype and shape) of everything to write, in the order of the forward pass."""
+    dtypes: dict[str, str] = json.loads(assets.get(TENSOR_DTYPES, b"{}"))
+    tensors = [(tensor, tensor.hf) for tensor in family.tensor_names(model)]
+    head = family.hf_name("head.weight")
+    if model.tie_word_embeddings and head in dtypes:  # the folder it came from stores the tied matrix twice
+        tensors.append((next(tensor for tensor, _ in tensors if tensor.logical == "embedding.weight"), head))
+    return [(tensor, name, TensorInfo(dtype or dtypes.get(name, default_dtype), tensor.shape)) for tensor, name in tensors]
+
+
+def _plan(source: TensorSource, model: ModelConfig, assets: Mapping[str, bytes], dtype: str | None, default_dtype: str) -> _Plan:
+    """What to write; nothing is read from the source yet."""
+    family = _family(assets)
+    entries = [
+        Entry(name, info, partial(_load, source, tensor, info.dtype))
+        for tensor, name, info in _tensors(family, model, assets, dtype, default_dtype)
+    ]
+    if CONFIG in assets:
+        original: dict[str, Any] = json.loads(assets[CONFIG])
+        config = family.patch(original, model)
+        if dtype is not None:
+            spellings = [key for key in ("dtype", "torch_dtype") if key in original] or ["torch_dtype"]
+            config |= dict.fromkeys(spellings, TORCH_NAMES[dtype])
+        content = assets[CONFIG] if config == original else _json(config)
+    else:
+        content = _json({**family.to_hf(model, dtype or default_dtype), **special_token_ids(assets)})
+    return _Plan(content, entries, exported_files(assets))
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _load(source: TensorSource, tensor: TensorName, dtype: str) -> Tensor:
+    """One whole tensor in the dtype of the export."""
+    from megatron_llm.parallel.shard import Box, Part
+
+    part = Part(tensor.logical, tensor.shape, ())
+    values = source.read(part, Box.full(tensor.shape))
+    converted = values.to(torch_dtype(dtype))
+    if dtype == "F16" and bool((converted.isinf() & ~values.isinf()).any()):
+        largest = values.abs().max().item()
+        raise ValueError(f"{tensor.hf} has values up to {largest:g}, beyond float16's 65504; export with --dtype bf16 or fp32")
+    return converted
+
+
+def _write_weights(folder: Path, entries: list[Entry], shard_size: int, progress: Callable[[int], object]) -> None:
+    """model.safetensors, or numbered shards with an index if the tensors have more than `shard_size` bytes."""
+    shards: list[list[Entry]] = [[]]
+    room = shard_size
+    for entry in entries:
+        if entry.info.nbytes > room and shards[-1]:
+            shards.append([])
+            room = shard_size
+        shards[-1].append(entry)
+        room -= entry.info.nbytes
+    if len(shards) == 1:
+        write_safetensors(folder / "model.safetensors", shards[0], {"format": "pt"}, progress)
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(folder / name, shard, {"format": "pt"}, progress)
+        weight_map |= {entry.key: name for entry in shard}
+    total = sum(entry.info.nbytes for entry in entries)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_bytes(folder / "model.safetensors.index.json", _json(index))

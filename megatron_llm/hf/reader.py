@@ -1,0 +1,154 @@
+"""A Hugging Face folder as the engine sees it: the model's fields, whether its files are whole, and its tensors by rectangle.
+
+`training/resolve.py` asks for `model_fields` and `problems` before any process group exists, without torch; every rank
+then reads just its rectangles through `HFSource`, so no conversion step and no copy of the whole model is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_llm.config import ModelConfig
+from megatron_llm.hf.families import find_family
+from megatron_llm.hf.family import Family
+from megatron_llm.hf.files import TensorFile, open_tensor_files
+from megatron_llm.ops.safetensors import TORCH_NAMES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_llm.parallel.shard import Box, Part
+
+_SHOWN = 5  # names listed in a message about many tensors
+
+
+def architecture_of(config: dict[str, Any], where: str) -> Family:
+    """The family that a config.json names. Raises ValueError saying `where` if it names none or an unknown one."""
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or len(architectures) != 1:
+        raise ValueError(f"{where}: `architectures` must name one architecture, got {architectures}")
+    try:
+        return find_family(str(architectures[0]))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+class HFFolder:
+    """A folder with config.json and weights.
+
+    Raises ValueError if there is no folder, no readable config.json, or an architecture that is not supported.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        file = self.path / "config.json"
+        if not file.is_file():
+            what = "has no config.json" if self.path.is_dir() else "is not a folder"
+            raise ValueError(f"{self.path} {what}; expected a Hugging Face model folder")
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file} is not JSON: {error}") from error
+        if not isinstance(config, dict):
+            raise ValueError(f"{file} must hold a JSON object, got {type(config).__name__}")
+        self.config: dict[str, Any] = config
+        self.family = architecture_of(config, str(file))
+
+    def model_fields(self) -> dict[str, Any]:
+        """Fields of ModelConfig. Raises ValueError listing everything in config.json that is not supported."""
+        try:
+            return self.family.from_hf(self.config)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
+
+    @cached_property
+    def _files(self) -> tuple[dict[str, TensorFile], list[str]]:
+        return open_tensor_files(self.path)
+
+    def problems(self, model: ModelConfig | None = None) -> list[str]:
+        """What is wrong with the weights, a sentence each, from the files' headers alone; empty if nothing is.
+
+        `model` is what the tensors must fit, by default what config.json says. Raises ValueError like `model_fields`.
+        """
+        model = model or ModelConfig(**self.model_fields())
+        tensors, problems = self._files
+        if problems:
+            return list(problems)
+        expected = {tensor.hf: tensor.shape for tensor in self.family.tensor_names(model)}
+        missing = [name for name in expected if name not in tensors]
+        if missing:
+            problems = [f"{self.path} lacks {_listed(missing)} of a model with {model.num_hidden_layers} layers"]
+        for name, file in tensors.items():
+            info = file.infos[name]
+            if name in expected and info.shape != expected[name]:
+                problems.append(f"{file.path}: {name} has shape {info.shape}, the model needs {expected[name]}")
+            if info.dtype not in TORCH_NAMES and not self._is_derived(name):
+                problems.append(f"{file.path}: {name} is {info.dtype}; supported: {', '.join(TORCH_NAMES)}")
+        tied = {self.family.hf_name("head.weight")} if model.tie_word_embeddings else set()
+        extra = [name for name in tensors if name not in expected and name not in tied and not self._is_derived(name)]
+        if extra:
+            problems.append(
+                f"{self.path} holds {_listed(extra)} that {self.family.architecture} with "
+                f"{model.num_hidden_layers} layers does not have; they would be lost"
+            )
+        return problems
+
+    def _is_derived(self, name: str) -> bool:
+        return any(re.fullmatch(pattern, name) for pattern in self.family.derived)
+
+    def tensor_dtypes(self) -> dict[str, str]:
+        """The folder's name of every stored weight -> safetensors' name of its dtype (BF16, ...)."""
+        tensors, _ = self._files
+        return {name: file.infos[name].dtype for name, file in tensors.items() if not self._is_derived(name)}
+
+    def source(self, model: ModelConfig | None = None) -> HFSource:
+        """The weights of `model`. Raises ValueError with all `problems`."""
+        model = model or ModelConfig(**self.model_fields())
+        problems = self.problems(model)
+        if problems:
+            raise ValueError("\n".join(problems))
+        return HFSource(self.family, self._files[0], model)
+
+
+class HFSource:
+    """The weights of a checked folder as a `TensorSource`; made by `HFFolder.source`."""
+
+    def __init__(self, family: Family, tensors: dict[str, TensorFile], model: ModelConfig):
+        self._tensors = tensors
+        self._names = {tensor.logical: tensor for tensor in family.tensor_names(model)}
+        self._head = family.hf_name("head.weight")
+
+    def read(self, part: Part, box: Box) -> Tensor:
+        """Values of `box` of `part.name`: a CPU tensor in the file's dtype; only these bytes are read.
+
+        Raises ValueError if the folder lacks the tensor, has another shape, or claims to be tied and is not.
+        """
+        if part.name not in self._names:
+            raise ValueError(f"the Hugging Face folder has no {part.name}")
+        tensor = self._names[part.name]
+        if tensor.shape != part.shape:
+            raise ValueError(f"{part.name} has shape {part.shape} in the model, {tensor.hf} has {tensor.shape}")
+        values = self._tensors[tensor.hf].read(tensor.hf, box.slices)
+        if part.name == "embedding.weight" and "head.weight" not in self._names and self._head in self._tensors:
+            self._check_tied(tensor.hf, values, box)
+        return values
+
+    def _check_tied(self, embedding: str, values: Tensor, box: Box) -> None:
+        """A tied folder may store the head as well. It must be the same matrix: ours would drop a different one."""
+        import torch
+
+        file = self._tensors[self._head]
+        if not torch.equal(file.read(self._head, box.slices), values):
+            raise ValueError(
+                f"{file.path}: {self._head} differs from {embedding}, but config.json says tie_word_embeddings; "
+                "set it to false there to keep both matrices"
+            )
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({', '.join(names[:_SHOWN])}{more})"

@@ -1,0 +1,101 @@
+"""One pipeline stage of a Llama-type decoder: embedding (first stage), layers, final norm and head (last stage).
+
+Called by `training/step.py` through the pipeline runtime and by `generation/`. Layer indices are global, so the name of
+a weight does not depend on the layout.
+
+Shape suffixes: T tokens of the micro-batch, S tokens of this rank's sequence shard (T / tp), H hidden, V local vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megatron_llm.config import ModelConfig
+from megatron_llm.models.block import DecoderLayer
+from megatron_llm.models.context import ForwardContext, KeyValueCache
+from megatron_llm.models.norm import RMSNorm
+from megatron_llm.ops.batch import Batch
+from megatron_llm.ops.dtypes import stat_dtype
+from megatron_llm.ops.rope import rope_frequencies, rope_tables
+from megatron_llm.parallel.embedding import VocabParallelEmbedding
+from megatron_llm.parallel.grid import Axis, Grid
+from megatron_llm.parallel.linear import ColumnParallelLinear, OutputShard, sharded_weight
+from megatron_llm.parallel.loss import vocab_parallel_cross_entropy
+
+
+class DecoderStage(nn.Module):
+    """The layers of one stage.
+
+    Args:
+        layers: global indices of the layers held here.
+        first, last: whether the embedding, or final norm and head, are here.
+        sequence_parallel: what training uses; a call may choose otherwise (generation does).
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        grid: Grid,
+        layers: range,
+        *,
+        first: bool,
+        last: bool,
+        sequence_parallel: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        attention_backend: str = "auto",
+    ):
+        super().__init__()
+        self.model, self.tp = model, grid.tp
+        self.first, self.last = first, last
+        self.sequence_parallel = sequence_parallel and grid.tp.size > 1
+        self.attention_backend = attention_backend
+        self.dtype = dtype
+
+        tied = model.tie_word_embeddings
+        replica = grid.tied if tied and not (first and last) else Axis("none")
+        embedding_shard = OutputShard.even("embedding.weight", model.vocab_size, grid.tp, replica)
+        if first or (last and tied):
+            embedding_weight = sharded_weight(model.hidden_size, [embedding_shard], dtype, device)
+        if first:
+            self.embedding = VocabParallelEmbedding(embedding_weight, embedding_shard.start, grid.tp)
+        partial = self.sequence_parallel
+        self.layers = nn.ModuleList(DecoderLayer(model, index, grid, partial, dtype, device) for index in layers)
+        if last:
+            self.final_norm = RMSNorm("final_norm.weight", model.hidden_size, model.rms_norm_eps, grid.tp, partial, dtype, device)
+            self.head_shard = OutputShard.even("head.weight", model.vocab_size, grid.tp)
+            head_weight = embedding_weight if tied else sharded_weight(model.hidden_size, [self.head_shard], dtype, device)
+            self.head = ColumnParallelLinear(head_weight, grid.tp)
+        frequencies = rope_frequencies(model.head_dim, model.rope_theta, model.rope_scaling, stat_dtype(dtype))
+        self.frequencies_P = frequencies.to(device)
+
+    def forward(
+        self, x: Tensor | None, batch: Batch, cache: KeyValueCache | None = None, sequence_parallel: bool | None = None
+    ) -> Tensor:
+        """Hidden states [S, H] (or [T, H] without sequence parallelism) from those of the stage before; None on the first."""
+        cos, sin = rope_tables(batch.positions_T, self.frequencies_P)
+        if sequence_parallel is None:
+            sequence_parallel = self.sequence_parallel
+        context = ForwardContext(cos, sin, batch.cu_seqlens, sequence_parallel, self.attention_backend, cache)
+        if self.first:
+            x = self.embedding(batch.tokens_T, sequence_parallel)
+        assert x is not None
+        for layer in self.layers:
+            x = layer(x, context)
+        return self.final_norm(x) if self.last else x
+
+    def logits(self, hidden: Tensor, sequence_parallel: bool | None = None) -> Tensor:
+        """[S or T, H] -> this rank's slice of the logits, [T, V]; columns beyond the true vocabulary are padding."""
+        return self.head(hidden, self.sequence_parallel if sequence_parallel is None else sequence_parallel)
+
+    def loss(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Sum over the micro-batch of weight * cross-entropy: a scalar in `stat_dtype`, equal on all tp ranks.
+
+        The sum is not normalized: one over the sum of weights of the *global* batch is applied at the update, so the
+        result does not depend on how rows fall into micro-batches and ranks.
+        """
+        shard = self.head_shard
+        return vocab_parallel_cross_entropy(
+            self.logits(hidden), batch.labels_T, batch.weights_T, shard.start, shard.stop, self.tp
+        )

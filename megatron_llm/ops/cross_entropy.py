@@ -1,0 +1,63 @@
+"""Softmax cross-entropy on one rank's slice of the vocabulary, as statistics that combine across ranks.
+
+loss = log(sum_v exp(z_v)) - z_label. Each rank contributes the maximum, the sum of exponentials below a common maximum
+and the label's logit if it owns the label; `parallel/loss.py` combines them and calls the backward.
+
+Work is done in chunks of tokens that stay in cache, in `stat_dtype`; the logits themselves keep the compute dtype and
+are overwritten by their gradient: no second [T, V] tensor exists.
+
+Shape suffixes: T tokens, V local vocabulary (padding columns already cut off).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_llm.ops.dtypes import stat_dtype
+
+_CHUNK_ELEMENTS = 1 << 20
+
+
+def _chunks(logits_TV: Tensor) -> range:
+    return range(0, logits_TV.shape[0], max(1, _CHUNK_ELEMENTS // max(1, logits_TV.shape[1])))
+
+
+def local_statistics(logits_TV: Tensor, local_labels_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(max, sum of exp(z - max), label logit), each [T] in `stat_dtype`.
+
+    local_labels_T: label minus the first id of this slice; outside [0, V) the label logit is 0. An empty slice (V = 0)
+    gives max = -inf and sum = 0.
+    """
+    tokens, vocab = logits_TV.shape
+    wide = stat_dtype(logits_TV.dtype)
+    maximum_T = torch.full((tokens,), -torch.inf, dtype=wide, device=logits_TV.device)
+    total_T = torch.zeros(tokens, dtype=wide, device=logits_TV.device)
+    target_T = torch.zeros(tokens, dtype=wide, device=logits_TV.device)
+    if vocab == 0:
+        return maximum_T, total_T, target_T
+    step = _chunks(logits_TV)
+    for start in step:
+        rows = slice(start, start + step.step)
+        chunk = logits_TV[rows].to(wide)
+        torch.amax(chunk, dim=1, out=maximum_T[rows])
+        torch.sum((chunk - maximum_T[rows, None]).exp_(), dim=1, out=total_T[rows])
+    own_T = (local_labels_T >= 0) & (local_labels_T < vocab)
+    picked_T = logits_TV.gather(1, local_labels_T.clamp(0, vocab - 1)[:, None]).squeeze(1)
+    return maximum_T, total_T, torch.where(own_T, picked_T.to(wide), target_T)
+
+
+def logits_gradient_(logits_TV: Tensor, local_labels_T: Tensor, log_sum_exp_T: Tensor, scale_T: Tensor) -> None:
+    """Overwrite logits by scale * (softmax - onehot(label)), the gradient of sum over tokens of scale * loss."""
+    vocab = logits_TV.shape[1]
+    if vocab == 0:
+        return
+    wide = log_sum_exp_T.dtype
+    own_T = ((local_labels_T >= 0) & (local_labels_T < vocab)).to(wide)
+    index_T1 = local_labels_T.clamp(0, vocab - 1)[:, None]
+    step = _chunks(logits_TV)
+    for start in step:
+        rows = slice(start, start + step.step)
+        chunk = logits_TV[rows].to(wide).sub_(log_sum_exp_T[rows, None]).exp_()
+        chunk.scatter_add_(1, index_T1[rows], -own_T[rows, None])
+        logits_TV[rows] = chunk.mul_(scale_T[rows, None]).to(logits_TV.dtype)

@@ -1,0 +1,56 @@
+"""Token embedding with the vocabulary cut over the tensor-parallel axis. Called by `models/decoder.py`.
+
+Each rank looks up the ids that it owns and contributes zeros for the others; the sum over ranks is the embedding.
+The gradient goes to the rows that were looked up, without a dense [V, H] tensor per micro-batch.
+
+Shape suffixes: T tokens, V vocabulary rows held here (padded), H hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_llm.parallel.collectives import reduce_from, scatter_sum
+from megatron_llm.parallel.grid import Axis
+from megatron_llm.parallel.shard import ShardSpec
+from megatron_llm.parallel.weight_grad import embedding_weight_gradient
+
+
+class VocabParallelEmbedding(nn.Module):
+    """[T] ids -> [T, H], or this rank's [T / tp, H] tokens when sequence parallel.
+
+    `weight` and its spec are made by the caller, because a tied head shares them; `start` is the first id held here.
+    """
+
+    def __init__(self, weight_VH: nn.Parameter, start: int, tp: Axis):
+        super().__init__()
+        assert isinstance(getattr(weight_VH, "shard", None), ShardSpec)
+        self.weight, self.start, self.tp = weight_VH, start, tp
+
+    def forward(self, ids_T: Tensor, sequence_parallel: bool) -> Tensor:
+        partial_TH = _Lookup.apply(ids_T, self.weight, self.start, self.tp.size > 1)
+        return scatter_sum(partial_TH, self.tp) if sequence_parallel else reduce_from(partial_TH, self.tp)
+
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ids_T: Tensor, weight_VH: Tensor, start: int, partial: bool) -> Tensor:
+        rows_T = ids_T - start
+        if not partial:
+            ctx.save_for_backward(rows_T, weight_VH)
+            return weight_VH[rows_T]
+        absent_T = (rows_T < 0) | (rows_T >= weight_VH.shape[0])
+        rows_T = rows_T.masked_fill(absent_T, 0)
+        ctx.save_for_backward(rows_T, weight_VH, absent_T)
+        return weight_VH[rows_T].masked_fill(absent_T[:, None], 0)
+
+    @staticmethod
+    def backward(ctx: Any, dy_TH: Tensor) -> tuple[None, Tensor | None, None, None]:  # type: ignore[override]
+        rows_T, weight_VH, *absent = ctx.saved_tensors
+        if absent:
+            present_T = ~absent[0]
+            rows_T, dy_TH = rows_T[present_T], dy_TH[present_T]
+        return None, embedding_weight_gradient(weight_VH, rows_T, dy_TH), None, None

@@ -1,0 +1,85 @@
+"""Assembly: from a resolved config to an engine that can step, in one function, in one order.
+
+Called by `training/loop.py`, `benchmarks/` and the tests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_llm.config import Config
+from megatron_llm.models.decoder import DecoderStage
+from megatron_llm.models.split import layer_costs, split_layers
+from megatron_llm.optim.zero1 import ZeroOptimizer
+from megatron_llm.parallel.grid import Grid
+from megatron_llm.parallel.shard import TensorSource
+from megatron_llm.pipeline.check import check
+from megatron_llm.pipeline.runtime import PipelineRuntime
+from megatron_llm.pipeline.schedules import SCHEDULES, Schedule
+from megatron_llm.training.sources import FreshWeights
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What a rank needs to train: its stage, its optimizer, and the schedule that drives them."""
+
+    config: Config
+    grid: Grid
+    device: torch.device
+    stage: DecoderStage
+    optimizer: ZeroOptimizer
+    runtime: PipelineRuntime
+    schedule: Schedule
+
+    @property
+    def microbatches(self) -> int:
+        """Micro-batches of one model replica in a step."""
+        return self.schedule.microbatches
+
+
+def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """The dtype of weights and activations; `auto` is bfloat16 on a GPU and float32 on a CPU."""
+    name = config.precision.compute
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    return DTYPES[name]
+
+
+def build_stage(config: Config, grid: Grid, device: torch.device) -> DecoderStage:
+    """This rank's pipeline stage, with zero weights."""
+    model = config.model
+    costs = layer_costs(model, config.training.sequence_length)
+    layers = split_layers(model.num_hidden_layers, grid.pp.size, *costs)
+    return DecoderStage(
+        model,
+        grid,
+        layers[grid.pp.rank],
+        first=grid.pp.first,
+        last=grid.pp.last,
+        sequence_parallel=config.parallel.sequence_parallel,
+        dtype=compute_dtype(config, device),
+        device=device,
+        attention_backend=config.kernels.attention,
+    )
+
+
+def build_engine(config: Config, grid: Grid, device: torch.device, weights: TensorSource | None = None) -> Engine:
+    """Assemble this rank's engine. Collective over the grid.
+
+    weights: where they come from; None makes fresh ones from the seed. (A checkpoint is loaded by the loop afterwards,
+    because it also holds moments and the state of the run.)
+    """
+    parallel, training = config.parallel, config.training
+    stage = build_stage(config, grid, device)
+    optimizer = ZeroOptimizer(list(stage.parameters()), grid, config.optimizer, parallel.bucket_size)
+    optimizer.load("weights", weights or FreshWeights(training.seed, config.model.initializer_range))
+    tokens = training.micro_batch_size * training.sequence_length // (grid.tp.size if stage.sequence_parallel else 1)
+    runtime = PipelineRuntime(grid, (tokens, config.model.hidden_size), stage.dtype, device)
+    microbatches = training.global_batch_size // (training.micro_batch_size * grid.dp.size)
+    schedule = SCHEDULES[parallel.pipeline_schedule](grid.pp.size, microbatches)
+    check(schedule)
+    return Engine(config, grid, device, stage, optimizer, runtime, schedule)

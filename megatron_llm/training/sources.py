@@ -1,0 +1,44 @@
+"""Fresh weights as a `TensorSource`, the sibling of a Hugging Face folder and a checkpoint. Called by `training/build.py`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from megatron_llm.ops.random import normal, stream_key
+from megatron_llm.parallel.shard import Box, Part
+
+_CHUNK_ELEMENTS = 1 << 20
+
+
+class FreshWeights:
+    """Normal weights with a standard deviation, ones for norms; a function of (seed, name, logical index) alone.
+
+    So a model starts from the same weights in every layout, and no rank makes more than it holds.
+    """
+
+    def __init__(self, seed: int, standard_deviation: float):
+        self.seed, self.standard_deviation = seed, standard_deviation
+
+    def read(self, part: Part, box: Box) -> Tensor:
+        """float64 values of a box of the logical tensor."""
+        if part.init == "ones":
+            return torch.ones(box.shape, dtype=torch.float64)
+        key = stream_key(self.seed, "init", part.name)
+        values = torch.empty(box.numel, dtype=torch.float64)
+        for start in range(0, box.numel, _CHUNK_ELEMENTS):
+            flat = torch.arange(start, min(start + _CHUNK_ELEMENTS, box.numel))
+            values[start : start + flat.numel()] = normal(key, _logical_index(flat, box, part.shape))
+        return values.mul_(self.standard_deviation).view(box.shape)
+
+
+def _logical_index(flat: Tensor, box: Box, shape: tuple[int, ...]) -> Tensor:
+    """Row-major index in a tensor of `shape` of the elements number `flat` of a box of it."""
+    index = torch.zeros_like(flat)
+    for dim in range(len(shape)):
+        inner = math.prod(box.shape[dim + 1 :])
+        coordinate = (flat // inner) % box.shape[dim] + box.offset[dim]
+        index = index * shape[dim] + coordinate
+    return index

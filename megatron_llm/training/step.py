@@ -1,0 +1,125 @@
+"""One optimizer step, and one evaluation: the heart of the engine. Called by `training/loop.py`.
+
+    for every micro-batch: forward, backward of the *unnormalized* weighted sum of token losses      (pipeline runtime)
+    reduce-scatter gradients, add replicas' partial ones                                             (optim/zero1.py)
+    one all-reduce of (squared norm, loss sum, weight sum, stop flag)
+    scale = clip / weight sum;  update;  all-gather weights
+
+Because the division by the sum of weights happens once, at the end, and over the global batch, nothing depends on how
+rows fall into micro-batches and ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_llm.data.stream import TokenStream
+from megatron_llm.ops.dtypes import stat_dtype
+from megatron_llm.optim.lr_schedule import learning_rate
+from megatron_llm.parallel.collectives import all_reduce
+from megatron_llm.pipeline.schedules import Schedule, forward_only
+from megatron_llm.training.build import Engine
+
+
+@dataclass
+class RunState:
+    """What a checkpoint keeps besides tensors; data order and learning rates are computed from it.
+
+    Attributes:
+        step: steps taken; updates: those of them that changed the weights; rows: rows consumed; tokens: rows' tokens.
+    """
+
+    step: int = 0
+    updates: int = 0
+    rows: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Attributes:
+    loss: mean loss per weighted token of the global batch; nan if nothing carried weight.
+    grad_norm: norm of the gradient of that mean, before clipping.
+    lr: learning rate used. skipped: the weights were left alone (no weighted token, or a number that is not finite).
+    stop: some rank was asked to stop.
+    """
+
+    loss: float
+    grad_norm: float
+    lr: float
+    skipped: bool
+    stop: bool
+
+
+def train_step(engine: Engine, stream: TokenStream, state: RunState, stop: bool = False) -> StepResult:
+    """Train on the next global batch and advance `state`. Every rank calls it and gets the same result.
+
+    stop: this rank was asked to stop; the flag travels with the loss, so that all ranks learn of it in the same step.
+    """
+    config = engine.config
+    rows = range(state.rows, state.rows + config.training.global_batch_size)
+    engine.optimizer.zero_gradients()
+    sums = _run_microbatches(engine, engine.schedule, stream, rows)
+    squares = engine.optimizer.reduce_gradients()
+    flag = torch.tensor(float(stop), dtype=sums.dtype, device=sums.device)
+    totals = all_reduce(torch.cat((sums, torch.stack((squares.to(sums.dtype), flag)))), engine.grid.world).tolist()
+    loss_sum, weight_sum, square_sum, stops = totals
+
+    norm = math.sqrt(square_sum) / weight_sum if weight_sum and square_sum >= 0 else math.nan
+    skipped = not (math.isfinite(norm) and math.isfinite(loss_sum))
+    lr = learning_rate(state.updates + 1, config.optimizer.lr, config.lr_schedule, config.training.steps)
+    if not skipped:
+        state.updates += 1
+        clip = config.optimizer.grad_clip
+        coefficient = min(1.0, clip / norm) if clip and norm else 1.0
+        engine.optimizer.update(state.updates, lr, coefficient / weight_sum)
+    state.step += 1
+    state.rows = rows.stop
+    state.tokens += len(rows) * config.training.sequence_length
+    return StepResult(loss_sum / weight_sum if weight_sum else math.nan, norm, lr, skipped, bool(stops))
+
+
+@torch.no_grad()
+def evaluate(engine: Engine, stream: TokenStream) -> tuple[float, float]:
+    """(loss sum, weight sum) over the first `eval_rows` rows of a validation set, or all if it has fewer.
+
+    Rows are dealt to ranks like training rows; fill rows, which weigh nothing, complete the last micro-batches.
+    """
+    training = engine.config.training
+    rows: list[int | None] = list(range(min(training.eval_rows, stream.rows_per_epoch)))
+    round_of_rows = training.micro_batch_size * engine.grid.dp.size
+    rows += [None] * (-len(rows) % round_of_rows)
+    schedule = forward_only(engine.grid.pp.size, len(rows) // round_of_rows)
+    sums = all_reduce(_run_microbatches(engine, schedule, stream, rows), engine.grid.world)
+    loss_sum, weight_sum = sums.tolist()
+    return loss_sum, weight_sum
+
+
+def _run_microbatches(engine: Engine, schedule: Schedule, stream: TokenStream, rows: Sequence[int | None]) -> Tensor:
+    """Send the rows of a global batch that belong to this replica through the pipeline.
+
+    Returns this rank's share of (loss sum, weight sum): [2] in `stat_dtype`; the first tp rank of each last stage
+    contributes, the others hold zeros. Every rank builds its batches from row numbers: nothing is broadcast.
+    """
+    stage, grid = engine.stage, engine.grid
+    size = engine.config.training.micro_batch_size
+    sums = torch.zeros(2, dtype=stat_dtype(stage.dtype), device=engine.device)
+
+    def forward(_: int, microbatch: int, x: Tensor | None) -> Tensor:
+        first = (microbatch * grid.dp.size + grid.dp.rank) * size
+        batch = stream.batch(rows[first : first + size]).to(engine.device)
+        hidden = stage(x, batch)
+        if not stage.last:
+            return hidden
+        loss = stage.loss(hidden, batch)
+        if grid.tp.first:
+            sums.add_(torch.stack((loss.detach(), batch.weights_T.sum().to(sums.dtype))))
+        return loss
+
+    engine.runtime.run(schedule, forward)
+    return sums

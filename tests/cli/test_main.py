@@ -1,0 +1,146 @@
+"""The command line as a user meets it: fast help without torch, one message for a mistake, exit codes."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+import yaml
+
+from megatron_llm.cli import main as cli
+from megatron_llm.config import Config
+from tests.ranks import run_ranks
+
+SCRIPT = str(Path(sys.executable).parent / "megatron-llm")
+
+CONFIG = """
+model: {vocab_size: 64, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 2, num_attention_heads: 4}
+data: {kind: synthetic}
+training: {sequence_length: 16, global_batch_size: 4, steps: 2}
+optimizer: {lr: 1e-3}
+"""
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> str:
+    path = tmp_path / "run.yaml"
+    path.write_text(CONFIG)
+    return str(path)
+
+
+def _run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, **environment})
+
+
+def test_help_lists_every_command_in_half_a_second() -> None:
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        result = _run([SCRIPT, "--help"])
+        seconds.append(time.perf_counter() - start)
+        assert result.returncode == 0, result.stderr
+    assert all(f"    {name} " in result.stdout for name in cli.COMMANDS)
+    assert statistics.median(seconds) < 0.5, f"--help took {seconds} s"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in cli.COMMANDS), ["config", "schema"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys\n"
+        "from megatron_llm.cli.main import main\n"
+        f"try: main({arguments!r})\n"
+        "except SystemExit as error: assert error.code == 0\n"
+        "heavy = {'torch', 'numpy', 'transformers', 'tokenizers', 'safetensors'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    result = _run([sys.executable, "-c", code])
+    assert result.returncode == 0, result.stderr
+
+
+def test_module_and_script_are_the_same_program(config_file: str) -> None:
+    script = _run([SCRIPT, "config", "show", config_file])
+    module = _run([sys.executable, "-m", "megatron_llm", "config", "show", config_file])
+    assert script.returncode == module.returncode == 0
+    assert script.stdout == module.stdout != ""
+
+
+def test_every_command_module_has_the_three_parts() -> None:
+    for name in cli.COMMANDS:
+        module = importlib.import_module(f"megatron_llm.cli.{name.replace('-', '_')}")
+        assert module.HELP and callable(module.add_arguments) and callable(module.run), name
+
+
+@pytest.mark.parametrize("arguments", [[], ["no-such-command"], ["config"], ["config", "show"], ["config", "schema", "--nope"]])
+def test_usage_errors_exit_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    assert "usage: megatron-llm" in capsys.readouterr().err
+
+
+def test_show_prints_the_resolved_configuration(config_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["config", "show", config_file, "training.steps=7", "optimizer.betas=[0.8, 0.9]"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["training"]["steps"] == 7 and shown["optimizer"]["betas"] == [0.8, 0.9]
+    assert shown["model"]["head_dim"] == 4 and shown["model"]["num_key_value_heads"] == 4
+    assert Config.model_validate(shown).model_dump(mode="json") == shown
+
+
+def test_schema_describes_every_section(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["config", "schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert set(schema["properties"]) == set(Config.model_fields)
+    assert "hidden_size" in schema["$defs"]["ModelConfig"]["properties"]
+
+
+def test_user_mistake_is_one_message_and_exit_1(config_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["config", "show", config_file, "training.step=7", "optimizer.lr=-1"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("megatron-llm config: error: 2 problems")
+    assert "did you mean training.steps?" in captured.err and "optimizer.lr" in captured.err
+    assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize("arguments", [["--debug", "config"], ["config", "--debug"]])
+def test_debug_shows_the_traceback(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*arguments, "show", "missing.yaml"]) == 1
+    captured = capsys.readouterr()
+    assert "Traceback" in captured.err and "missing.yaml does not exist" in captured.err
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(args: object) -> int:
+        raise KeyError("planted")
+
+    monkeypatch.setattr("megatron_llm.cli.config.run", broken)
+    with pytest.raises(KeyError, match="planted"):
+        cli.main(["config", "schema"])
+
+
+@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("3", 0)])
+def test_under_a_launcher_rank_0_speaks(rank: str, lines: int) -> None:
+    result = _run([SCRIPT, "config", "show", "missing.yaml"], RANK=rank, WORLD_SIZE="4")
+    assert result.returncode == 1
+    assert result.stderr.count("error:") == lines
+
+
+def _reports(rank: str) -> tuple[bool, bool]:
+    os.environ["RANK"] = rank
+    try:
+        return dist.is_initialized(), cli._reports_errors()
+    finally:
+        del os.environ["RANK"]
+
+
+def test_every_rank_speaks_once_they_work_together() -> None:
+    assert run_ranks(1, _reports, "1") == [(False, False)]
+    assert run_ranks(2, _reports, "1") == [(True, True)] * 2

@@ -1,0 +1,58 @@
+"""Blends keep every prefix within a row of each source's share, and number each source's rows without gap."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_llm.data.blend import RESOLUTION, Blend, tijdeman
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=8))
+def test_every_prefix_is_within_one_row_of_its_share(counts: list[int]) -> None:
+    given_out = [0] * len(counts)
+    total = sum(counts)
+    limit = 1 - Fraction(1, max(2, 2 * len(counts) - 2))
+    for row, source in enumerate(tijdeman(counts), 1):
+        given_out[source] += 1
+        for count, out in zip(counts, given_out, strict=True):
+            assert abs(Fraction(count * row, total) - out) <= limit
+    assert given_out == counts
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=6))
+def test_rounded_weights_are_near_and_none_is_lost(weights: list[float]) -> None:
+    blend = Blend(weights)
+    assert blend.period <= RESOLUTION
+    for count, weight in zip(blend.counts, weights, strict=True):
+        assert count > 0
+        # Sources below 1/65536 are raised to it, at the cost of the others.
+        assert abs(count / blend.period - weight / sum(weights)) <= (len(weights) + 1) / RESOLUTION
+
+
+@settings(max_examples=20, deadline=None)
+@given(weights=st.lists(st.sampled_from([0.1, 0.25, 0.5, 1.0, 3.0]), min_size=1, max_size=4), start=st.integers(0, 200_000))
+def test_rows_of_a_source_are_numbered_without_gap(weights: list[float], start: int) -> None:
+    blend = Blend(weights)
+    following: dict[int, int] = {}
+    for row in range(start, start + 300):
+        source, within = blend(row)
+        assert within == following.get(source, within)
+        following[source] = within + 1
+        share = blend.counts[source] / blend.period
+        assert abs(within + 1 - share * (row + 1)) < 1
+
+
+def test_simple_shares_have_short_tables() -> None:
+    assert Blend([3.0, 3.0]).period == 2
+    assert Blend([0.75, 0.25]).counts == [3, 1]
+    assert [Blend([5.0])(row) for row in (0, 1, 10**12)] == [(0, 0), (0, 1), (0, 10**12)]
+
+
+def test_too_many_sources_are_refused() -> None:
+    with pytest.raises(ValueError, match="65537 sources"):
+        Blend([1.0] * (RESOLUTION + 1))

@@ -1,0 +1,158 @@
+"""Chat data against transformers: ids of `apply_chat_template`, and its mask of `{% generation %}` blocks as oracle for roles."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from megatron_llm.data.chat import preprocess_chat
+from megatron_llm.data.indexed import NOT_TRAINED, ROLE_MASK, IndexedDataset
+
+SYSTEM, USER, ASSISTANT, TOOL = 1, 2, 3, 4
+
+# A system message becomes part of the first user message, and there is no generation prompt (Llama 2).
+LLAMA2 = (
+    "{% if messages[0]['role'] == 'system' %}{% set system = '<<SYS>>' + messages[0]['content'] + '<</SYS>>' %}"
+    "{% set rest = messages[1:] %}{% else %}{% set system = '' %}{% set rest = messages %}{% endif %}"
+    "{% if not rest %}{{ raise_exception('no user message') }}{% endif %}"
+    "{% for m in rest %}{% if m['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + (system if loop.first else '') + m['content'] + ' [/INST]' }}"
+    "{% else %}{% generation %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
+)
+# The prompt opens a thought that finished replies do not have; replies are stripped.
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] | trim }}<|im_end|>{% endgeneration %}\n"
+    "{% else %}{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+# Only the last reply keeps its thought (Qwen 3): prefixes do not render as the beginning of the whole.
+LAST_THINKS = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def say(*turns: str) -> list[dict[str, Any]]:
+    """`say("u: hello", "a: hi")` as messages."""
+    names = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
+    return [{"role": names[turn[0]], "content": turn[3:]} for turn in turns]
+
+
+CONVERSATIONS = [
+    say("u: hello", "a: hello world"),
+    say("s: the world", "u: say é 😀", "a: 😀é\n\n", "u: again", "a: \n\nagain and again"),
+    say("u: <|im_end|>", "a: the user says <|im_end|> here", "u: x"),
+    say("u: a", "a: ", "u: b", "a: assistant\n"),
+]
+
+
+def write(path: Path, records: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def run(tmp_path: Path, tokenizer: Path, records: list[Any], **options: Any) -> tuple[Any, IndexedDataset]:
+    source = write(tmp_path / "chat.jsonl", records)
+    summary = preprocess_chat([source], tokenizer, tmp_path / "out", progress=False, **options)
+    return summary, IndexedDataset(tmp_path / "out")
+
+
+def document_roles(dataset: IndexedDataset, number: int) -> np.ndarray:
+    offsets = dataset.document_offsets()
+    assert dataset.roles is not None
+    return np.asarray(dataset.roles[offsets[number] : offsets[number + 1]])
+
+
+@pytest.mark.parametrize("template", [None, LLAMA2, THINKING], ids=["chatml", "llama2", "thinking"])
+def test_ids_and_replies_are_those_of_transformers(
+    tmp_path: Path, make_tokenizer: Callable[..., Path], template: str | None
+) -> None:
+    folder = make_tokenizer(chat_template=template) if template else make_tokenizer()
+    _, dataset = run(tmp_path, folder, [{"messages": messages} for messages in CONVERSATIONS])
+    reference = AutoTokenizer.from_pretrained(folder)
+    assert dataset.documents == len(CONVERSATIONS)
+    for number, messages in enumerate(CONVERSATIONS):
+        wanted = reference.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        assert dataset.document(number).tolist() == wanted["input_ids"]
+        assert (document_roles(dataset, number) == ASSISTANT).tolist() == [mask == 1 for mask in wanted["assistant_masks"]]
+
+
+def test_every_role_and_the_stop_token(tmp_path: Path, tokenizer_folder: Path) -> None:
+    messages = say("s: abc", "u: def", "a: ghi", "t: jkl", "a: mno")
+    messages[2]["train"] = False
+    _, dataset = run(tmp_path, tokenizer_folder, [{"messages": messages}])
+    ids, roles = dataset.document(0), document_roles(dataset, 0)
+    reference = AutoTokenizer.from_pretrained(tokenizer_folder)
+
+    def text(of: np.ndarray) -> str:
+        return reference.decode(ids[of].tolist())
+
+    assert text(roles == SYSTEM) == "<|im_start|>system\nabc<|im_end|>\n"
+    assert text(roles == USER) == "<|im_start|>user\ndef<|im_end|>\n"
+    assert text(roles == ASSISTANT | NOT_TRAINED) == "ghi<|im_end|>"
+    assert text((roles & ROLE_MASK) == TOOL).startswith("<|im_start|>tool\njkl<|im_end|>\n")
+    assert text(roles == ASSISTANT) == "mno<|im_end|>"
+    assert dataset.meta is not None
+    assert dataset.meta.kind == "chat"
+    assert dataset.meta.eod_id is None
+
+
+def test_a_merged_system_message_counts_as_the_users(tmp_path: Path, make_tokenizer: Callable[..., Path]) -> None:
+    folder = make_tokenizer(chat_template=LLAMA2)
+    _, dataset = run(tmp_path, folder, [{"messages": say("s: sys", "u: ask", "a: reply")}])
+    roles = document_roles(dataset, 0)
+    reference = AutoTokenizer.from_pretrained(folder)
+    assert reference.decode(dataset.document(0)[roles == USER].tolist()) == "<s>[INST] <<SYS>>sys<</SYS>>ask [/INST]"
+    assert set(roles.tolist()) == {USER, ASSISTANT}
+
+
+def test_templates_that_rewrite_earlier_replies_are_refused(tmp_path: Path, make_tokenizer: Callable[..., Path]) -> None:
+    folder = make_tokenizer(chat_template=LAST_THINKS)
+    short, long = say("u: a", "a: b"), say("u: a", "a: b", "u: c", "a: d")
+    summary, dataset = run(tmp_path, folder, [{"messages": short}, {"messages": long}])
+    assert dataset.documents == 1
+    assert "chat.jsonl:2: the chat template changes a reply" in str(summary)
+
+
+BAD = [
+    ({"messages": say("u: a")}, "no assistant token"),
+    ({"messages": []}, "no list 'messages'"),
+    ({"conversations": []}, "no list 'messages'"),
+    ({"messages": ["a"]}, "a message is not a JSON object"),
+    ({"messages": [{"role": "human", "content": "a"}]}, "unknown role 'human'"),
+    ({"messages": [{"role": ["user"], "content": "a"}]}, "unknown role"),
+    ({"messages": [{"role": "none", "content": "a"}]}, "unknown role 'none'"),
+    ({"messages": [{"role": "user", "content": 3}]}, "content of a message of role 'user' is not a string"),
+    ({"messages": [{"role": "user", "content": "\ud800"}, *say("a: b")]}, "half a surrogate pair"),
+    ([], "not a JSON object"),
+]
+
+
+def test_bad_records_are_counted_named_and_refused_by_strict(tmp_path: Path, tokenizer_folder: Path) -> None:
+    good = {"messages": CONVERSATIONS[0]}
+    summary, dataset = run(tmp_path, tokenizer_folder, [good, *(record for record, _ in BAD), good])
+    assert dataset.documents == 2
+    assert summary.skipped.total() == len(BAD)
+    for line, (_, reason) in enumerate(BAD, 2):
+        assert any(f"chat.jsonl:{line}: " in example and reason in example for example in summary.examples), reason
+    with pytest.raises(ValueError, match=r"chat\.jsonl:2: no assistant token"):
+        run(tmp_path, tokenizer_folder, [good, BAD[0][0]], strict=True)
+
+
+def test_a_tokenizer_without_template_is_refused(tmp_path: Path, make_tokenizer: Callable[..., Path]) -> None:
+    with pytest.raises(ValueError, match="has no chat template"):
+        run(tmp_path, make_tokenizer(chat_template=None), [{"messages": CONVERSATIONS[0]}])
+
+
+def test_template_errors_are_refused(tmp_path: Path, make_tokenizer: Callable[..., Path]) -> None:
+    folder = make_tokenizer(chat_template="{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(ValueError, match="the chat template refuses it: roles must alternate"):
+        run(tmp_path, folder, [{"messages": CONVERSATIONS[0]}], strict=True)

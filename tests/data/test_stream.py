@@ -1,0 +1,342 @@
+"""Streams against brute force. Token ids of the test data are their own places, so a batch says where each token came from."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_llm.config import Config, parse_config
+from megatron_llm.data.indexed import NOT_TRAINED, DatasetMeta, IndexedDataset, IndexedWriter
+from megatron_llm.data.stream import TokenStream, build_train_stream, build_valid_streams, check_data
+from megatron_llm.ops.batch import Batch
+
+META = DatasetMeta(kind="pretrain", tokenizer="tok", tokenizer_fingerprint="f" * 64, vocab_size=100_000)
+USER, ASSISTANT = 2, 3
+
+
+def make_config(length: int = 8, vocab_size: int = 100_000, training: dict[str, Any] | None = None, **data: Any) -> Config:
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    return parse_config(
+        {
+            "model": {"vocab_size": vocab_size, **shape},
+            "training": {"sequence_length": length, "global_batch_size": 2, "steps": 1, "seed": 5, **(training or {})},
+            "optimizer": {"lr": 1.0},
+            "data": data,
+        }
+    )
+
+
+def write_pretrain(prefix: Path, lengths: list[int], first: int = 0, meta: DatasetMeta | None = META) -> str:
+    """Documents of `lengths`; ids count up from `first`."""
+    with IndexedWriter(prefix, np.int32, meta) as writer:
+        for length in lengths:
+            writer.add_document(np.arange(first, first + length))
+            first += length
+    return str(prefix)
+
+
+def write_chat(prefix: Path, lengths: list[int], first: int = 0) -> tuple[str, np.ndarray]:
+    """Conversations with random role bytes. Returns the prefix and the role byte of every token."""
+    rng = np.random.default_rng(3)
+    roles = rng.choice([0, USER, ASSISTANT, ASSISTANT, ASSISTANT | NOT_TRAINED], sum(lengths)).astype(np.uint8)
+    at = 0
+    with IndexedWriter(prefix, np.int32, META, roles=True) as writer:
+        for length in lengths:
+            writer.add_document(np.arange(first + at, first + at + length), roles[at : at + length])
+            at += length
+    return str(prefix), roles
+
+
+def segments(batch: Batch) -> list[slice]:
+    return [slice(a, b) for a, b in itertools.pairwise(batch.cu_seqlens)]
+
+
+def assert_well_formed(batch: Batch, rows: int, length: int) -> None:
+    total = rows * length
+    for tensor, dtype in (
+        (batch.tokens_T, torch.int64),
+        (batch.labels_T, torch.int64),
+        (batch.weights_T, torch.float32),
+        (batch.positions_T, torch.int64),
+    ):
+        assert tensor.shape == (total,)
+        assert tensor.dtype == dtype
+    assert batch.cu_seqlens[0] == 0
+    assert batch.cu_seqlens[-1] == total
+    assert all(a < b for a, b in itertools.pairwise(batch.cu_seqlens))
+    assert set(range(0, total, length)) <= set(batch.cu_seqlens)
+    expected = [position for part in segments(batch) for position in range(part.stop - part.start)]
+    assert batch.positions_T.tolist() == expected
+
+
+DOCUMENTS = [5, 1, 1, 9, 20, 3, 8, 8, 2, 7, 30, 4]  # 98 tokens: 12 rows of 8, one token over
+
+
+@pytest.mark.parametrize("order", ["shuffled", "file"])
+def test_pretraining_windows(tmp_path: Path, order: str) -> None:
+    total, length = sum(DOCUMENTS), 8
+    starts = {sum(DOCUMENTS[:i]) for i in range(len(DOCUMENTS))}
+    path = write_pretrain(tmp_path / "a", DOCUMENTS)
+    stream = build_train_stream(make_config(length, train=[{"path": path}], order=order))
+    assert stream.rows_per_epoch == (total - 1) // length == 12
+    predicted_ever = set()
+    firsts = []
+    for epoch in range(8):
+        rows = list(range(epoch * 12, epoch * 12 + 12))
+        batch = stream.batch(rows)
+        assert_well_formed(batch, 12, length)
+        tokens, labels, weights = batch.tokens_T.tolist(), batch.labels_T.tolist(), batch.weights_T.tolist()
+        assert labels == [(token + 1) % total for token in tokens]
+        assert weights == [0.0 if label in starts else 1.0 for label in labels]
+        assert batch.cu_seqlens[:-1] == tuple(i for i, token in enumerate(tokens) if token in starts or i % length == 0)
+        assert len(set(labels)) == len(labels)  # nothing twice in one epoch
+        predicted_ever |= set(labels)
+        firsts.append(tuple(tokens[::length]))
+        left_over = set(range(total)) - set(labels)
+        assert len(left_over) == 2
+    assert predicted_ever == set(range(total))  # nothing is left out for ever
+    assert len(set(firsts)) == 8  # all epochs differ
+    assert {min(first) % 8 for first in firsts} == set(range(8))
+    in_file_order = firsts[0] == tuple(range(0, 96, 8))
+    assert in_file_order == (order == "file")
+    assert sorted(firsts[0]) == list(range(0, 96, 8))
+
+
+def test_without_isolation_a_row_is_one_document(tmp_path: Path) -> None:
+    path = write_pretrain(tmp_path / "a", DOCUMENTS)
+    stream = build_train_stream(make_config(train=[{"path": path}], training={"document_isolation": False}))
+    batch = stream.batch([0, 1, 2])
+    assert_well_formed(batch, 3, 8)
+    assert batch.cu_seqlens == (0, 8, 16, 24)
+    assert batch.weights_T.tolist() == [1.0] * 24
+
+
+def test_a_batch_is_its_rows_and_none_is_a_fill_row(tmp_path: Path) -> None:
+    """The same row is the same wherever it stands, in a stream built again too."""
+    path = write_pretrain(tmp_path / "a", DOCUMENTS)
+    config = make_config(train=[{"path": path}])
+    batch = build_train_stream(config).batch([40, None, 3])
+    assert_well_formed(batch, 3, 8)
+    for place, row in ((0, 40), (2, 3)):
+        alone = build_train_stream(config).batch([row])
+        part = slice(place * 8, place * 8 + 8)
+        for name in ("tokens_T", "labels_T", "weights_T", "positions_T"):
+            assert torch.equal(getattr(batch, name)[part], getattr(alone, name))
+    assert batch.weights_T[8:16].tolist() == [0.0] * 8
+
+
+def test_no_token_is_read_at_the_start_with_a_meta_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def scan(self: IndexedDataset) -> int:
+        raise AssertionError("scanned")
+
+    monkeypatch.setattr(IndexedDataset, "scan_max_token_id", scan)
+    assert check_data(make_config(train=[{"path": write_pretrain(tmp_path / "a", DOCUMENTS)}])) == []
+    with pytest.raises(AssertionError, match="scanned"):
+        check_data(make_config(train=[{"path": write_pretrain(tmp_path / "b", DOCUMENTS, meta=None)}]))
+
+
+def test_sources_are_blended_by_weight_and_keep_their_own_epochs(tmp_path: Path) -> None:
+    a = write_pretrain(tmp_path / "a", [40])  # 4 rows
+    b = write_pretrain(tmp_path / "b", [90], first=1000)  # 11 rows
+    stream = build_train_stream(make_config(train=[{"path": a, "weight": 1}, {"path": b, "weight": 3}]))
+    assert stream.rows_per_epoch == 4 + 11
+    from_a = 0
+    rows_of_a, rows_of_b = [], []
+    for row in range(44):
+        first = int(stream.batch([row]).tokens_T[0])
+        (rows_of_b if first >= 1000 else rows_of_a).append(first)
+        from_a += first < 1000
+        assert abs(from_a - 0.25 * (row + 1)) < 1
+    assert sorted(rows_of_a[:4]) == [0, 8, 16, 24]
+    assert sorted(rows_of_b[:11]) == list(range(1000, 1088, 8))
+    assert len(stream.summary) == 2
+    assert "25.00%" in stream.summary[0]
+
+
+CONVERSATIONS = [5, 16, 3, 9, 9, 9, 1, 12, 7, 7, 2, 16, 4]
+
+
+@pytest.mark.parametrize("packing", ["auto", "best_fit", "in_order", "none"])
+@pytest.mark.parametrize("train_on", ["assistant", "all"])
+def test_chat_rows(tmp_path: Path, packing: str, train_on: str) -> None:
+    length = 16
+    path, roles = write_chat(tmp_path / "a", CONVERSATIONS, first=1)  # id 0 fills rows
+    starts = [1 + sum(CONVERSATIONS[:i]) for i in range(len(CONVERSATIONS))]
+    config = make_config(length, kind="chat", train=[{"path": path}], packing=packing, train_on=train_on)
+    assert check_data(config) == []
+    stream = build_train_stream(config)
+    for epoch in range(3):
+        rows = range(epoch * stream.rows_per_epoch, (epoch + 1) * stream.rows_per_epoch)
+        batch = stream.batch(list(rows))
+        assert_well_formed(batch, len(rows), length)
+        seen = []
+        for part in segments(batch):
+            tokens, weights = batch.tokens_T[part].tolist(), batch.weights_T[part].tolist()
+            if tokens[0] == 0:  # what is left of the row
+                assert part.stop % length == 0
+                assert tokens == [0] * len(tokens)
+                assert weights == [0.0] * len(tokens)
+                continue
+            count = CONVERSATIONS[starts.index(tokens[0])]
+            assert tokens == list(range(tokens[0], tokens[0] + count))
+            assert batch.labels_T[part].tolist()[:-1] == tokens[1:]
+            wanted = [1.0 if train_on == "all" or roles[token - 1] == ASSISTANT else 0.0 for token in tokens[1:]]
+            assert weights == [*wanted, 0.0]
+            seen.append(tokens[0])
+        assert sorted(seen) == starts
+    if packing == "none":
+        assert stream.rows_per_epoch == len(CONVERSATIONS)
+
+
+def test_chat_epochs_visit_rows_in_different_orders(tmp_path: Path) -> None:
+    path, _ = write_chat(tmp_path / "a", [10] * 40, first=1)
+    stream = build_train_stream(make_config(16, kind="chat", train=[{"path": path}]))
+    orders = [stream.batch(list(range(epoch * 40, epoch * 40 + 40))).tokens_T[::16].tolist() for epoch in range(3)]
+    assert sorted(orders[0]) == sorted(orders[1]) == sorted(orders[2]) == list(range(1, 401, 10))
+    assert orders[0] != orders[1] != orders[2]
+    ordered = build_train_stream(make_config(16, kind="chat", train=[{"path": path}], order="file", packing="in_order"))
+    assert ordered.batch(list(range(40))).tokens_T[::16].tolist() == list(range(1, 401, 10))
+
+
+def test_overlong_conversations(tmp_path: Path) -> None:
+    path, roles = write_chat(tmp_path / "a", [3, 20, 6, 17], first=1)
+
+    def config(overlong: str) -> Config:
+        return make_config(
+            16, kind="chat", train=[{"path": path}], overlong=overlong, train_on="all", packing="none", order="file"
+        )
+
+    (problem,) = check_data(config("error"))
+    assert "record 1 (counted from 0) has 20 tokens" in problem
+    assert "2 of 4 records" in problem
+    with pytest.raises(ValueError, match="record 1"):
+        build_train_stream(config("error"))
+    dropped = build_train_stream(config("drop"))
+    assert dropped.rows_per_epoch == 2
+    assert "2 longer than 16 tokens dropped" in dropped.summary[0]
+    assert dropped.batch([0, 1]).tokens_T[::16].tolist() == [1, 24]
+    cut = build_train_stream(config("truncate"))
+    assert cut.rows_per_epoch == 4
+    assert "2 longer than 16 tokens cut" in cut.summary[0]
+    batch = cut.batch([1])
+    assert batch.tokens_T.tolist() == list(range(4, 20))
+    assert batch.weights_T.tolist() == [1.0] * 15 + [0.0]
+
+
+def test_validation_is_in_file_order_ends_and_weighs_replies_only(tmp_path: Path) -> None:
+    path, roles = write_chat(tmp_path / "a", [16, 16, 16])
+    config = make_config(16, kind="chat", train=[{"path": path}], valid=[{"path": path, "name": "held out"}], train_on="all")
+    (stream,) = build_valid_streams(config).values()
+    assert list(build_valid_streams(config)) == ["held out"]
+    assert stream.rows_per_epoch == 3
+    weights = stream.batch([0, 1, 2]).weights_T
+    assert weights.sum() == sum(roles[i] == ASSISTANT for i in range(48) if i % 16)
+    with pytest.raises(ValueError, match="row 3 of a stream of 3"):
+        stream.batch([3])
+
+    pretrain = write_pretrain(tmp_path / "b", DOCUMENTS)
+    (stream,) = build_valid_streams(make_config(train=[{"path": pretrain}], valid=[{"path": pretrain}])).values()
+    assert stream.batch(list(range(stream.rows_per_epoch))).tokens_T.tolist() == list(range(96))
+
+
+def synthetic(length: int = 32, vocab_size: int = 50, **training: Any) -> Config:
+    return make_config(length, vocab_size, training, kind="synthetic")
+
+
+def test_synthetic_rows() -> None:
+    stream = build_train_stream(synthetic())
+    batch = stream.batch(list(range(400)))
+    assert_well_formed(batch, 400, 32)
+    documents = Counter(start // 32 for start in batch.cu_seqlens[:-1])
+    assert set(documents.values()) == {1, 2, 3, 4}
+    tokens, labels, weights = batch.tokens_T.tolist(), batch.labels_T.tolist(), batch.weights_T.tolist()
+    for part in segments(batch):
+        assert labels[part][:-1] == tokens[part][1:]
+        assert weights[part.stop - 1] == 0
+    inner = [weights[i] for part in segments(batch) for i in range(part.start, part.stop - 1)]
+    assert 0.73 < sum(inner) / len(inner) < 0.77
+    assert len({sum(weights[i : i + 32]) for i in range(0, len(weights), 32)}) > 5
+    counts = np.bincount(tokens, minlength=50)
+    assert len(counts) == 50
+    assert ((counts - 256) ** 2 / 256).sum() < 110  # chi-square, 49 degrees of freedom, beyond the 0.99999 quantile
+    assert torch.equal(stream.batch([399]).tokens_T, batch.tokens_T[-32:])
+
+
+def test_synthetic_rows_depend_on_seed_and_validation_differs() -> None:
+    config = synthetic(eval_rows=7)
+    valid = build_valid_streams(config)
+    assert list(valid) == ["synthetic"]
+    assert valid["synthetic"].rows_per_epoch == 7
+    streams = [build_train_stream(config), build_train_stream(synthetic(seed=6)), valid["synthetic"]]
+    assert len({tuple(stream.batch([0]).tokens_T.tolist()) for stream in streams}) == 3
+    assert check_data(config) == []
+
+
+def test_synthetic_rows_without_isolation() -> None:
+    isolated, joined = build_train_stream(synthetic()), build_train_stream(synthetic(document_isolation=False))
+    assert joined.batch([0, 1]).cu_seqlens == (0, 32, 64)
+    assert torch.equal(joined.batch([0, 1]).tokens_T, isolated.batch([0, 1]).tokens_T)
+
+
+def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
+    good = write_pretrain(tmp_path / "good", DOCUMENTS)
+    short = write_pretrain(tmp_path / "short", [8])
+    cut = write_pretrain(tmp_path / "cut", DOCUMENTS)
+    Path(cut + ".bin").write_bytes(Path(cut + ".bin").read_bytes()[:-1])
+    bad = write_pretrain(tmp_path / "bad", DOCUMENTS)
+    Path(bad + ".idx").write_bytes(b"something else")
+    no_bin = write_pretrain(tmp_path / "no_bin", DOCUMENTS)
+    Path(no_bin + ".bin").unlink()
+    large = write_pretrain(tmp_path / "large", [20], first=81, meta=None)
+    paths = [good, short, cut, bad, no_bin, large, str(tmp_path / "none")]
+    problems = check_data(
+        make_config(vocab_size=98, train=[{"path": path} for path in paths], valid=[{"path": good}, {"path": good}])
+    )
+    expected = [
+        "data.valid: 2 sets are called 'good'",
+        "data.train.1.path: .*short has 8 tokens, but one row takes 9",
+        r"data.train.2.path: .*cut\.bin has 391 bytes, but .* describes 392",
+        r"data.train.3.path: .*bad\.idx is not a token index",
+        r"data.train.4.path: .*no_bin\.bin does not exist",
+        r"data.train.5.path: .*large\.bin has token id 100, but model.vocab_size is 98",
+        r"data.train.6.path: .*none\.idx does not exist",
+    ]
+    assert len(problems) == len(expected)
+    for problem, pattern in zip(problems, expected, strict=True):
+        assert re.match(pattern, problem), problem
+
+
+def test_settings_that_make_no_sense_are_refused(tmp_path: Path) -> None:
+    path = write_pretrain(tmp_path / "a", DOCUMENTS)
+    chat, _ = write_chat(tmp_path / "c", [8])
+    (problem,) = check_data(make_config(train=[{"path": path}], packing="best_fit"))
+    assert "data.packing: best_fit does not go with data.kind pretrain; use one of: auto, concat" in problem
+    (problem,) = check_data(make_config(kind="chat", train=[{"path": chat}], packing="concat"))
+    assert "use one of: auto, best_fit, in_order, none" in problem
+    (problem,) = check_data(make_config(kind="chat", train=[{"path": path}]))
+    assert "a.roles.bin does not exist" in problem
+    (problem,) = check_data(make_config(kind="chat", train=[{"path": chat}], training={"document_isolation": False}))
+    assert "training.document_isolation" in problem
+    (problem,) = check_data(make_config())
+    assert "data.train: lists no data set" in problem
+
+
+def test_largest_vocabulary_id_is_allowed(tmp_path: Path) -> None:
+    path = write_pretrain(tmp_path / "a", DOCUMENTS)
+    assert check_data(make_config(vocab_size=98, train=[{"path": path}])) == []
+    assert len(check_data(make_config(vocab_size=97, train=[{"path": path}]))) == 1
+
+
+def test_stream_of_one_token_documents(tmp_path: Path) -> None:
+    """Every prediction crosses a boundary, so nothing is trained, and every token is its own segment."""
+    stream: TokenStream = build_train_stream(make_config(4, train=[{"path": write_pretrain(tmp_path / "a", [1] * 9)}]))
+    batch = stream.batch([0, 5])
+    assert batch.cu_seqlens == tuple(range(9))
+    assert batch.weights_T.sum() == 0

@@ -1,0 +1,79 @@
+"""Small complete training runs, on any layout, for tests: what a run did, as plain data that can be compared.
+
+The functions run on worker ranks (`tests.ranks.run_ranks`), so they are module-level and return picklable things.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+
+from megatron_llm.config import Config, parse_config
+from megatron_llm.data.stream import build_train_stream
+from megatron_llm.parallel.grid import Grid
+from megatron_llm.training.build import Engine, build_engine
+from megatron_llm.training.step import RunState, train_step
+
+TINY: dict[str, Any] = {
+    "model": {
+        "vocab_size": 97,  # no TP size divides it
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+    },
+    "data": {"kind": "synthetic"},
+    "training": {"sequence_length": 16, "micro_batch_size": 2, "global_batch_size": 8, "steps": 10, "seed": 7},
+    "optimizer": {"lr": 1e-2, "grad_clip": 0.7},
+    "lr_schedule": {"kind": "cosine", "warmup_steps": 3, "min_lr": 1e-3},
+    "precision": {"compute": "float64"},
+    "device": "cpu",
+}
+
+
+def config_of(base: dict[str, Any] = TINY, **sections: dict[str, Any]) -> Config:
+    """`base` with some keys of some sections replaced."""
+    raw = copy.deepcopy(base)
+    for name, values in sections.items():
+        raw.setdefault(name, {}).update(values)
+    return parse_config(raw)
+
+
+Pieces = list[tuple[str, tuple[int, ...], tuple[slice, ...], torch.Tensor]]
+
+
+def owned_weights(engine: Engine, kind: str = "weights") -> Pieces:
+    """(name, shape, index, values) of what this rank would write to a checkpoint."""
+    return [
+        (piece.part.name, piece.part.shape, piece.box.slices, values.clone())
+        for piece, values in engine.optimizer.state_pieces(kind)
+        if piece.part.replica_rank == 0
+    ]
+
+
+def assemble(ranks: list[Pieces]) -> dict[str, torch.Tensor]:
+    """Whole tensors from all ranks' pieces. Fails unless every element is held exactly once."""
+    tensors: dict[str, torch.Tensor] = {}
+    counts: dict[str, torch.Tensor] = {}
+    for pieces in ranks:
+        for name, shape, index, values in pieces:
+            tensors.setdefault(name, torch.zeros(shape, dtype=values.dtype))[index] = values
+            counts.setdefault(name, torch.zeros(shape, dtype=torch.int32))[index] += 1
+    for name, count in counts.items():
+        assert torch.equal(count, torch.ones_like(count)), f"{name} is not tiled exactly once"
+    return tensors
+
+
+def train(config: Config, steps: int | None = None) -> tuple[list[tuple[float, float, bool]], Pieces]:
+    """Run on this rank: (loss, gradient norm, skipped) of each step, and the weights owned at the end."""
+    grid = Grid.build(config.parallel, config.model.num_key_value_heads)
+    engine = build_engine(config, grid, torch.device("cpu"))
+    stream, state = build_train_stream(config), RunState()
+    history = []
+    for _ in range(config.training.steps if steps is None else steps):
+        result = train_step(engine, stream, state)
+        history.append((result.loss, result.grad_norm, result.skipped))
+    return history, owned_weights(engine)
