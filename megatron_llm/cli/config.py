@@ -21,11 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print one of the two. Raises ConfigError with every problem of the configuration."""
-    from megatron_llm.config import Config, parse_config, read_raw_config
-
     if args.action == "schema":
+        from megatron_llm.config import Config
+
         print(json.dumps(Config.model_json_schema(), indent=2))
     else:
-        config = parse_config(read_raw_config(args.config, args.overrides))
+        from megatron_llm.training.resolve import load_config
+
+        config = load_config(args.config, args.overrides).config
         print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
     return 0

@@ -37,7 +37,5 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
-        move = {"device": device, "non_blocking": True}
-        return Batch(
-            self.tokens_T.to(**move), self.labels_T.to(**move), self.weights_T.to(**move), self.positions_T.to(**move), self.cu_seqlens
-        )
+        columns = (self.tokens_T, self.labels_T, self.weights_T, self.positions_T)
+        return Batch(*(column.to(device, non_blocking=True) for column in columns), self.cu_seqlens)

@@ -134,17 +134,22 @@ def _tokenizer(path: Path) -> None:
     """A word tokenizer whose end-of-text id is not Llama's."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
 
     inner = Tokenizer(WordLevel({"a": 0, "b": 1, "c": 2, "?": 3}, unk_token="?"))
+    inner.pre_tokenizer = WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>", pad_token="<|pad|>", unk_token="?")
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     tokenizer.save_pretrained(path)
 
 
-@pytest.mark.parametrize(("compute", "dtype"), [("bfloat16", torch.bfloat16), ("float32", torch.float32), ("float64", torch.float32)])
-def test_model_from_scratch(tmp_path: Path, compute: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("compute", "dtype", "tied"),
+    [("bfloat16", torch.bfloat16, False), ("float32", torch.float32, True), ("float64", torch.float32, False)],
+)
+def test_model_from_scratch(tmp_path: Path, compute: str, dtype: torch.dtype, tied: bool) -> None:
     """Nothing but a ModelConfig and a tokenizer folder: transformers must find the model, its dtype and its tokenizer."""
-    stored = make_folder(tmp_path / "hf", torch.bfloat16, rope=LLAMA3)
+    stored = make_folder(tmp_path / "hf", torch.bfloat16, tied, rope=LLAMA3)
     _tokenizer(tmp_path / "tokenizer")
     step = save_from_folder(tmp_path / "hf", tmp_path / "run", compute, hf=None, max_position_embeddings=0)
     manifest = step / "manifest.json"
@@ -166,8 +171,8 @@ def test_model_from_scratch(tmp_path: Path, compute: str, dtype: torch.dtype) ->
     assert (config.dtype, config.max_position_embeddings, config.rope_parameters["factor"]) == (dtype, 64, 8.0)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer("a c <|end|>")["input_ids"] == [0, 2, tokenizer.eos_token_id]
-    assert (config.eos_token_id, config.pad_token_id, config.bos_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id, None)
-    assert config.eos_token_id not in (None, 2)
+    ids = (config.eos_token_id, config.pad_token_id, config.bos_token_id)
+    assert ids == (tokenizer.eos_token_id, tokenizer.pad_token_id, None) and ids[0] not in (None, 2)
     assert tokenizer.apply_chat_template([{"role": "user", "content": "b"}], tokenize=False) == "b"
 
 
@@ -177,7 +182,8 @@ def test_tokenizer_folder_replaces_the_models(tmp_path: Path) -> None:
     (tmp_path / "hf" / "README.md").write_text("not part of the model")
     _tokenizer(tmp_path / "tokenizer")
     own = collect_assets(tmp_path / "hf")
-    assert set(own) == {f"hf/{name}" for name in ("config.json", "generation_config.json", "tensor_dtypes.json", "tokenizer.model")}
+    names = ("config.json", "generation_config.json", "tensor_dtypes.json", "tokenizer.model")
+    assert set(own) == {f"hf/{name}" for name in names}
     assert own["hf/tokenizer.model"] == b"\x00sentencepiece"
     both = collect_assets(tmp_path / "hf", tmp_path / "tokenizer")
     assert "hf/tokenizer.model" not in both and "hf/tokenizer.json" in both and "hf/config.json" in both

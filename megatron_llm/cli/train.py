@@ -1,0 +1,22 @@
+"""`megatron-llm train`: pretraining, continued pretraining and fine-tuning, alone or under torchrun."""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = "train, or continue to train, as a configuration says"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """A YAML file and overrides."""
+    parser.add_argument("config", metavar="CONFIG.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check everything, then train. Returns 0 when done, 75 when stopped by a signal after saving."""
+    from megatron_llm.training.distributed import launched_world_size
+    from megatron_llm.training.loop import train
+    from megatron_llm.training.resolve import resolve
+
+    return train(resolve(args.config, args.overrides, launched_world_size()))

@@ -1,0 +1,147 @@
+"""A run from its first step to its last, or to the signal that stops it. Called by `cli/train.py`.
+
+Exit codes: 0 done, 75 stopped by a signal after saving (run the same command again to continue). Failures are
+exceptions. `RUN/status.json` carries the outcome, because torchrun turns every exit code but 0 into 1.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from megatron_llm.config import Config
+from megatron_llm.data.stream import TokenStream, build_train_stream, build_valid_streams
+from megatron_llm.hf.assets import collect_assets
+from megatron_llm.parallel.grid import Grid
+from megatron_llm.training.build import Engine, build_engine
+from megatron_llm.training.distributed import launched_rank, launched_world_size, pick_device, process_group
+from megatron_llm.training.metrics import Metrics, setup_logging, write_json
+from megatron_llm.training.recovery import find_resume, load_run, save_run
+from megatron_llm.training.resolve import ResolvedRun
+from megatron_llm.training.signals import EXIT_STOPPED, StopRequest
+from megatron_llm.training.step import RunState, evaluate, train_step
+
+logger = logging.getLogger("megatron_llm")
+
+
+@dataclass
+class Run:
+    """Everything that the steps of a run share. `metrics` exists on rank 0 only."""
+
+    engine: Engine
+    state: RunState
+    train_stream: TokenStream
+    valid_streams: dict[str, TokenStream]
+    assets: dict[str, bytes]
+    metrics: Metrics | None
+    saved_step: int | None = None
+    stop: StopRequest = field(default_factory=StopRequest)
+
+    @property
+    def config(self) -> Config:
+        return self.engine.config
+
+
+def train(resolved: ResolvedRun) -> int:
+    """Train as configured, continuing from the newest checkpoint of the run folder. Returns the exit code."""
+    config = resolved.config
+    setup_logging(launched_rank())
+    # Whatever a user can still mend is checked before ranks wait for each other.
+    device = pick_device(config.device)
+    assets = collect_assets(resolved.source.path if resolved.source else None, config.data.tokenizer)
+    checkpoint = find_resume(config)
+    status = Path(config.logging.run_dir) / "status.json"
+    if launched_rank() == 0:
+        status.parent.mkdir(parents=True, exist_ok=True)
+        (status.parent / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+        write_json(status, {"outcome": "running"})
+    try:
+        with process_group(device, config.parallel.timeout_seconds):
+            grid = Grid.build(config.parallel, config.model.num_key_value_heads)
+            weights = resolved.source.source(config.model) if resolved.source and not checkpoint else None
+            engine = build_engine(config, grid, device, weights)
+            state = load_run(engine, checkpoint) if checkpoint else RunState()
+            metrics = Metrics(config, grid.world.size, device, state.step) if grid.world.first else None
+            run = Run(engine, state, build_train_stream(config), build_valid_streams(config), assets, metrics)
+            run.saved_step = state.step if checkpoint else None
+            _announce(run, checkpoint.folder if checkpoint else None)
+            with run.stop:
+                stopped = _steps(run)
+    except BaseException as error:
+        write_json(status, {"outcome": "failed", "reason": f"rank {launched_rank()}: {type(error).__name__}: {error}"})
+        raise
+    if launched_rank() == 0:
+        write_json(status, {"outcome": "stopped" if stopped else "done", "step": state.step})
+    return EXIT_STOPPED if stopped else 0
+
+
+def _announce(run: Run, resumed: Path | None) -> None:
+    """Say what is about to be trained."""
+    config, grid = run.config, run.engine.grid
+    local = sum(parameter.numel() for parameter in run.engine.stage.parameters())
+    logger.info(
+        "%d ranks: tp %d, pp %d, dp %d on %s, %s | %d micro-batches of %d rows a step | %s parameters on rank 0",
+        launched_world_size(), grid.tp.size, grid.pp.size, grid.dp.size, run.engine.device, str(run.engine.stage.dtype).removeprefix("torch."),
+        run.engine.microbatches, config.training.micro_batch_size, f"{local:,}",
+    )  # fmt: skip
+    for line in run.train_stream.summary:
+        logger.info("data: %s", line)
+    if resumed:
+        logger.info("continuing from %s", resumed)
+
+
+def _steps(run: Run) -> bool:
+    """Train until the last step or a signal, evaluating and saving on the way. Returns whether a signal ended it."""
+    training, state = run.config.training, run.state
+    if state.step == 0:
+        values = _evaluate(run)
+        if values and run.metrics:
+            run.metrics.write({"step": 0, "tokens": 0, **values})
+    stopped = False
+    while state.step < training.steps and not stopped:
+        start = time.perf_counter()
+        result = train_step(run.engine, run.train_stream, state, run.stop.requested)
+        seconds = time.perf_counter() - start
+        values = run.metrics.step(state, result, seconds) if run.metrics else {}
+        stopped = result.stop and state.step < training.steps
+        if state.step == training.steps or (training.eval_every and state.step % training.eval_every == 0 and not stopped):
+            values |= _evaluate(run)
+        if run.metrics:
+            run.metrics.write(values)
+        every = run.config.checkpoint.every_steps
+        if every and state.step % every == 0:
+            _save(run)
+    _save(run)
+    return stopped
+
+
+def _evaluate(run: Run) -> dict[str, Any]:
+    """Loss per weighted token of every validation set, and of all together."""
+    values: dict[str, Any] = {}
+    total_loss = total_weight = 0.0
+    for name, stream in run.valid_streams.items():
+        loss_sum, weight_sum = evaluate(run.engine, stream)
+        values[f"valid_loss/{name}"] = loss_sum / weight_sum if weight_sum else None
+        total_loss, total_weight = total_loss + loss_sum, total_weight + weight_sum
+    if not total_weight:
+        return {}
+    values["valid_loss"] = total_loss / total_weight
+    shown = " | ".join(f"{name.removeprefix('valid_loss/')} {value:.4f}" for name, value in values.items() if value is not None)
+    logger.info("step %d | %s", run.state.step, shown.replace("valid_loss", "all valid sets"))
+    return values
+
+
+def _save(run: Run) -> None:
+    """Save unless this very step is saved already."""
+    if run.saved_step == run.state.step:
+        return
+    start = time.perf_counter()
+    folder = save_run(run.engine, run.state, run.assets)
+    run.saved_step = run.state.step
+    logger.info("saved %s in %.1f s", folder, time.perf_counter() - start)

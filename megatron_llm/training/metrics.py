@@ -1,0 +1,121 @@
+"""What a run tells: one log line and one JSON line a step, and its outcome. Called by `training/loop.py`, rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_llm.config import Config
+from megatron_llm.planning.flops import model_flops_per_token, peak_flops
+from megatron_llm.training.step import RunState, StepResult
+
+logger = logging.getLogger("megatron_llm")
+
+
+def setup_logging(rank: int) -> None:
+    """Rank 0 says what happens; the others only what went wrong, with their number."""
+    prefix = "" if rank == 0 else f"[rank {rank}] "
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logger.propagate = False
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a small JSON file in one piece."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(value) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+class Metrics:
+    """`RUN/metrics.jsonl` and the log lines of a run.
+
+    Args:
+        start: step that the run continues from; later lines, of steps that will be taken again, are removed.
+    """
+
+    def __init__(self, config: Config, world_size: int, device: torch.device, start: int):
+        self.config, self.world_size, self.device = config, world_size, device
+        self.path = Path(config.logging.run_dir) / "metrics.jsonl"
+        self.flops_per_token = model_flops_per_token(config.model, config.training.sequence_length)
+        self.peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        self.mean_seconds: float | None = None
+        self._forget_after(start)
+
+    def _forget_after(self, step: int) -> None:
+        if not self.path.exists():
+            return
+        kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        temporary.replace(self.path)
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Append a line. Numbers that are not finite become null: JSON has no nan."""
+        clean = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(clean) + "\n")
+
+    def step(self, state: RunState, result: StepResult, seconds: float) -> dict[str, Any]:
+        """The metrics of a step, which are also logged."""
+        training = self.config.training
+        rate = training.global_batch_size * training.sequence_length / seconds
+        flops = rate * self.flops_per_token / self.world_size
+        values = {
+            "step": state.step,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": result.lr,
+            "tokens": state.tokens,
+            "tokens_per_second": rate,
+            "tflops_per_device": flops / 1e12,
+            "mfu": flops / self.peak if self.peak else None,
+            "step_seconds": seconds,
+            "memory_peak_bytes": self._memory_peak(),
+            "skipped": result.skipped,
+        }
+        # Smoothed, so that one slow step does not shake the estimate; the first steps of a process are slower anyway.
+        self.mean_seconds = seconds if self.mean_seconds is None else 0.9 * self.mean_seconds + 0.1 * seconds
+        if state.step % self.config.logging.every_steps == 0 or state.step == training.steps:
+            logger.info(self._line(state, values))
+        return values
+
+    def _line(self, state: RunState, values: dict[str, Any]) -> str:
+        steps = self.config.training.steps
+        assert self.mean_seconds is not None
+        mfu = f" ({values['mfu']:.1%} MFU)" if values["mfu"] is not None else ""
+        return (
+            f"step {state.step:>{len(str(steps))}}/{steps} | loss {values['loss']:.4f} | grad norm {values['grad_norm']:.3f} | "
+            f"lr {values['lr']:.2e} | {values['tokens_per_second']:,.0f} tok/s | {values['tflops_per_device']:.3g} TFLOP/s{mfu} | "
+            f"{values['memory_peak_bytes'] / 2**30:.1f} GiB | ETA {_duration((steps - state.step) * self.mean_seconds)}"
+            + (" | SKIPPED" if values["skipped"] else "")
+        )
+
+    def _memory_peak(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of metrics; infinite for a line that a crash cut off."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

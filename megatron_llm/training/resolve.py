@@ -1,0 +1,137 @@
+"""From a YAML file to a complete, checked configuration, without touching a GPU or a process group.
+
+Called by `cli/train.py` on every rank before anything is launched, and by `cli/config.py`. Everything that can be found
+wrong from the config, the world size and the headers of files is found here, and reported at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_llm.config import Config, ConfigError, ModelConfig, parse_config, read_raw_config
+from megatron_llm.data.stream import check_data
+from megatron_llm.hf.reader import HFFolder
+
+
+@dataclass(frozen=True)
+class ResolvedRun:
+    """Attributes:
+    config: complete and checked against the world.
+    source: the Hugging Face folder that `model.hf` names.
+    """
+
+    config: Config
+    source: HFFolder | None
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> ResolvedRun:
+    """The configuration with architecture filled in from `model.hf`. Raises ConfigError; looks at no data and no world."""
+    raw = read_raw_config(path, overrides)
+    source = _complete_model(raw)
+    config = parse_config(raw)
+    if not config.model.max_position_embeddings:
+        model = config.model.model_copy(update={"max_position_embeddings": config.training.sequence_length})
+        config = config.model_copy(update={"model": model})
+    return ResolvedRun(config, source)
+
+
+def resolve(path: str | Path, overrides: list[str] | None, world_size: int) -> ResolvedRun:
+    """The checked configuration of a run on `world_size` ranks. Raises ConfigError with every problem."""
+    run = load_config(path, overrides)
+    problems = layout_problems(run.config, world_size) + _setting_problems(run.config) + check_data(run.config)
+    if run.source is not None:
+        problems += run.source.problems(run.config.model)
+    if problems:
+        raise ConfigError(problems)
+    return run
+
+
+def _complete_model(raw: dict[str, Any]) -> HFFolder | None:
+    """Fill `raw["model"]` in place from the folder that `model.hf` names. A field given as well must agree."""
+    section = raw.get("model")
+    if not isinstance(section, dict) or section.get("hf") is None:
+        return None
+    try:
+        source = HFFolder(section["hf"])
+        fields = ModelConfig(**source.model_fields()).model_dump(exclude={"hf"})
+    except ValueError as error:
+        raise ConfigError([f"model.hf: {error}"]) from error
+    problems = [
+        f"model.{name}: {section[name]!r} contradicts {fields[name]!r} of {section['hf']}/config.json; remove it here"
+        for name in fields
+        if name in section and section[name] != fields[name] and (section[name] or name not in _ZERO_MEANS_DEFAULT)
+    ]
+    if problems:
+        raise ConfigError(problems)
+    section.update(fields)
+    return source
+
+
+_ZERO_MEANS_DEFAULT = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+
+
+def layout_problems(config: Config, world_size: int) -> list[str]:
+    """What is impossible about the layout, a sentence each with the numbers and the way out."""
+    model, parallel, training = config.model, config.parallel, config.training
+    tp, pp, cp = parallel.tensor_parallel, parallel.pipeline_parallel, parallel.context_parallel
+    problems = []
+    if cp > 1:
+        problems.append(f"parallel.context_parallel: {cp} is not supported yet; set it to 1 (shorter rows or more tensor_parallel save memory)")
+    if parallel.virtual_stages > 1:
+        problems.append(f"parallel.virtual_stages: {parallel.virtual_stages} needs an interleaved schedule, which does not exist yet; set it to 1")
+    ranks = tp * pp * cp
+    if world_size % ranks:
+        problems.append(
+            f"parallel: tensor_parallel {tp} * pipeline_parallel {pp} * context_parallel {cp} = {ranks} does not divide the "
+            f"world size {world_size}; launch a multiple of {ranks} ranks (torchrun --nproc-per-node) or change the layout"
+        )
+    else:
+        replicas = world_size // ranks
+        unit = training.micro_batch_size * replicas
+        if training.global_batch_size % unit:
+            problems.append(
+                f"training.global_batch_size: {training.global_batch_size} is not a multiple of micro_batch_size "
+                f"{training.micro_batch_size} * data parallel size {replicas} = {unit}"
+            )
+    for name, size in (("num_attention_heads", model.num_attention_heads), ("intermediate_size", model.intermediate_size)):
+        if size % tp:
+            problems.append(f"model.{name}: {size} is not divisible by parallel.tensor_parallel {tp}; {_divisors(size)}")
+    heads = model.num_key_value_heads
+    if heads % tp and tp % heads:
+        problems.append(
+            f"model.num_key_value_heads: {heads} neither divides nor is divisible by parallel.tensor_parallel {tp}; {_divisors(heads)}"
+        )
+    tokens = training.micro_batch_size * training.sequence_length
+    if parallel.sequence_parallel and tokens % tp:
+        problems.append(
+            f"training: micro_batch_size {training.micro_batch_size} * sequence_length {training.sequence_length} = {tokens} tokens are not "
+            f"divisible by parallel.tensor_parallel {tp}, which sequence parallelism needs; change them or set parallel.sequence_parallel=false"
+        )
+    return problems
+
+
+def _divisors(size: int) -> str:
+    return "possible: " + ", ".join(str(n) for n in range(1, min(size, 64) + 1) if size % n == 0)
+
+
+def _setting_problems(config: Config) -> list[str]:
+    """Contradictions between sections that have nothing to do with the layout."""
+    problems = []
+    schedule, steps = config.lr_schedule, config.training.steps
+    if schedule.min_lr > config.optimizer.lr:
+        problems.append(f"lr_schedule.min_lr: {schedule.min_lr} exceeds optimizer.lr {config.optimizer.lr}")
+    end = schedule.decay_steps or steps
+    if schedule.kind == "cosine" and steps and schedule.warmup_steps > end:
+        problems.append(f"lr_schedule.warmup_steps: {schedule.warmup_steps} lie beyond the end of the decay at step {end}")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        problems.append("device: cuda, but torch sees no GPU; use device: cpu or auto")
+    run_dir = Path(config.logging.run_dir)
+    if run_dir.exists() and not run_dir.is_dir():
+        problems.append(f"logging.run_dir: {run_dir} exists and is not a folder")
+    if config.data.tokenizer is not None and not Path(config.data.tokenizer).is_dir():
+        problems.append(f"data.tokenizer: {config.data.tokenizer} is not a folder")
+    return problems

@@ -1,0 +1,135 @@
+"""Which checkpoint is the newest whole one, after kills at any moment of a save, and which are deleted."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_llm.checkpoint import (
+    TensorToSave,
+    checkpoint_folder,
+    find_checkpoint,
+    latest_checkpoint,
+    open_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from megatron_llm.parallel.grid import Axis
+from megatron_llm.parallel.shard import Box, Part
+
+
+def _save(checkpoints: Path, step: int, value: float = 1.0) -> Path:
+    folder = checkpoint_folder(checkpoints, step)
+    items = [TensorToSave(kind, "x", (3,), Box((0,), (3,)), torch.full((3,), value)) for kind in ("weights", "m")]
+    save_checkpoint(folder, items, run_state={"step": step}, config={}, assets={"t": b"x"}, world=Axis("world"))
+    return folder
+
+
+def _names(checkpoints: Path) -> list[str]:
+    return sorted(path.name for path in checkpoints.iterdir())
+
+
+class Killed(BaseException):
+    """Stands for kill -9: no handler may catch it."""
+
+
+@pytest.mark.parametrize("call", range(40))
+@pytest.mark.parametrize("replaced", [False, True], ids=["new", "replacing"])
+def test_killed_at_any_moment_of_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int, replaced: bool) -> None:
+    """Die at the n-th call into the file system: the newest checkpoint is the old one or the new one, always whole."""
+    _save(tmp_path, 1)
+    if replaced:
+        _save(tmp_path, 2)
+    calls = 0
+
+    def dying(function: object) -> object:
+        def wrapper(*args: object, **kwargs: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls > call:
+                raise Killed
+            return function(*args, **kwargs)  # type: ignore[operator]
+
+        return wrapper
+
+    with monkeypatch.context() as patched:
+        for name in ("os.fsync", "os.replace", "os.open", "os.unlink", "os.rmdir", "pathlib.Path.open", "pathlib.Path.mkdir"):
+            module, _, attribute = name.rpartition(".")
+            target = Path if module == "pathlib.Path" else __import__(module)
+            patched.setattr(target, attribute, dying(getattr(target, attribute)))
+        try:
+            _save(tmp_path, 2, 2.0)
+            done = True
+        except Killed:
+            done = False
+    newest = latest_checkpoint(tmp_path)
+    assert newest is not None
+    checkpoint = open_checkpoint(newest)
+    checkpoint.verify()
+    step = checkpoint.run_state["step"]
+    value = checkpoint.source("weights").read(Part("x", (3,), ()), Box((1,), (2,)))
+    if done:
+        assert (step, value.tolist()) == (2, [2.0, 2.0])
+    if step == 1:
+        assert value.tolist() == [1.0, 1.0]
+    assert call > 0 or not done  # the first call already kills
+    assert call < 39 or done  # the last case lets everything through: the others died at every earlier call
+    _save(tmp_path, 2, 3.0)  # what is left over is cleaned
+    again = open_checkpoint(checkpoint_folder(tmp_path, 2))
+    again.verify()
+    assert again.source("weights").read(Part("x", (3,), ()), Box((0,), (3,))).tolist() == [3.0] * 3
+    assert _names(again.folder) == ["assets", "manifest.json", "rank-00000.safetensors"]
+
+
+def test_latest_is_the_newest_whole_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert latest_checkpoint(tmp_path / "absent") is None
+    assert latest_checkpoint(tmp_path) is None
+    for step in (2, 10, 100000000):
+        _save(tmp_path, step)
+    (tmp_path / "step-x").mkdir()
+    (tmp_path / "notes.txt").write_text("step-00000099")
+    assert latest_checkpoint(tmp_path) == tmp_path / "step-100000000"
+    (tmp_path / "step-100000000" / "manifest.json").unlink()
+    with caplog.at_level(logging.WARNING):
+        assert latest_checkpoint(tmp_path) == tmp_path / "step-00000010"
+    assert not caplog.records  # an interrupted save is nothing to warn about
+    manifest = tmp_path / "step-00000010" / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:50])
+    with caplog.at_level(logging.WARNING):
+        assert latest_checkpoint(tmp_path) == tmp_path / "step-00000002"
+    assert f"{manifest} is truncated or damaged (50 bytes" in caplog.text
+    (tmp_path / "step-00000002" / "rank-00000.safetensors").unlink()
+    assert latest_checkpoint(tmp_path) is None
+
+
+def test_pruning_keeps_the_newest_whole_ones(tmp_path: Path) -> None:
+    for step in range(1, 8):
+        _save(tmp_path, step)
+    (tmp_path / "step-00000007" / "manifest.json").unlink()  # being written right now
+    (tmp_path / "step-00000005" / "manifest.json").unlink()  # interrupted
+    (tmp_path / "step-00000003" / "manifest.json").write_text("{")  # damaged
+    (tmp_path / "mine").mkdir()
+    prune_checkpoints(tmp_path, 2)
+    assert _names(tmp_path) == ["mine", "step-00000003", "step-00000004", "step-00000006", "step-00000007"]
+    prune_checkpoints(tmp_path, 5)
+    assert len(_names(tmp_path)) == 5
+
+
+def test_find_checkpoint_understands_step_checkpoints_and_run_folders(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    step = _save(run / "checkpoints", 3)
+    newest = _save(run / "checkpoints", 20)
+    assert find_checkpoint(step) == step
+    assert find_checkpoint(run / "checkpoints") == newest
+    assert find_checkpoint(run) == newest
+    (newest / "manifest.json").unlink()
+    assert find_checkpoint(run) == step
+    with pytest.raises(ValueError, match="step-00000020 has no manifest.json: it was not saved to the end"):
+        find_checkpoint(newest)
+    with pytest.raises(ValueError, match="absent is not a folder"):
+        find_checkpoint(tmp_path / "absent")
+    with pytest.raises(ValueError, match="no whole checkpoint in"):
+        find_checkpoint(tmp_path)
