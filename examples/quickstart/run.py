@@ -185,7 +185,7 @@ def report() -> bool:
 
     for stage, title in STAGES.items():
         prompt, answer = sample(stage)
-        print(f"\n--- {title}: transformers goes on after the prompt\n{prompt}\033[1m{answer}\033[0m")
+        print(f"\n--- {title}: transformers goes on after >>>\n{prompt}>>>{answer}")
     picture = Path("losses.png")
     plot_losses({title: Path(stage) for stage, title in STAGES.items()}, picture)
     print(f"\n{'validation loss':34} {'before':>8} {'after':>8}")
@@ -202,7 +202,9 @@ def sample(stage: str) -> tuple[str, str]:
     """(prompt, continuation) of an exported model, loaded with transformers as anybody would."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     folder = f"hf/{stage}"
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -105,8 +105,10 @@ class CheckpointSource:
         for stored in tensor.boxes:
             common = box.intersect(stored.box)
             if common is not None:
-                file = self._checkpoint._file(stored.file)
-                values[common.relative_to(box).slices] = file.read(stored.key, common.relative_to(stored.box).slices)
+                read = self._checkpoint._file(stored.file).read(stored.key, common.relative_to(stored.box).slices)
+                if common == box:
+                    return read  # the usual case when the layout has not changed: no second copy
+                values[common.relative_to(box).slices] = read
                 found += common.numel
         if found != box.numel:
             raise ValueError(f"{where}: {found} of {box.numel} elements of the box at {box.offset} are stored")

@@ -1,0 +1,1 @@
+"""Text from a model: a key/value cache and sampling."""

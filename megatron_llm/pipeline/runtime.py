@@ -8,7 +8,8 @@ order, and the checker has proved that both ends agree on the order within a dir
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -37,7 +38,8 @@ class PipelineRuntime:
         """Execute one step of `schedule`.
 
         forward(stage, microbatch, x): output of a stage; x is None on the first stage; the last stage returns the loss
-        to backpropagate (a scalar). Raises RuntimeError naming rank and action if a peer fails or a wait times out.
+        to backpropagate (a scalar). Raises RuntimeError naming rank and action if a peer fails or a wait times out;
+        other errors of `forward` keep their type and get a note that names them.
         """
         _Execution(self, schedule, forward).run()
 
@@ -54,7 +56,7 @@ class _Execution:
         self.inputs: dict[tuple[int, int], Tensor | None] = {}
         self.outputs: dict[tuple[int, int], Tensor] = {}
         self.local: dict[Action, Tensor] = {}  # results for a neighbouring stage on this same rank
-        self.sends: list[tuple[dist.Work, Tensor]] = []
+        self.sends: list[tuple[dist.Work, Tensor, Action]] = []
         self.receives: dict[Action, tuple[dist.Work, Tensor]] = {}
         self.to_post = [action for action in self.actions if self._sender(action) not in (None, self.rank)]
 
@@ -65,16 +67,26 @@ class _Execution:
 
     def run(self) -> None:
         for action in self.actions:
-            try:
+            with self._naming(f"in {action}"):
                 self._post_receives()
                 if action.kind == "F":
                     self._forward(action)
                 else:
                     self._backward(action)
-            except RuntimeError as error:
-                raise RuntimeError(f"pipeline rank {self.rank} failed in {action}: {error}") from error
-        for work, _ in self.sends:
-            work.wait()
+        for work, _, target in self.sends:
+            with self._naming(f"sending the input of {target}"):
+                work.wait()
+
+    @contextmanager
+    def _naming(self, where: str) -> Iterator[None]:
+        """Say on which rank and where an error happened, in the message or, to keep its type, in a note."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError(f"pipeline rank {self.rank} failed {where}: {error}") from error
+        except Exception as error:
+            error.add_note(f"pipeline rank {self.rank} failed {where}")
+            raise
 
     def _post_receives(self) -> None:
         while self.to_post and len(self.receives) < _RECEIVES_AHEAD:
@@ -111,7 +123,7 @@ class _Execution:
         assert tuple(result.shape) == self.runtime.shape, (result.shape, self.runtime.shape)
         work = dist.isend(result, axis.ranks[receiver], group=axis.group)
         assert work is not None
-        self.sends.append((work, result))
+        self.sends.append((work, result, target))
 
     def _forward(self, action: Action) -> None:
         x = self._receive(action)

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_llm.config import Config
+from megatron_llm.config import Config, ModelConfig
 from megatron_llm.models.decoder import DecoderStage
 from megatron_llm.models.split import layer_costs, split_layers
 from megatron_llm.optim.zero1 import ZeroOptimizer
 from megatron_llm.parallel.grid import Grid
-from megatron_llm.parallel.shard import TensorSource
+from megatron_llm.parallel.shard import TensorSource, pieces
 from megatron_llm.pipeline.check import check
 from megatron_llm.pipeline.runtime import PipelineRuntime
 from megatron_llm.pipeline.schedules import SCHEDULES, Schedule
@@ -65,6 +65,18 @@ def build_stage(config: Config, grid: Grid, device: torch.device) -> DecoderStag
         device=device,
         attention_backend=config.kernels.attention,
     )
+
+
+def build_model(model: ModelConfig, weights: TensorSource, dtype: torch.dtype, device: torch.device) -> DecoderStage:
+    """A whole model on one process, for inference: no optimizer, no buffers."""
+    stage = DecoderStage(
+        model, Grid.single(), range(model.num_hidden_layers), first=True, last=True, sequence_parallel=False, dtype=dtype, device=device
+    )
+    with torch.no_grad():
+        for parameter in stage.parameters():
+            for piece in pieces(parameter.shard, tuple(parameter.shape)):  # type: ignore[attr-defined]
+                piece.view(parameter.data.view(-1)).copy_(weights.read(piece.part, piece.box))
+    return stage.eval()
 
 
 def build_engine(config: Config, grid: Grid, device: torch.device, weights: TensorSource | None = None) -> Engine:

@@ -54,8 +54,9 @@ def train(resolved: ResolvedRun) -> int:
     setup_logging(launched_rank())
     # Whatever a user can still mend is checked before ranks wait for each other.
     device = pick_device(config.device)
-    assets = collect_assets(resolved.source.path if resolved.source else None, config.data.tokenizer)
     checkpoint = find_resume(config)
+    source = resolved.source.path if resolved.source else None
+    assets = checkpoint.assets if checkpoint else collect_assets(source, config.data.tokenizer)
     status = Path(config.logging.run_dir) / "status.json"
     if launched_rank() == 0:
         status.parent.mkdir(parents=True, exist_ok=True)

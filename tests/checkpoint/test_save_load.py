@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from megatron_llm.checkpoint import Checkpoint, TensorToSave, latest_checkpoint, open_checkpoint, save_checkpoint
-from megatron_llm.checkpoint.manifest import untiled
+from megatron_llm.checkpoint.manifest import Manifest, untiled, write_manifest
 from megatron_llm.checkpoint.save import commit, write_rank_file
+from megatron_llm.ops.safetensors import WrittenFile
 from megatron_llm.parallel.grid import Axis
 from megatron_llm.parallel.shard import Box, Part, ShardSpec, flat_boxes, pieces
 from tests.ranks import RankFailure, run_ranks
@@ -154,30 +155,35 @@ def test_ranks_without_tensors_write_no_file(tmp_path: Path) -> None:
     _assert_whole(open_checkpoint(tmp_path))
 
 
-def test_tensors_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
-    box = Box((0,), (3,))
-
-    def file(rank: int, offset: int, size: int, shape: int = 4, dtype: torch.dtype = torch.float32) -> Any:
-        item = TensorToSave("m", "x", (shape,), Box((offset,), (size,)), torch.zeros(size, dtype=dtype))
-        return write_rank_file(tmp_path, rank, [item])
-
-    for files, message in [
-        ([file(0, *box.offset, 3)], "m of x: 3 of 4 elements were saved"),
-        ([file(0, 0, 3), file(1, 2, 2)], "overlap"),
-        ([file(0, 0, 4), file(1, 0, 4)], "overlap"),
-        ([file(0, 0, 5)], "reaches out of the tensor's shape"),
-        ([file(0, 0, 2), file(1, 2, 2, 5)], r"F32 \(4,\) on one rank, F32 \(5,\) in rank-00001"),
-        ([file(0, 0, 2), file(1, 2, 2, 4, torch.bfloat16)], r"F32 \(4,\) on one rank, BF16 \(4,\) in rank-00001"),
-    ]:
-        for present in files:  # each was rewritten by a later line of the table: describe it again
-            item = present.tensors[0]
-            rank = int(present.name[5:10])
-            file(
-                rank, *item[4].box.offset, *item[4].box.shape, item[2][0], torch.bfloat16 if item[3] == "BF16" else torch.float32
-            )
-        with pytest.raises(ValueError, match=message):
-            commit(tmp_path, files, {}, {}, {})
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ([(0, 3, 4, "float32")], "m of x: 3 of 4 elements were saved"),
+        ([(0, 3, 4, "float32"), (2, 2, 4, "float32")], "overlap"),
+        ([(0, 4, 4, "float32"), (0, 4, 4, "float32")], "overlap"),
+        ([(0, 5, 4, "float32")], "reaches out of the tensor's shape"),
+        ([(0, 2, 4, "float32"), (2, 2, 5, "float32")], r"F32 \(4,\) on one rank, F32 \(5,\) in rank-00001"),
+        ([(0, 2, 4, "float32"), (2, 2, 4, "bfloat16")], r"F32 \(4,\) on one rank, BF16 \(4,\) in rank-00001"),
+    ],
+)
+def test_tensors_that_do_not_fit_together_are_refused(
+    tmp_path: Path, written: list[tuple[int, int, int, str]], message: str
+) -> None:
+    """`written` is (offset, size, size of the logical tensor, dtype) of each rank's box."""
+    files = []
+    for rank, (offset, size, whole, dtype) in enumerate(written):
+        values = torch.zeros(size, dtype=getattr(torch, dtype))
+        files.append(write_rank_file(tmp_path, rank, [TensorToSave("m", "x", (whole,), Box((offset,), (size,)), values)]))
+    with pytest.raises(ValueError, match=message):
+        commit(tmp_path, files, {}, {}, {})
     assert not (tmp_path / "manifest.json").exists()
+
+
+def test_file_that_rank_0_does_not_see_is_refused(tmp_path: Path) -> None:
+    file = write_rank_file(tmp_path, 1, _share(0, 1))
+    (tmp_path / "rank-00001.safetensors").unlink()
+    with pytest.raises(ValueError, match="rank 0 does not see it; checkpoints need a folder that all nodes share"):
+        commit(tmp_path, [file], {}, {}, {})
 
 
 @settings(max_examples=200, deadline=None)
@@ -251,6 +257,9 @@ def test_manifest_of_another_version_or_with_paths_outside_is_refused(tmp_path: 
         _save(tmp_path / "step-00000002")
     with pytest.raises(ValueError, match="version 2, .* this package reads .* version 1"):
         open_checkpoint(tmp_path / "step-00000002")
+    write_manifest(tmp_path, Manifest({}, {}, {}, {"../x": WrittenFile(1, "")}, {}))
+    with pytest.raises(ValueError, match="file name '../x' leads out of the checkpoint"):
+        open_checkpoint(tmp_path)
     with pytest.raises(ValueError, match="asset name '../x' leads out"):
         _save(tmp_path / "step-00000001", assets={"../x": b""})
     assert not (tmp_path / "step-00000001").exists()

@@ -1,0 +1,105 @@
+"""Attention over packed documents: against a plain loop in float64, and documents that never see each other."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck
+
+from megatron_llm.ops.attention import attention
+
+BACKENDS = ("reference", "sdpa", "auto")
+# (query lengths, key lengths) of the documents
+CASES = {
+    "one document spans all": ([9], [9]),
+    "documents of length 1": ([1, 1, 1], [1, 1, 1]),
+    "runs of equal lengths": ([3, 3, 1, 1, 4, 3, 3], [3, 3, 1, 1, 4, 3, 3]),
+    "more keys than queries": ([2, 3], [5, 7]),
+    "one query each": ([1, 1, 1], [4, 4, 6]),
+    "prefill beside decoding": ([5, 1, 1, 2], [5, 8, 1, 4]),
+}
+
+
+def _boundaries(lengths: list[int]) -> tuple[int, ...]:
+    return (0, *torch.tensor(lengths).cumsum(0).tolist())
+
+
+def _inputs(q_lens: list[int], k_lens: list[int], heads: int, kv_heads: int, dim: int = 6) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    shapes = [(sum(q_lens), heads, dim), (sum(k_lens), kv_heads, dim), (sum(k_lens), kv_heads, dim)]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+
+
+def _loop(q: Tensor, k: Tensor, v: Tensor, q_lens: list[int], k_lens: list[int]) -> tuple[Tensor, Tensor]:
+    """One query and one head at a time: the outputs, and the same weighted means of |v| (to bound roundings)."""
+    rows, bounds = [], []
+    q_start = k_start = 0
+    copies = q.shape[1] // k.shape[1]
+    for q_len, k_len in zip(q_lens, k_lens, strict=True):
+        for i in range(q_len):
+            seen = slice(k_start, k_start + k_len - q_len + i + 1)
+            for head in range(q.shape[1]):
+                keys, values = k[seen, head // copies], v[seen, head // copies]
+                p = torch.softmax(keys @ q[q_start + i, head] / math.sqrt(q.shape[2]), 0)
+                rows.append(p @ values)
+                bounds.append(p @ values.abs())
+        q_start, k_start = q_start + q_len, k_start + k_len
+    return torch.stack(rows).view(q.shape), torch.stack(bounds).view(q.shape)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (3, 1)])
+@pytest.mark.parametrize("case", CASES)
+def test_attention_is_its_definition(case: str, heads: int, kv_heads: int, backend: str) -> None:
+    q_lens, k_lens = CASES[case]
+    inputs = _inputs(q_lens, k_lens, heads, kv_heads)
+    expected, _ = _loop(*inputs, q_lens, k_lens)
+    dy = torch.linspace(-1, 2, expected.numel(), dtype=torch.float64).view(expected.shape)
+    expected_gradients = torch.autograd.grad(expected, inputs, dy)
+    actual = attention(*inputs, _boundaries(q_lens), _boundaries(k_lens), backend)
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(actual, inputs, dy), expected_gradients, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_against_finite_differences(backend: str) -> None:
+    q_lens, k_lens = [3, 1, 2], [3, 4, 3]
+    inputs = _inputs(q_lens, k_lens, 2, 1, 2)
+    boundaries = _boundaries(q_lens), _boundaries(k_lens)
+    assert gradcheck(lambda q, k, v: attention(q, k, v, *boundaries, backend), inputs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_documents_are_isolated_and_causal(backend: str) -> None:
+    """A key of position j of the middle document moves exactly the outputs of its positions >= j, even when infinite-like."""
+    lengths = [4, 5, 3]
+    q, k, v = _inputs(lengths, lengths, 4, 2)
+    boundaries = _boundaries(lengths)
+    before = attention(q, k, v, boundaries, boundaries, backend)
+    changed_k, changed_v = k.detach().clone(), v.detach().clone()
+    changed_k[4 + 2] = 1e3
+    changed_v[4 + 2] = -1e6
+    after = attention(q, changed_k, changed_v, boundaries, boundaries, backend)
+    moved = (before != after).flatten(1).any(1).nonzero().flatten().tolist()
+    assert moved == [6, 7, 8]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES)
+def test_bfloat16_is_within_two_roundings(case: str, backend: str) -> None:
+    """Relative to the mean of |v| under the same weights: rounding the probabilities, then the result."""
+    q_lens, k_lens = CASES[case]
+    narrow = [x.detach().bfloat16() for x in _inputs(q_lens, k_lens, 4, 2, 16)]
+    expected, bound = _loop(*(x.double() for x in narrow), q_lens, k_lens)
+    actual = attention(*narrow, _boundaries(q_lens), _boundaries(k_lens), backend)
+    assert actual.dtype is torch.bfloat16
+    assert ((actual.double() - expected).abs() <= 2.02 * 2.0**-8 * bound).all()
+
+
+def test_unknown_backend_is_refused() -> None:
+    q, k, v = _inputs([2], [2], 1, 1)
+    with pytest.raises(ValueError, match="'flash' is unknown; known: auto, sdpa, reference"):
+        attention(q, k, v, (0, 2), (0, 2), "flash")

@@ -1,0 +1,146 @@
+"""Wrong input ends with one clear message and exit code 1, before any process group exists."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from megatron_llm.cli.main import main
+from megatron_llm.data.indexed import IndexedWriter, token_dtype
+from tests.runs import TINY
+from tests.training.commands import write_config
+
+
+@pytest.fixture
+def message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run `train` on a config that must be refused and return what was printed."""
+
+    def refused(world: int = 1, rank: int = 0, replace: dict[str, Any] | None = None, **sections: dict[str, Any]) -> str:
+        raw = copy.deepcopy(TINY)
+        raw["logging"] = {"run_dir": str(tmp_path / "run")}
+        for name, values in sections.items():
+            raw.setdefault(name, {}).update(values)
+        raw |= replace or {}
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: pytest.fail("a process group was made"))
+        assert main(["train", str(write_config(tmp_path / "config.yaml", raw))]) == 1
+        assert not (tmp_path / "run").exists(), "a refused run leaves nothing behind"
+        return capsys.readouterr().err
+
+    return refused
+
+
+def test_world_size_that_the_layout_does_not_divide(message: Any) -> None:
+    text = message(world=6, parallel={"tensor_parallel": 2, "pipeline_parallel": 2})
+    assert "= 4 does not divide the world size 6" in text and "multiple of 4" in text
+
+
+def test_only_rank_0_speaks(message: Any) -> None:
+    assert message(world=6, rank=3, parallel={"tensor_parallel": 4}) == ""
+
+
+def test_heads_that_tp_does_not_divide(message: Any) -> None:
+    text = message(world=3, parallel={"tensor_parallel": 3})
+    assert "num_attention_heads: 8 is not divisible by parallel.tensor_parallel 3; possible: 1, 2, 4, 8" in text
+
+
+def test_kv_heads_that_do_not_fit(message: Any) -> None:
+    model = {"num_attention_heads": 12, "num_key_value_heads": 3, "head_dim": 4, "intermediate_size": 48}
+    assert "num_key_value_heads: 3 neither divides nor is divisible by parallel.tensor_parallel 2" in message(
+        world=2, model=model, parallel={"tensor_parallel": 2}
+    )
+
+
+def test_sequence_that_sequence_parallelism_cannot_cut(message: Any) -> None:
+    text = message(world=2, parallel={"tensor_parallel": 2}, training={"sequence_length": 15, "micro_batch_size": 1})
+    assert "1 * sequence_length 15 = 15 tokens" in text and "parallel.sequence_parallel=false" in text
+
+
+def test_batch_that_the_replicas_do_not_divide(message: Any) -> None:
+    assert "8 is not a multiple of micro_batch_size 2 * data parallel size 3 = 6" in message(world=3)
+
+
+def test_context_parallelism_and_virtual_stages_wait_for_their_issues(message: Any) -> None:
+    text = message(world=2, parallel={"context_parallel": 2, "virtual_stages": 2})
+    assert "context_parallel: 2 is not supported yet" in text and "virtual_stages: 2" in text
+
+
+def test_unknown_key_with_suggestion(message: Any) -> None:
+    assert "training.sequence_lenght: unknown key; did you mean training.sequence_length?" in message(training={"sequence_lenght": 3})
+
+
+def test_everything_wrong_is_said_at_once(message: Any) -> None:
+    text = message(world=3, parallel={"tensor_parallel": 3}, lr_schedule={"min_lr": 1.0}, data={"kind": "pretrain", "train": [{"path": "gone"}]})
+    for part in ("5 problems", "num_attention_heads: 8", "num_key_value_heads: 2", "= 32 tokens", "min_lr: 1.0", "gone.idx"):
+        assert part in text
+
+
+def test_missing_data(message: Any, tmp_path: Path) -> None:
+    text = message(data={"kind": "pretrain", "train": [{"path": str(tmp_path / "absent")}]})
+    assert "data.train.0.path" in text and "absent" in text
+
+
+def test_token_ids_beyond_the_vocabulary(message: Any, tmp_path: Path) -> None:
+    with IndexedWriter(tmp_path / "big", token_dtype(200)) as writer:
+        writer.add_document(np.arange(120))
+    text = message(data={"kind": "pretrain", "train": [{"path": str(tmp_path / "big")}]})
+    assert "token id 119" in text and "model.vocab_size is 97" in text
+
+
+def llama(folder: Path) -> Path:
+    shape = {**TINY["model"]}
+    LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(folder)
+    return folder
+
+
+def test_unsupported_architecture(message: Any, tmp_path: Path) -> None:
+    GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=32, n_layer=1, n_head=2)).save_pretrained(tmp_path / "gpt2")
+    text = message(replace={"model": {"hf": str(tmp_path / "gpt2")}})
+    assert "GPT2LMHeadModel" in text and "LlamaForCausalLM" in text
+
+
+def test_truncated_safetensors(message: Any, tmp_path: Path) -> None:
+    file = llama(tmp_path / "llama") / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    text = message(replace={"model": {"hf": str(tmp_path / "llama")}})
+    assert "model.safetensors" in text and str(file.stat().st_size) in text.replace(",", "")
+
+
+def test_hf_folder_that_contradicts_the_config(message: Any, tmp_path: Path) -> None:
+    llama(tmp_path / "llama")
+    text = message(replace={"model": {"hf": str(tmp_path / "llama"), "hidden_size": 64}})
+    assert "model.hidden_size: 64 contradicts 32" in text
+
+
+def test_hf_folder_with_missing_weights(message: Any, tmp_path: Path) -> None:
+    folder = llama(tmp_path / "llama")
+    config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 7}
+    (folder / "config.json").write_text(json.dumps(config))
+    text = message(replace={"model": {"hf": str(folder)}})
+    assert "lacks" in text and "layers.5" in text
+
+
+def test_another_models_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = copy.deepcopy(TINY) | {"logging": {"run_dir": str(tmp_path / "run")}}
+    raw["training"]["steps"] = 0
+    config = str(write_config(tmp_path / "config.yaml", raw))
+    assert main(["train", config]) == 0
+    assert main(["train", config, "model.hidden_size=64", "model.head_dim=8"]) == 1
+    text = capsys.readouterr().err
+    assert "holds another model" in text and "hidden_size: 32 -> 64" in text
+    assert main(["train", config, "model.hidden_size=64", "checkpoint.resume=never"]) == 0
+
+
+def test_gpu_asked_for_and_absent(message: Any) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert "torch sees no GPU" in message(replace={"device": "cuda"})
