@@ -26,10 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the most likely token")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample among the K most likely tokens; 0: all")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample among the likeliest tokens with total probability P")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="sample among the likeliest tokens with total probability P"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on GPU, float32 on CPU")
+    parser.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on GPU, float32 on CPU"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,7 +54,12 @@ def run(args: argparse.Namespace) -> int:
     dtype = "bfloat16" if device.type == "cuda" else "float32"
     stage = build_model(model, weights, DTYPES[dtype if args.dtype == "auto" else args.dtype], device)
     outputs = generate(
-        stage, prompts, max_new_tokens=args.max_new_tokens, sampling=sampling, stop_ids=_stop_ids(tokenizer, files), seed=args.seed
+        stage,
+        prompts,
+        max_new_tokens=args.max_new_tokens,
+        sampling=sampling,
+        stop_ids=_stop_ids(tokenizer, files),
+        seed=args.seed,
     )
     for prompt, ids in zip(args.prompt, outputs, strict=True):
         text = tokenizer.decode(ids, skip_special_tokens=True)

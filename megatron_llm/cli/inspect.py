@@ -1,25 +1,57 @@
-"""`megatron-llm inspect`: what is in a data set."""
+"""`megatron-llm inspect`: what is in a data set or a checkpoint."""
 
 from __future__ import annotations
 
 import argparse
+import math
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from megatron_llm.data.indexed import IndexedDataset
 
-HELP = "show what is in a data set"
+HELP = "show what is in a data set or a checkpoint"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="PREFIX", help="data set: the path of PREFIX.bin without .bin")
-    parser.add_argument("--documents", type=int, default=3, metavar="N", help="decode the first N documents (default: 3)")
-    parser.add_argument("--verify", action="store_true", help="read the whole index and all tokens")
+    parser.add_argument(
+        "path", metavar="PATH", help="PREFIX of PREFIX.bin, a checkpoint, or a run folder (its newest checkpoint)"
+    )
+    parser.add_argument(
+        "--documents", type=int, default=3, metavar="N", help="data set: decode the first N documents (default: 3)"
+    )
+    parser.add_argument("--verify", action="store_true", help="read everything and compare it with what the headers say")
 
 
 def run(args: argparse.Namespace) -> int:
-    print(inspect_prefix(args.path, documents=args.documents, verify=args.verify))
+    if os.path.isdir(args.path):
+        print(inspect_checkpoint(args.path, verify=args.verify))
+    else:
+        print(inspect_prefix(args.path, documents=args.documents, verify=args.verify))
     return 0
+
+
+def inspect_checkpoint(path: str, verify: bool = False) -> str:
+    """Where a run stood, what is stored, and by which versions, as text.
+
+    With `verify` every file's checksum is computed. Raises ValueError for a missing or damaged checkpoint.
+    """
+    from megatron_llm.checkpoint.folders import find_checkpoint
+    from megatron_llm.checkpoint.load import open_checkpoint
+
+    checkpoint = open_checkpoint(find_checkpoint(path))
+    lines = [str(checkpoint.folder), "state: " + ", ".join(f"{key} {value:,}" for key, value in checkpoint.run_state.items())]
+    for kind in checkpoint.kinds:
+        tensors = checkpoint.tensors(kind)
+        elements = sum(math.prod(info.shape) for info in tensors.values())
+        size = sum(info.nbytes for info in tensors.values())
+        lines.append(f"{kind}: {len(tensors)} tensors, {elements:,} elements, {size / 1e9:.3f} GB")
+    lines.append("travelling along: " + (", ".join(sorted(checkpoint.assets)) or "nothing"))
+    lines.append("written by: " + ", ".join(f"{name} {version}" for name, version in checkpoint.versions.items()))
+    if verify:
+        checkpoint.verify()
+        lines.append("verified: every file has the checksum of the manifest")
+    return "\n".join(lines)
 
 
 def inspect_prefix(prefix: str, documents: int = 3, verify: bool = False) -> str:

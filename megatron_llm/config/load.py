@@ -37,7 +37,9 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             if isinstance(key_node, yaml.ScalarNode):
                 if (key_node.tag, key_node.value) in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"key {key_node.value!r} appears twice", key_node.start_mark)
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"key {key_node.value!r} appears twice", key_node.start_mark
+                    )
                 seen.add((key_node.tag, key_node.value))
         return node
 

@@ -75,7 +75,9 @@ class ParallelConfig(Section):
     tensor_parallel: int = Field(default=1, gt=0)
     pipeline_parallel: int = Field(default=1, gt=0)
     context_parallel: int = Field(default=1, gt=0)
-    sequence_parallel: bool = Field(default=True, description="shard activations between TP regions along tokens; no effect at tensor_parallel 1")
+    sequence_parallel: bool = Field(
+        default=True, description="shard activations between TP regions along tokens; no effect at tensor_parallel 1"
+    )
     pipeline_schedule: Literal["1f1b", "gpipe"] = "1f1b"
     virtual_stages: int = Field(default=1, gt=0)
     bucket_size: int = Field(default=40_000_000, gt=0, description="elements of a gradient bucket, the unit of communication")
@@ -101,7 +103,9 @@ class DataConfig(Section):
         default="auto", description="auto: concat for pretrain, best_fit for chat"
     )
     order: Literal["shuffled", "file"] = "shuffled"
-    train_on: Literal["assistant", "all"] = Field(default="assistant", description="chat: which tokens carry loss (validation: always assistant)")
+    train_on: Literal["assistant", "all"] = Field(
+        default="assistant", description="chat: which tokens carry loss (validation: always assistant)"
+    )
     overlong: Literal["error", "drop", "truncate"] = Field(default="error", description="chat: conversations longer than a row")
 
 
@@ -141,13 +145,17 @@ class LrScheduleConfig(Section):
     kind: Literal["constant", "cosine"] = "cosine"
     warmup_steps: int = Field(default=0, ge=0)
     min_lr: float = Field(default=0.0, ge=0)
-    decay_steps: int | None = Field(default=None, gt=0, description="step at which the cosine reaches min_lr; training.steps if unset")
+    decay_steps: int | None = Field(
+        default=None, gt=0, description="step at which the cosine reaches min_lr; training.steps if unset"
+    )
 
 
 class PrecisionConfig(Section):
     """dtype of weights and activations. Gradients, masters, moments and statistics use at least float32."""
 
-    compute: Literal["auto", "float64", "float32", "bfloat16"] = Field(default="auto", description="auto: bfloat16 on GPU, float32 on CPU")
+    compute: Literal["auto", "float64", "float32", "bfloat16"] = Field(
+        default="auto", description="auto: bfloat16 on GPU, float32 on CPU"
+    )
 
 
 class CheckpointConfig(Section):

@@ -74,7 +74,10 @@ def generate(
         if not prompt:
             raise ValueError(f"prompt {number} has no tokens")
         if max(prompt) >= vocab:
-            raise ValueError(f"prompt {number} holds token id {max(prompt)}, but the model's vocabulary has {vocab}; is it the model's tokenizer?")
+            raise ValueError(
+                f"prompt {number} holds token id {max(prompt)}, but the model's vocabulary has {vocab}; "
+                "the tokenizer is not the model's"
+            )
     device = stage.frequencies_P.device
     generator = torch.Generator(device).manual_seed(seed)
     cache = SequenceCache([len(prompt) + max_new_tokens for prompt in prompts])

@@ -15,7 +15,9 @@ class RMSNorm(nn.Module):
     tokens, so the ranks' gradients are partial sums, which the spec says.
     """
 
-    def __init__(self, name: str, size: int, eps: float, tp: Axis, partial_gradient: bool, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, name: str, size: int, eps: float, tp: Axis, partial_gradient: bool, dtype: torch.dtype, device: torch.device
+    ):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(size, dtype=dtype, device=device))

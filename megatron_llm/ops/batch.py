@@ -37,5 +37,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
-        columns = (self.tokens_T, self.labels_T, self.weights_T, self.positions_T)
-        return Batch(*(column.to(device, non_blocking=True) for column in columns), self.cu_seqlens)
+
+        def move(column: Tensor) -> Tensor:
+            return column.to(device, non_blocking=True)
+
+        return Batch(move(self.tokens_T), move(self.labels_T), move(self.weights_T), move(self.positions_T), self.cu_seqlens)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import math
 
-import torch
 from torch import Tensor
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15

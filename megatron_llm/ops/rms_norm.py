@@ -25,7 +25,7 @@ class _RMSNorm(torch.autograd.Function):
         return (wide_TH * rstd_T1).to(x_TH.dtype) * weight_H
 
     @staticmethod
-    def backward(ctx: Any, dy_TH: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy_TH: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x_TH, weight_H, rstd_T1 = ctx.saved_tensors
         wide = rstd_T1.dtype
         n_TH = x_TH.to(wide) * rstd_T1

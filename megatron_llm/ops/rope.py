@@ -59,7 +59,7 @@ class _Rotary(torch.autograd.Function):
         return _rotate(x_TND, cos_T1P, sin_T1P)
 
     @staticmethod
-    def backward(ctx: Any, dy_TND: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy_TND: Tensor) -> tuple[Tensor, None, None]:
         cos_T1P, sin_T1P = ctx.saved_tensors
         return _rotate(dy_TND, cos_T1P, -sin_T1P), None, None
 

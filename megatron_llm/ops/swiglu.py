@@ -23,7 +23,7 @@ class _SwiGLU(torch.autograd.Function):
         return functional.silu(gate_TF) * up_TF
 
     @staticmethod
-    def backward(ctx: Any, dy_TF: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, dy_TF: Tensor) -> Tensor:
         (gate_up_T2F,) = ctx.saved_tensors
         wide = stat_dtype(gate_up_T2F.dtype)
         gate_TF, up_TF = gate_up_T2F.to(wide).chunk(2, dim=-1)

@@ -92,7 +92,7 @@ class _CopyTo(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         return all_reduce(dy.clone(), ctx.axis), None
 
 
@@ -102,7 +102,7 @@ class _ReduceFrom(torch.autograd.Function):
         return all_reduce(x.clone(), axis)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         return dy, None
 
 
@@ -113,7 +113,7 @@ class _GatherTokens(torch.autograd.Function):
         return all_gather(x, axis)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         return reduce_scatter(dy, ctx.axis), None
 
 
@@ -124,7 +124,7 @@ class _ScatterSum(torch.autograd.Function):
         return reduce_scatter(x, axis)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         return all_gather(dy, ctx.axis), None
 
 

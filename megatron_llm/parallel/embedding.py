@@ -48,7 +48,7 @@ class _Lookup(torch.autograd.Function):
         return weight_VH[rows_T].masked_fill(absent_T[:, None], 0)
 
     @staticmethod
-    def backward(ctx: Any, dy_TH: Tensor) -> tuple[None, Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy_TH: Tensor) -> tuple[None, Tensor | None, None, None]:
         rows_T, weight_VH, *absent = ctx.saved_tensors
         if absent:
             present_T = ~absent[0]

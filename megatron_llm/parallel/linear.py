@@ -28,7 +28,14 @@ import torch
 from torch import Tensor, nn
 
 from megatron_llm.ops.matmul import matmul
-from megatron_llm.parallel.collectives import all_gather, all_reduce, reduce_scatter, start_all_gather, start_all_reduce, start_reduce_scatter
+from megatron_llm.parallel.collectives import (
+    all_gather,
+    all_reduce,
+    reduce_scatter,
+    start_all_gather,
+    start_all_reduce,
+    start_reduce_scatter,
+)
 from megatron_llm.parallel.grid import Axis
 from megatron_llm.parallel.shard import Box, Part, ShardSpec
 from megatron_llm.parallel.weight_grad import linear_weight_gradient
@@ -120,7 +127,7 @@ class _ColumnParallel(torch.autograd.Function):
         return matmul(all_gather(x, tp) if gather else x, weight_OI.t())
 
     @staticmethod
-    def backward(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight_OI = ctx.saved_tensors
         need_dx, need_dw = ctx.needs_input_grad[:2]
         gathering = start_all_gather(x, ctx.tp) if ctx.gather and need_dw else None
@@ -141,7 +148,7 @@ class _RowParallel(torch.autograd.Function):
         return reduce_scatter(y_TO, tp) if scatter else all_reduce(y_TO, tp)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x_TI, weight_OI = ctx.saved_tensors
         need_dx, need_dw = ctx.needs_input_grad[:2]
         dy_TO = all_gather(dy, ctx.tp) if ctx.scatter else dy

@@ -35,7 +35,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return ((log_sum_exp_T - target_T) * weights_T).sum()
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         logits_TV, local_T, log_sum_exp_T, weights_T = ctx.saved_tensors
         logits_gradient_(logits_TV[:, : ctx.width], local_T, log_sum_exp_T, weights_T * dloss)
         logits_TV[:, ctx.width :] = 0

@@ -47,9 +47,7 @@ class Box:
     def intersect(self, other: Box) -> Box | None:
         """The common rectangle of two boxes of the same tensor, None if they do not touch."""
         starts = tuple(max(a, b) for a, b in zip(self.offset, other.offset, strict=True))
-        ends = tuple(
-            min(a + n, b + m) for a, n, b, m in zip(self.offset, self.shape, other.offset, other.shape, strict=True)
-        )
+        ends = tuple(min(a + n, b + m) for a, n, b, m in zip(self.offset, self.shape, other.offset, other.shape, strict=True))
         if any(end <= start for start, end in zip(starts, ends, strict=True)):
             return None
         return Box(starts, tuple(end - start for start, end in zip(starts, ends, strict=True)))

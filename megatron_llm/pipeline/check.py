@@ -50,7 +50,11 @@ def check(schedule: Schedule) -> list[int]:
                     channels.setdefault((rank, schedule.placement[target], action.kind), deque()).append(action)
                 position[rank] += 1
                 progress = True
-    stuck = [f"rank {rank} at {actions[position[rank]]}" for rank, actions in enumerate(schedule.actions) if position[rank] < len(actions)]
+    stuck = [
+        f"rank {rank} at {actions[position[rank]]}"
+        for rank, actions in enumerate(schedule.actions)
+        if position[rank] < len(actions)
+    ]
     if stuck:
         raise ValueError("the schedule deadlocks: " + ", ".join(stuck))
     return peak

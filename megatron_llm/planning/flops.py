@@ -21,7 +21,15 @@ def model_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
 
 
 # Dense bfloat16 peaks in FLOP/s from the vendors' data sheets, by a part of the device name, most specific first.
-_PEAKS = (("B200", 2250e12), ("GH200", 989e12), ("H200", 989e12), ("H100 PCIe", 756e12), ("H100", 989e12), ("A100", 312e12), ("L40S", 362e12))
+_PEAKS = (
+    ("B200", 2250e12),
+    ("GH200", 989e12),
+    ("H200", 989e12),
+    ("H100 PCIe", 756e12),
+    ("H100", 989e12),
+    ("A100", 312e12),
+    ("L40S", 362e12),
+)
 
 
 def peak_flops(device_name: str) -> float | None:

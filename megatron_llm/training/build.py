@@ -70,7 +70,14 @@ def build_stage(config: Config, grid: Grid, device: torch.device) -> DecoderStag
 def build_model(model: ModelConfig, weights: TensorSource, dtype: torch.dtype, device: torch.device) -> DecoderStage:
     """A whole model on one process, for inference: no optimizer, no buffers."""
     stage = DecoderStage(
-        model, Grid.single(), range(model.num_hidden_layers), first=True, last=True, sequence_parallel=False, dtype=dtype, device=device
+        model,
+        Grid.single(),
+        range(model.num_hidden_layers),
+        first=True,
+        last=True,
+        sequence_parallel=False,
+        dtype=dtype,
+        device=device,
     )
     with torch.no_grad():
         for parameter in stage.parameters():

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from megatron_llm.config import Config
@@ -60,7 +59,9 @@ def train(resolved: ResolvedRun) -> int:
     status = Path(config.logging.run_dir) / "status.json"
     if launched_rank() == 0:
         status.parent.mkdir(parents=True, exist_ok=True)
-        (status.parent / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+        (status.parent / "config.yaml").write_text(
+            yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
+        )
         write_json(status, {"outcome": "running"})
     try:
         with process_group(device, config.parallel.timeout_seconds):
@@ -86,11 +87,12 @@ def _announce(run: Run, resumed: Path | None) -> None:
     """Say what is about to be trained."""
     config, grid = run.config, run.engine.grid
     local = sum(parameter.numel() for parameter in run.engine.stage.parameters())
+    dtype = str(run.engine.stage.dtype).removeprefix("torch.")
     logger.info(
-        "%d ranks: tp %d, pp %d, dp %d on %s, %s | %d micro-batches of %d rows a step | %s parameters on rank 0",
-        launched_world_size(), grid.tp.size, grid.pp.size, grid.dp.size, run.engine.device, str(run.engine.stage.dtype).removeprefix("torch."),
-        run.engine.microbatches, config.training.micro_batch_size, f"{local:,}",
-    )  # fmt: skip
+        f"{grid.world.size} ranks: tp {grid.tp.size}, pp {grid.pp.size}, dp {grid.dp.size} on {run.engine.device}, {dtype} | "
+        f"{run.engine.microbatches} micro-batches of {config.training.micro_batch_size} rows a step | "
+        f"{local:,} parameters on rank 0"
+    )
     for line in run.train_stream.summary:
         logger.info("data: %s", line)
     if resumed:

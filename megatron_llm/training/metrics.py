@@ -96,8 +96,8 @@ class Metrics:
         mfu = f" ({values['mfu']:.1%} MFU)" if values["mfu"] is not None else ""
         return (
             f"step {state.step:>{len(str(steps))}}/{steps} | loss {values['loss']:.4f} | grad norm {values['grad_norm']:.3f} | "
-            f"lr {values['lr']:.2e} | {values['tokens_per_second']:,.0f} tok/s | {values['tflops_per_device']:.3g} TFLOP/s{mfu} | "
-            f"{values['memory_peak_bytes'] / 2**30:.1f} GiB | ETA {_duration((steps - state.step) * self.mean_seconds)}"
+            f"lr {values['lr']:.2e} | {values['tokens_per_second']:,.0f} tok/s | "
+            f"{values['tflops_per_device']:.3g} TFLOP/s{mfu} | {values['memory_peak_bytes'] / 2**30:.1f} GiB | ETA {_duration((steps - state.step) * self.mean_seconds)}"
             + (" | SKIPPED" if values["skipped"] else "")
         )
 

@@ -38,7 +38,10 @@ def find_resume(config: Config) -> Checkpoint | None:
     foreign = [change for change in changes if change.startswith("model.") and not change.startswith("model.hf")]
     if foreign:
         raise ConfigError(
-            [f"{folder} holds another model ({change}); choose another logging.run_dir or set checkpoint.resume=never" for change in foreign]
+            [
+                f"{folder} holds another model ({change}); choose another logging.run_dir or set checkpoint.resume=never"
+                for change in foreign
+            ]
         )
     for change in changes:
         logger.warning("changed since %s was saved: %s", folder, change)

@@ -80,9 +80,15 @@ def layout_problems(config: Config, world_size: int) -> list[str]:
     tp, pp, cp = parallel.tensor_parallel, parallel.pipeline_parallel, parallel.context_parallel
     problems = []
     if cp > 1:
-        problems.append(f"parallel.context_parallel: {cp} is not supported yet; set it to 1 (shorter rows or more tensor_parallel save memory)")
+        problems.append(
+            f"parallel.context_parallel: {cp} is not supported yet; set it to 1 "
+            "(shorter rows or more tensor_parallel save memory)"
+        )
     if parallel.virtual_stages > 1:
-        problems.append(f"parallel.virtual_stages: {parallel.virtual_stages} needs an interleaved schedule, which does not exist yet; set it to 1")
+        problems.append(
+            f"parallel.virtual_stages: {parallel.virtual_stages} needs an interleaved schedule, which does not exist yet; "
+            "set it to 1"
+        )
     ranks = tp * pp * cp
     if world_size % ranks:
         problems.append(
@@ -103,13 +109,15 @@ def layout_problems(config: Config, world_size: int) -> list[str]:
     heads = model.num_key_value_heads
     if heads % tp and tp % heads:
         problems.append(
-            f"model.num_key_value_heads: {heads} neither divides nor is divisible by parallel.tensor_parallel {tp}; {_divisors(heads)}"
+            f"model.num_key_value_heads: {heads} neither divides nor is divisible by parallel.tensor_parallel {tp}; "
+            f"{_divisors(heads)}"
         )
-    tokens = training.micro_batch_size * training.sequence_length
-    if parallel.sequence_parallel and tokens % tp:
+    rows, length = training.micro_batch_size, training.sequence_length
+    if parallel.sequence_parallel and rows * length % tp:
         problems.append(
-            f"training: micro_batch_size {training.micro_batch_size} * sequence_length {training.sequence_length} = {tokens} tokens are not "
-            f"divisible by parallel.tensor_parallel {tp}, which sequence parallelism needs; change them or set parallel.sequence_parallel=false"
+            f"training: micro_batch_size {rows} * sequence_length {length} = {rows * length} tokens are not divisible by "
+            f"parallel.tensor_parallel {tp}, which sequence parallelism needs; "
+            "change them or set parallel.sequence_parallel=false"
         )
     return problems
 

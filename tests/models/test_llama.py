@@ -136,7 +136,8 @@ def gradients_of_layout(path: str, parallel: dict[str, Any]) -> tuple[float, lis
 
 
 @pytest.mark.parametrize(
-    "world, parallel", [(2, {"tensor_parallel": 2}), (4, {"tensor_parallel": 2, "pipeline_parallel": 2, "sequence_parallel": False})]
+    "world, parallel",
+    [(2, {"tensor_parallel": 2}), (4, {"tensor_parallel": 2, "pipeline_parallel": 2, "sequence_parallel": False})],
 )
 @pytest.mark.parametrize("variant", ["plain", "tied"])
 def test_layouts_equal_transformers(tmp_path: Path, variant: str, world: int, parallel: dict[str, Any]) -> None:

@@ -30,7 +30,9 @@ def environment() -> dict[str, str]:
 
 def run_train(world: int, config: Path, *overrides: str) -> None:
     """Train to the end; the log is the failure's message."""
-    done = subprocess.run(train_command(world, config, *overrides), env=environment(), capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        train_command(world, config, *overrides), env=environment(), capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 

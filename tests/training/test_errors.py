@@ -62,7 +62,7 @@ def test_kv_heads_that_do_not_fit(message: Any) -> None:
 
 def test_sequence_that_sequence_parallelism_cannot_cut(message: Any) -> None:
     text = message(world=2, parallel={"tensor_parallel": 2}, training={"sequence_length": 15, "micro_batch_size": 1})
-    assert "1 * sequence_length 15 = 15 tokens" in text and "parallel.sequence_parallel=false" in text
+    assert "sequence_length 15 = 15 tokens" in text and "parallel.sequence_parallel=false" in text
 
 
 def test_batch_that_the_replicas_do_not_divide(message: Any) -> None:
@@ -75,11 +75,18 @@ def test_context_parallelism_and_virtual_stages_wait_for_their_issues(message: A
 
 
 def test_unknown_key_with_suggestion(message: Any) -> None:
-    assert "training.sequence_lenght: unknown key; did you mean training.sequence_length?" in message(training={"sequence_lenght": 3})
+    assert "training.sequence_lenght: unknown key; did you mean training.sequence_length?" in message(
+        training={"sequence_lenght": 3}
+    )
 
 
 def test_everything_wrong_is_said_at_once(message: Any) -> None:
-    text = message(world=3, parallel={"tensor_parallel": 3}, lr_schedule={"min_lr": 1.0}, data={"kind": "pretrain", "train": [{"path": "gone"}]})
+    text = message(
+        world=3,
+        parallel={"tensor_parallel": 3},
+        lr_schedule={"min_lr": 1.0},
+        data={"kind": "pretrain", "train": [{"path": "gone"}]},
+    )
     for part in ("5 problems", "num_attention_heads: 8", "num_key_value_heads: 2", "= 32 tokens", "min_lr: 1.0", "gone.idx"):
         assert part in text
 

@@ -60,7 +60,9 @@ def test_interrupted_equals_uninterrupted_bit_for_bit(tmp_path: Path) -> None:
     assert [name for name in expected if not torch.equal(expected[name], actual[name])] == []
 
     def numbers(run: str) -> list[tuple[Any, ...]]:
-        return [tuple(line.get(key) for key in ("step", "loss", "grad_norm", "lr", "tokens")) for line in read_metrics(tmp_path / run)]
+        return [
+            tuple(line.get(key) for key in ("step", "loss", "grad_norm", "lr", "tokens")) for line in read_metrics(tmp_path / run)
+        ]
 
     assert numbers("parts") == numbers("whole")
     assert [line[0] for line in numbers("whole")] == list(range(13))
@@ -118,7 +120,10 @@ def test_import_zero_steps_export_is_the_same_folder(tmp_path: Path, dtype: torc
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
 
     assert json.loads((tmp_path / "out/config.json").read_text()) == raw
-    with safe_open(tmp_path / "hf/model.safetensors", "pt") as before, safe_open(tmp_path / "out/model.safetensors", "pt") as after:
+    with (
+        safe_open(tmp_path / "hf/model.safetensors", "pt") as before,
+        safe_open(tmp_path / "out/model.safetensors", "pt") as after,
+    ):
         assert set(before.keys()) == set(after.keys())
         for name in before.keys():  # noqa: SIM118
             a, b = before.get_tensor(name), after.get_tensor(name)

@@ -1,0 +1,73 @@
+"""Every layer lands on exactly one stage, and no split is better than the one chosen."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_llm.config import ModelConfig
+from megatron_llm.models.split import layer_costs, split_layers
+
+
+def _costs(counts: tuple[int, ...], embedding: float, layer: float, head: float) -> tuple[float, float]:
+    """(largest stage cost, sum of squares)."""
+    costs = [count * layer for count in counts]
+    costs[0] += embedding
+    costs[-1] += head
+    return max(costs), sum(cost**2 for cost in costs)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    layers=st.integers(0, 8),
+    stages=st.integers(1, 5),
+    embedding=st.integers(0, 30),
+    layer=st.integers(1, 9),
+    head=st.integers(0, 40),
+)
+def test_split_is_the_best_of_all(layers: int, stages: int, embedding: int, layer: int, head: int) -> None:
+    split = split_layers(layers, stages, embedding, layer, head)
+    assert len(split) == stages
+    assert [index for part in split for index in part] == list(range(layers))
+    every = (counts for counts in itertools.product(range(layers + 1), repeat=stages) if sum(counts) == layers)
+    assert _costs(tuple(map(len, split)), embedding, layer, head) == min(_costs(c, embedding, layer, head) for c in every)
+
+
+@pytest.mark.parametrize(
+    ("layers", "stages", "head", "expected"),
+    [
+        (5, 4, 0.0, [1, 1, 1, 2]),
+        (8, 4, 0.0, [2, 2, 2, 2]),
+        (8, 4, 2.0, [3, 2, 3, 0]),
+        (5, 4, 1.0, [1, 2, 1, 1]),
+        (2, 4, 0.0, None),  # some stages hold no layer
+        (32, 8, 3.0, None),
+        (80, 16, 1.5, None),
+    ],
+)
+def test_known_splits(layers: int, stages: int, head: float, expected: list[int] | None) -> None:
+    counts = [len(part) for part in split_layers(layers, stages, 0.0, 1.0, head)]
+    assert sum(counts) == layers
+    best = _costs(tuple(counts), 0.0, 1.0, head)
+    if expected is not None:
+        assert best == _costs(tuple(expected), 0.0, 1.0, head)
+    assert best[0] < (layers + head) / stages + 1  # within one layer of a perfect balance
+
+
+def test_costs_of_a_layer_by_hand() -> None:
+    """Hidden 4, 2 heads of 3 over 1 KV head, ffn 5, vocabulary 7, 10 tokens, multiply-adds a token."""
+    model = ModelConfig(
+        vocab_size=7,
+        hidden_size=4,
+        intermediate_size=5,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=3 + 1,
+    )
+    projections = 4 * 8 + 2 * 4 * 4 + 8 * 4  # q, k and v, o
+    scores = 2 * (2 * 4 * 10 / 2)  # q k^T and p v see half of the row on average
+    assert layer_costs(model, 10) == (0.0, projections + scores + 3 * 4 * 5, 4 * 7)
