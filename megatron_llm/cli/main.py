@@ -16,7 +16,6 @@ from types import ModuleType
 from megatron_llm import __version__
 
 COMMANDS = ("train", "generate", "export", "preprocess", "preprocess-chat", "inspect", "config")
-COMMANDS = tuple(c for c in COMMANDS if os.path.exists(os.path.join(os.path.dirname(__file__), c.replace("-", "_") + ".py")))  # TEMP
 
 
 def _module(command: str) -> ModuleType:

@@ -19,7 +19,7 @@ from megatron_llm.data.stream import TokenStream, build_train_stream, build_vali
 from megatron_llm.hf.assets import collect_assets
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.training.build import Engine, build_engine
-from megatron_llm.training.distributed import launched_rank, launched_world_size, pick_device, process_group
+from megatron_llm.training.distributed import launched_rank, pick_device, process_group
 from megatron_llm.training.metrics import Metrics, setup_logging, write_json
 from megatron_llm.training.recovery import find_resume, load_run, save_run
 from megatron_llm.training.resolve import ResolvedRun

@@ -93,13 +93,17 @@ class Metrics:
     def _line(self, state: RunState, values: dict[str, Any]) -> str:
         steps = self.config.training.steps
         assert self.mean_seconds is not None
-        mfu = f" ({values['mfu']:.1%} MFU)" if values["mfu"] is not None else ""
-        return (
-            f"step {state.step:>{len(str(steps))}}/{steps} | loss {values['loss']:.4f} | grad norm {values['grad_norm']:.3f} | "
-            f"lr {values['lr']:.2e} | {values['tokens_per_second']:,.0f} tok/s | "
-            f"{values['tflops_per_device']:.3g} TFLOP/s{mfu} | {values['memory_peak_bytes'] / 2**30:.1f} GiB | ETA {_duration((steps - state.step) * self.mean_seconds)}"
-            + (" | SKIPPED" if values["skipped"] else "")
-        )
+        fields = [
+            f"step {state.step:>{len(str(steps))}}/{steps}",
+            f"loss {values['loss']:.4f}",
+            f"grad norm {values['grad_norm']:.3f}",
+            f"lr {values['lr']:.2e}",
+            f"{values['tokens_per_second']:,.0f} tok/s",
+            f"{values['tflops_per_device']:.3g} TFLOP/s" + (f" ({values['mfu']:.1%} MFU)" if values["mfu"] is not None else ""),
+            f"{values['memory_peak_bytes'] / 2**30:.1f} GiB",
+            f"ETA {_duration((steps - state.step) * self.mean_seconds)}",
+        ]
+        return " | ".join(fields + ["SKIPPED"] * values["skipped"])
 
     def _memory_peak(self) -> int:
         if self.device.type == "cuda":

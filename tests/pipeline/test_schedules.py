@@ -53,7 +53,7 @@ def test_1f1b_by_hand() -> None:
 
 
 def test_schedules_of_the_configuration() -> None:
-    assert SCHEDULES == {"1f1b": one_f_one_b, "gpipe": gpipe}
+    assert {"1f1b": one_f_one_b, "gpipe": gpipe} == SCHEDULES
 
 
 # Damage
