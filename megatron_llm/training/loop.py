@@ -21,7 +21,7 @@ from megatron_llm.parallel.grid import Grid
 from megatron_llm.training.build import Engine, build_engine
 from megatron_llm.training.distributed import launched_rank, pick_device, process_group
 from megatron_llm.training.metrics import Metrics, setup_logging, write_json
-from megatron_llm.training.recovery import find_resume, load_run, save_run
+from megatron_llm.training.recovery import find_resume, load_run, save_run, set_aside_earlier_run
 from megatron_llm.training.resolve import ResolvedRun
 from megatron_llm.training.signals import EXIT_STOPPED, StopRequest
 from megatron_llm.training.step import RunState, evaluate, train_step
@@ -59,6 +59,8 @@ def train(resolved: ResolvedRun) -> int:
     status = Path(config.logging.run_dir) / "status.json"
     if launched_rank() == 0:
         status.parent.mkdir(parents=True, exist_ok=True)
+        if config.checkpoint.resume == "never":
+            set_aside_earlier_run(config)
         (status.parent / "config.yaml").write_text(
             yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
         )

@@ -145,6 +145,8 @@ def test_another_models_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture
     text = capsys.readouterr().err
     assert "holds another model" in text and "hidden_size: 32 -> 64" in text
     assert main(["train", config, "model.hidden_size=64", "checkpoint.resume=never"]) == 0
+    kept = {path.name.split(".before")[0] for path in (tmp_path / "run").iterdir() if ".before-" in path.name}
+    assert kept == {"checkpoints", "metrics.jsonl"}, "an earlier run is moved aside, not overwritten"
 
 
 def test_gpu_asked_for_and_absent(message: Any) -> None:
