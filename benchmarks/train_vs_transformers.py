@@ -77,7 +77,13 @@ def megatron_llm_step() -> Callable[[], float]:
         {
             "model": SHAPE,
             "data": {"kind": "synthetic"},
-            "training": {"sequence_length": SEQUENCE, "micro_batch_size": ROWS, "global_batch_size": ROWS, "steps": 1000},
+            "training": {
+                "sequence_length": SEQUENCE,
+                "micro_batch_size": ROWS,
+                "global_batch_size": ROWS,
+                "steps": 1000,
+                "document_isolation": False,  # whole rows attend, as in the peer: the same FLOPs
+            },
             "optimizer": {**ADAMW, "grad_clip": CLIP},
             "lr_schedule": {"kind": "constant"},
             "precision": {"compute": "bfloat16"},

@@ -5,13 +5,13 @@ from __future__ import annotations
 import ast
 import importlib
 import json
-import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 from types import ModuleType
 
+import psutil
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "quickstart"
@@ -155,14 +155,16 @@ def test_whole_quickstart_survives_a_kill_and_every_stage_improves(tmp_path: Pat
     command = [sys.executable, str(FOLDER / "run.py"), "--out", str(out)]
     start = time.monotonic()
     with open(tmp_path / "first.log", "w") as log:
-        first = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        first = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:
             while not list(out.glob("stage1/checkpoints/*/manifest.json")):
                 assert first.poll() is None, (tmp_path / "first.log").read_text()
                 assert time.monotonic() - start < 400, "no checkpoint of stage 1"
                 time.sleep(0.2)
         finally:
-            os.killpg(first.pid, 9)
+            # The whole tree: ranks live in sessions of their own and would survive their launcher.
+            for process in [*psutil.Process(first.pid).children(recursive=True), first]:
+                process.kill()
             first.wait()
     resumed_from = max(int(path.name.removeprefix("step-")) for path in out.glob("stage1/checkpoints/step-*"))
     second = subprocess.run(command, capture_output=True, text=True, timeout=900)

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -53,6 +54,7 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     os.chdir(out)
     start = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated; run again to go on from here"))
     try:
         run_steps(recipe())
     except subprocess.CalledProcessError as error:
@@ -122,7 +124,17 @@ def command(*arguments: str, ranks: int = 1) -> None:
     print(f"      $ {shown} {' '.join(arguments)}", flush=True)
     launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"} if ranks > 1 else None
-    subprocess.run([sys.executable, *launcher, "-m", "megatron_llm", *arguments], check=True, env=environment)
+    with subprocess.Popen([sys.executable, *launcher, "-m", "megatron_llm", *arguments], env=environment) as process:
+        try:
+            code = process.wait()
+        except (KeyboardInterrupt, SystemExit) as stop:
+            print("\nstopping when the step is finished and saved; once more to stop at once", flush=True)
+            if isinstance(stop, SystemExit):  # after Ctrl-C the terminal has told the command already
+                process.terminate()
+            process.wait()
+            raise
+    if code:
+        raise subprocess.CalledProcessError(code, process.args)
 
 
 def make_corpus() -> str:

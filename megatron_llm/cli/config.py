@@ -7,7 +7,7 @@ import json
 
 import yaml
 
-HELP = "show a configuration with everything filled in, or the JSON schema for editors"
+HELP = "show a configuration with everything filled in, or its JSON schema"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one of the two. Raises ConfigError with every problem of the configuration."""
+    """Print one of the two. Raises ConfigError with every problem of the configuration or of the folder that `model.hf` names."""
     if args.action == "schema":
         from megatron_llm.config import Config
 

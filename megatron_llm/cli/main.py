@@ -48,17 +48,25 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         if args.debug:
             traceback.print_exc()
-        elif _reports_errors():
-            print(f"megatron-llm {args.command}: error: {error}", file=sys.stderr)
+        elif _reports(error):
+            print(f"megatron-llm {args.command}: error: {_message(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
 
 
-def _reports_errors() -> bool:
-    """Whether this process prints a user error: rank 0, or any rank once ranks work together and may differ.
+def _reports(error: ValueError) -> bool:
+    """Whether this process prints a user error.
 
-    Before a process group exists all ranks check the same input and would print the same message.
+    Ranks check the same input and would print the same message, so rank 0 speaks for all; an error that carries a note
+    (which rank, what it was doing) is that rank's own.
     """
-    distributed = sys.modules.get("torch.distributed")
-    return os.environ.get("RANK", "0") == "0" or (distributed is not None and distributed.is_initialized())
+    return os.environ.get("RANK", "0") == "0" or bool(_notes(error))
+
+
+def _message(error: ValueError) -> str:
+    return "\n".join([str(error), *_notes(error)])
+
+
+def _notes(error: ValueError) -> list[str]:
+    return getattr(error, "__notes__", [])

@@ -86,8 +86,12 @@ class DecoderStage(nn.Module):
         return self.final_norm(x) if self.last else x
 
     def logits(self, hidden: Tensor, sequence_parallel: bool | None = None) -> Tensor:
-        """[S or T, H] -> this rank's slice of the logits, [T, V]; columns beyond the true vocabulary are padding."""
-        return self.head(hidden, self.sequence_parallel if sequence_parallel is None else sequence_parallel)
+        """[S or T, H] -> this rank's slice of the logits, [T, V]; columns beyond the true vocabulary are padding.
+
+        In the compute dtype, or float32 where the device computes the product in float32 anyway.
+        """
+        sequence_parallel = self.sequence_parallel if sequence_parallel is None else sequence_parallel
+        return self.head(hidden, sequence_parallel, keep_wide=True)
 
     def loss(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Sum over the micro-batch of weight * cross-entropy: a scalar in `stat_dtype`, equal on all tp ranks.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as functional
@@ -39,23 +39,25 @@ def attention(
     attend = _sdpa if backend == "sdpa" else _reference
     dtype = q_TND.dtype
     q_TND, k_SKD, v_SKD = widen(q_TND), widen(k_SKD), widen(v_SKD)
-    outputs = []
-    for first, count, q_len, k_len in _runs(cu_q, cu_k):
-        queries = q_TND[cu_q[first] : cu_q[first + count]].unflatten(0, (count, q_len)).transpose(1, 2)
-        keys = k_SKD[cu_k[first] : cu_k[first + count]].unflatten(0, (count, k_len)).transpose(1, 2)
-        values = v_SKD[cu_k[first] : cu_k[first + count]].unflatten(0, (count, k_len)).transpose(1, 2)
-        outputs.append(attend(queries, keys, values).transpose(1, 2).flatten(0, 1))
+    runs = _runs(cu_q, cu_k)
+    q_tokens, k_tokens = [count * q_len for count, q_len, _ in runs], [count * k_len for count, _, k_len in runs]
+    # One split, not a slice per document: the backward of a slice writes a whole tensor of zeros.
+    blocks = zip(runs, q_TND.split(q_tokens), k_SKD.split(k_tokens), v_SKD.split(k_tokens), strict=True)
+    outputs = [
+        attend(*(x.unflatten(0, (count, -1)).transpose(1, 2) for x in tensors)).transpose(1, 2).flatten(0, 1)
+        for (count, _, _), *tensors in blocks
+    ]
     return torch.cat(outputs).to(dtype) if len(outputs) > 1 else outputs[0].to(dtype)
 
 
-def _runs(cu_q: Sequence[int], cu_k: Sequence[int]) -> Iterator[tuple[int, int, int, int]]:
-    """(first document, how many, query length, key length) for each run of neighbours of equal lengths."""
-    lengths = [(q[1] - q[0], k[1] - k[0]) for q, k in zip(itertools.pairwise(cu_q), itertools.pairwise(cu_k), strict=True)]
-    first = 0
-    for (q_len, k_len), run in itertools.groupby(lengths):
-        count = len(list(run))
-        yield first, count, q_len, k_len
-        first += count
+def _runs(cu_q: Sequence[int], cu_k: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(how many, query length, key length) for each run of neighbouring documents of equal lengths."""
+    lengths = zip(map(_length, itertools.pairwise(cu_q)), map(_length, itertools.pairwise(cu_k)), strict=True)
+    return [(len(list(run)), q_len, k_len) for (q_len, k_len), run in itertools.groupby(lengths)]
+
+
+def _length(bounds: tuple[int, int]) -> int:
+    return bounds[1] - bounds[0]
 
 
 def _causal_mask(q_len: int, k_len: int, device: torch.device) -> Tensor:

@@ -16,11 +16,14 @@ from torch import Tensor
 
 from megatron_llm.ops.dtypes import stat_dtype
 
-_CHUNK_ELEMENTS = 1 << 20
+_CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 27}  # a chunk in cache; on a GPU, one that fills it
 
 
-def _chunks(logits_TV: Tensor) -> range:
-    return range(0, logits_TV.shape[0], max(1, _CHUNK_ELEMENTS // max(1, logits_TV.shape[1])))
+def _chunks(logits_TV: Tensor) -> list[slice]:
+    """Row ranges of about a chunk's elements each."""
+    tokens, vocab = logits_TV.shape
+    rows = max(1, _CHUNK_ELEMENTS[logits_TV.device.type] // vocab)
+    return [slice(start, start + rows) for start in range(0, tokens, rows)]
 
 
 def local_statistics(logits_TV: Tensor, local_labels_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,9 +39,7 @@ def local_statistics(logits_TV: Tensor, local_labels_T: Tensor) -> tuple[Tensor,
     target_T = torch.zeros(tokens, dtype=wide, device=logits_TV.device)
     if vocab == 0:
         return maximum_T, total_T, target_T
-    step = _chunks(logits_TV)
-    for start in step:
-        rows = slice(start, start + step.step)
+    for rows in _chunks(logits_TV):
         chunk = logits_TV[rows].to(wide)
         torch.amax(chunk, dim=1, out=maximum_T[rows])
         torch.sum((chunk - maximum_T[rows, None]).exp_(), dim=1, out=total_T[rows])
@@ -55,9 +56,9 @@ def logits_gradient_(logits_TV: Tensor, local_labels_T: Tensor, log_sum_exp_T: T
     wide = log_sum_exp_T.dtype
     own_T = ((local_labels_T >= 0) & (local_labels_T < vocab)).to(wide)
     index_T1 = local_labels_T.clamp(0, vocab - 1)[:, None]
-    step = _chunks(logits_TV)
-    for start in step:
-        rows = slice(start, start + step.step)
-        chunk = logits_TV[rows].to(wide).sub_(log_sum_exp_T[rows, None]).exp_()
-        chunk.scatter_add_(1, index_T1[rows], -own_T[rows, None])
-        logits_TV[rows] = chunk.mul_(scale_T[rows, None]).to(logits_TV.dtype)
+    for rows in _chunks(logits_TV):
+        chunk = logits_TV[rows]
+        gradient = chunk.to(wide).sub_(log_sum_exp_T[rows, None]).exp_()  # the chunk itself if it is wide already
+        gradient.scatter_add_(1, index_T1[rows], -own_T[rows, None]).mul_(scale_T[rows, None])
+        if gradient.data_ptr() != chunk.data_ptr():
+            chunk.copy_(gradient)

@@ -26,9 +26,9 @@ def widen(x: Tensor) -> Tensor:
     return x
 
 
-def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b` rounded once to the dtype of `a`. Shapes [M, K] x [K, N] -> [M, N]."""
-    return torch.mm(widen(a), widen(b)).to(a.dtype)
+def matmul(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """`a @ b` rounded once to `dtype`, by default that of `a`. Shapes [M, K] x [K, N] -> [M, N]."""
+    return torch.mm(widen(a), widen(b)).to(dtype or a.dtype)
 
 
 def accumulate_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_llm.ops.matmul import matmul
+from megatron_llm.ops.matmul import matmul, widen
 from megatron_llm.parallel.collectives import (
     all_gather,
     all_reduce,
@@ -90,14 +90,15 @@ class ColumnParallelLinear(nn.Module):
     """y = x W^T with the rows of W (output features) cut over tp; several logical weights may share one W and one GEMM.
 
     Input [S, I] when sequence parallel, else [T, I]; output [T, O]: the outputs of all shards side by side.
+    With `keep_wide` an output that the device computes in float32 anyway (`ops/matmul.py`) is not rounded.
     """
 
     def __init__(self, weight_OI: nn.Parameter, tp: Axis):
         super().__init__()
         self.weight, self.tp = weight_OI, tp
 
-    def forward(self, x: Tensor, sequence_parallel: bool) -> Tensor:
-        return _ColumnParallel.apply(x, self.weight, self.tp, sequence_parallel and self.tp.size > 1)
+    def forward(self, x: Tensor, sequence_parallel: bool, keep_wide: bool = False) -> Tensor:
+        return _ColumnParallel.apply(x, self.weight, self.tp, sequence_parallel and self.tp.size > 1, keep_wide)
 
 
 class RowParallelLinear(nn.Module):
@@ -121,22 +122,24 @@ class RowParallelLinear(nn.Module):
 
 class _ColumnParallel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, tp: Axis, gather: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, tp: Axis, gather: bool, keep_wide: bool) -> Tensor:
         ctx.save_for_backward(x, weight_OI)
         ctx.tp, ctx.gather = tp, gather
-        return matmul(all_gather(x, tp) if gather else x, weight_OI.t())
+        x_TI = widen(all_gather(x, tp) if gather else x)
+        return matmul(x_TI, weight_OI.t(), x_TI.dtype if keep_wide else x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         x, weight_OI = ctx.saved_tensors
         need_dx, need_dw = ctx.needs_input_grad[:2]
         gathering = start_all_gather(x, ctx.tp) if ctx.gather and need_dw else None
         reducing = None
+        dy_TO = widen(dy_TO)  # once for both products
         if need_dx:
-            dx = matmul(dy_TO, weight_OI)
+            dx = matmul(dy_TO, weight_OI, x.dtype)
             reducing = start_reduce_scatter(dx, ctx.tp) if ctx.gather else start_all_reduce(dx, ctx.tp)
         dw = linear_weight_gradient(weight_OI, dy_TO, gathering.wait() if gathering else x) if need_dw else None
-        return reducing.wait() if reducing else None, dw, None, None
+        return reducing.wait() if reducing else None, dw, None, None, None
 
 
 class _RowParallel(torch.autograd.Function):
@@ -151,6 +154,6 @@ class _RowParallel(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x_TI, weight_OI = ctx.saved_tensors
         need_dx, need_dw = ctx.needs_input_grad[:2]
-        dy_TO = all_gather(dy, ctx.tp) if ctx.scatter else dy
-        dx_TI = matmul(dy_TO, weight_OI) if need_dx else None
+        dy_TO = widen(all_gather(dy, ctx.tp) if ctx.scatter else dy)
+        dx_TI = matmul(dy_TO, weight_OI, x_TI.dtype) if need_dx else None
         return dx_TI, linear_weight_gradient(weight_OI, dy_TO, x_TI) if need_dw else None, None, None

@@ -16,7 +16,7 @@ def linear_weight_gradient(weight_OI: Tensor, dy_TO: Tensor, x_TI: Tensor) -> Te
     """dW = dy^T x of a linear layer: [T, O], [T, I] -> added to `weight.main_grad` [O, I], or returned."""
     main_grad: Tensor | None = getattr(weight_OI, "main_grad", None)
     if main_grad is None:
-        return matmul(dy_TO.t(), x_TI)
+        return matmul(dy_TO.t(), x_TI, weight_OI.dtype)
     accumulate_matmul(main_grad, dy_TO.t(), x_TI)
     return None
 

@@ -50,7 +50,7 @@ def find_resume(config: Config) -> Checkpoint | None:
 
 
 def set_aside_earlier_run(config: Config) -> None:
-    """With `resume: never` in a folder that was used before: rename what an earlier run left, so that nothing mixes or is lost."""
+    """With `resume: never` in a used folder: rename what the earlier run left, so that nothing mixes or is lost."""
     run_dir = Path(config.logging.run_dir)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for name in ("checkpoints", "metrics.jsonl"):

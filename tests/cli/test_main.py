@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -12,12 +13,10 @@ import time
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 import yaml
 
 from megatron_llm.cli import main as cli
 from megatron_llm.config import Config
-from tests.ranks import run_ranks
 
 SCRIPT = str(Path(sys.executable).parent / "megatron-llm")
 
@@ -47,7 +46,7 @@ def test_help_lists_every_command_in_half_a_second() -> None:
         result = _run([SCRIPT, "--help"])
         seconds.append(time.perf_counter() - start)
         assert result.returncode == 0, result.stderr
-    assert all(f"    {name} " in result.stdout for name in cli.COMMANDS)
+    assert all(re.search(rf"^    {name}\b(?!-)", result.stdout, re.MULTILINE) for name in cli.COMMANDS), result.stdout
     assert statistics.median(seconds) < 0.5, f"--help took {seconds} s"
 
 
@@ -133,14 +132,26 @@ def test_under_a_launcher_rank_0_speaks(rank: str, lines: int) -> None:
     assert result.stderr.count("error:") == lines
 
 
-def _reports(rank: str) -> tuple[bool, bool]:
-    os.environ["RANK"] = rank
-    try:
-        return dist.is_initialized(), cli._reports_errors()
-    finally:
-        del os.environ["RANK"]
+def test_a_rank_speaks_about_its_own_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(args: object) -> int:
+        error = ValueError("planted")
+        error.add_note("on rank 3, reading shard 7")
+        raise error
+
+    monkeypatch.setattr("megatron_llm.cli.config.run", broken)
+    monkeypatch.setenv("RANK", "3")
+    assert cli.main(["config", "schema"]) == 1
+    assert capsys.readouterr().err == "megatron-llm config: error: planted\non rank 3, reading shard 7\n"
 
 
-def test_every_rank_speaks_once_they_work_together() -> None:
-    assert run_ranks(1, _reports, "1") == [(False, False)]
-    assert run_ranks(2, _reports, "1") == [(True, True)] * 2
+def test_show_fills_the_model_in_from_a_hugging_face_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"vocab_size": 48, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=2, rope_theta=5e5)).save_pretrained(tmp_path / "hf")
+    text = CONFIG.replace(CONFIG.splitlines()[1], f"model: {{hf: {tmp_path / 'hf'}}}")
+    (tmp_path / "run.yaml").write_text(text)
+    assert cli.main(["config", "show", str(tmp_path / "run.yaml")]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)["model"]
+    assert {key: shown[key] for key in shape} == shape
+    assert (shown["num_key_value_heads"], shown["rope_theta"], shown["head_dim"]) == (2, 5e5, 6)

@@ -97,7 +97,7 @@ def test_number_of_ranks_does_not_change_a_bit(world: int, bucket_size: int) -> 
 
 
 def _replicated(which: str) -> tuple[float, float, dict[str, Tensor]]:
-    """tp2 x dp2 with a fused weight of two parts and a replicated vector, whose gradients are complete or partial on each tp rank.
+    """tp2 x dp2: a fused weight, part of it on both tp ranks, and a vector on both, with complete or partial gradients there.
 
     (squared norm over the world, the same of the logical gradient, weights after one update)
     """
@@ -202,7 +202,7 @@ def test_bfloat16_weights_follow_a_float32_master() -> None:
             assert torch.equal(weight.float(), torch.ones(10)), "10 updates are less than half a spacing"
     ((_, master),) = optimizer.state_pieces("weights")
     assert master.dtype is torch.float32
-    torch.testing.assert_close(master, torch.full((10,), 0.99), rtol=0, atol=1e-6)
+    torch.testing.assert_close(master, torch.full((10,), 0.99), rtol=0, atol=1e-5)
     assert torch.equal(weight, master.bfloat16())
 
 
@@ -253,7 +253,7 @@ def test_gradients_made_by_autograd_move_to_the_main_gradient() -> None:
     assert not _main_grad(weight).any()
 
 
-def test_same_slices_on_replicas_are_an_axis_matter_not_a_name() -> None:
+def test_axes_of_partial_gradients_are_kept_apart() -> None:
     """Two axes of partial gradients in one optimizer are summed separately; axes of one rank change nothing."""
     a = _parameter("a", torch.ones(3), gradient_sum=Axis("x"), replicas=2)
     b = _parameter("b", torch.ones(3), gradient_sum=Axis("y"), replicas=4)
