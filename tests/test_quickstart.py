@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -46,7 +47,7 @@ class Greeter:
 
 
 @pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> object:
+def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
     """A function that imports a file of the quickstart, which lies outside any package."""
     monkeypatch.syspath_prepend(str(FOLDER))
 
@@ -57,7 +58,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> object:
     return load_module
 
 
-def test_functions_split_into_signature_and_body(load) -> None:
+def test_functions_split_into_signature_and_body(load: Callable[[str], ModuleType]) -> None:
     pairs = dict(load("corpus")._functions(SOURCE))
     assert sorted(pairs) == [
         'async def greet(self, *,\n                loud: bool = False) -> str:\n    """Greet.\n\n    Politely.\n    """',
@@ -73,7 +74,7 @@ def test_functions_split_into_signature_and_body(load) -> None:
 
 
 @pytest.mark.slow
-def test_corpus_parts_share_no_module_and_no_held_out_function(load, tmp_path: Path) -> None:
+def test_corpus_parts_share_no_module_and_no_held_out_function(load: Callable[[str], ModuleType], tmp_path: Path) -> None:
     corpus = load("corpus")
     corpus.write_documents(tmp_path / "text")
     parts = {p: [json.loads(line) for line in (tmp_path / "text" / f"{p}.jsonl").open()] for p in corpus.PARTS}
@@ -99,7 +100,7 @@ def test_corpus_parts_share_no_module_and_no_held_out_function(load, tmp_path: P
     assert len(set(questions)) == len(questions)
 
 
-def test_too_few_instructions_are_an_error(load, tmp_path: Path) -> None:
+def test_too_few_instructions_are_an_error(load: Callable[[str], ModuleType], tmp_path: Path) -> None:
     corpus = load("corpus")
     for part in corpus.PARTS:
         (tmp_path / f"{part}.jsonl").write_text(json.dumps({"path": "a.py", "text": SOURCE}) + "\n")
@@ -107,7 +108,9 @@ def test_too_few_instructions_are_an_error(load, tmp_path: Path) -> None:
         corpus.write_instructions(tmp_path, tmp_path / "chat", lambda conversations: [1] * len(conversations), 10)
 
 
-def test_steps_are_resumed_skipped_and_redone(load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_steps_are_resumed_skipped_and_redone(
+    load: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
     run = load("run")
     monkeypatch.chdir(tmp_path)
     recipe = tmp_path / "recipe"

@@ -42,7 +42,7 @@ def adamw_(
         m,
         v,
         [],
-        [torch.tensor(float(update - 1), device=device) for _ in weights],
+        list(torch.full((len(weights),), float(update - 1), device=device).unbind()),  # torch counts each one up
         fused=True,
         grad_scale=None if exact else torch.tensor(1.0 / scale, dtype=torch.float32, device=device),
         amsgrad=False,
