@@ -93,5 +93,8 @@ def save_run(engine: Engine, state: RunState, assets: dict[str, bytes]) -> Path:
         folder, tensors, run_state=asdict(state), config=config.model_dump(mode="json"), assets=assets, world=engine.grid.world
     )
     if engine.grid.world.first:
-        prune_checkpoints(folder.parent, config.checkpoint.keep_last)
+        try:
+            prune_checkpoints(folder.parent, config.checkpoint.keep_last)
+        except OSError as error:  # the new checkpoint is whole; that an old one stays is no reason to end the run
+            logger.warning("could not delete old checkpoints in %s: %s", folder.parent, error)
     return folder

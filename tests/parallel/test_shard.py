@@ -143,12 +143,12 @@ def test_replicated_heads(heads: int, size: int, expected: list[tuple[int, int]]
 
 
 def test_spec_of_a_fused_weight_by_hand() -> None:
-    """Rank 3 of 4 of q (8 rows), k (2 heads of 2 rows, each on 2 ranks) and something of 5 rows, of which it has padding."""
+    """Rank 3 of 4 of q (8 rows), something of 5 rows, of which it has only padding, and k (2 heads of 2 rows, each on 2 ranks)."""
     tp, replica = Axis("tp", 3, 4), Axis("kv_replica", 1, 2)
     shards = [
         OutputShard.even("q", 8, tp),
-        OutputShard.replicated_heads("k", 2, 2, tp, replica),
         OutputShard.even("x", 5, tp),
+        OutputShard.replicated_heads("k", 2, 2, tp, replica),
     ]
     weight = sharded_weight(7, shards, torch.float64, torch.device("cpu"))
     assert weight.shape == (6, 7) and weight.dtype is torch.float64 and not weight.any()
@@ -156,7 +156,7 @@ def test_spec_of_a_fused_weight_by_hand() -> None:
     assert spec == ShardSpec(
         (
             Part("q", (8, 7), ((Box((0, 0), (2, 7)), Box((6, 0), (2, 7))),)),
-            Part("k", (4, 7), ((Box((2, 0), (2, 7)), Box((2, 0), (2, 7))),), "normal", 2, 1, replica),
             Part("x", (5, 7), ()),
+            Part("k", (4, 7), ((Box((4, 0), (2, 7)), Box((2, 0), (2, 7))),), "normal", 2, 1, replica),
         )
     )
