@@ -1,7 +1,7 @@
 """The one runtime: executes any checked schedule, on gloo and NCCL. Called by `training/step.py`.
 
 It sees stages only as a callable, and messages of one static shape. Receives are posted ahead of the action that needs
-them; sends are asynchronous and waited for at the end of the step, because a gloo send completes only once the other
+them; sends are asynchronous and waited for when nothing can hang on it, because a gloo send completes only once the other
 side has posted its receive. There is one process group per direction: NCCL delivers messages of a communicator in
 order, and the checker has proved that both ends agree on the order within a direction.
 """
@@ -56,7 +56,7 @@ class _Execution:
         self.inputs: dict[tuple[int, int], Tensor | None] = {}
         self.outputs: dict[tuple[int, int], Tensor] = {}
         self.local: dict[Action, Tensor] = {}  # results for a neighbouring stage on this same rank
-        self.sends: list[tuple[dist.Work, Tensor, Action]] = []
+        self.sends: dict[Action, tuple[dist.Work, Tensor]] = {}  # by the action that consumes what is sent
         self.receives: dict[Action, tuple[dist.Work, Tensor]] = {}
         self.to_post = [action for action in self.actions if self._sender(action) not in (None, self.rank)]
 
@@ -73,7 +73,13 @@ class _Execution:
                     self._forward(action)
                 else:
                     self._backward(action)
-        for work, _, target in self.sends:
+        for target in list(self.sends):
+            self._finish_send(target)
+
+    def _finish_send(self, target: Action) -> None:
+        """Wait for a send, if there was one, and let go of its buffer."""
+        if target in self.sends:
+            work, _ = self.sends.pop(target)
             with self._naming(f"sending the input of {target}"):
                 work.wait()
 
@@ -123,7 +129,7 @@ class _Execution:
         assert tuple(result.shape) == self.runtime.shape, (result.shape, self.runtime.shape)
         work = dist.isend(result, axis.ranks[receiver], group=axis.group)
         assert work is not None
-        self.sends.append((work, result, target))
+        self.sends[target] = (work, result)
 
     def _forward(self, action: Action) -> None:
         x = self._receive(action)
@@ -138,6 +144,8 @@ class _Execution:
 
     def _backward(self, action: Action) -> None:
         dy = self._receive(action)
+        # The gradient of an activation proves that it has arrived: its send is over, and its memory can go.
+        self._finish_send(Action("F", action.stage + 1, action.microbatch))
         x = self.inputs.pop((action.stage, action.microbatch))
         y = self.outputs.pop((action.stage, action.microbatch))
         torch.autograd.backward(y, dy)

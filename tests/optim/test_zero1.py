@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megatron_llm.config import OptimizerConfig, ParallelConfig
 from megatron_llm.optim.zero1 import ZeroOptimizer
-from megatron_llm.parallel.grid import Axis, Grid
+from megatron_llm.parallel.grid import Grid
 from megatron_llm.parallel.shard import Box, Part, ShardSpec
 from tests.ranks import run_ranks
 
@@ -170,6 +170,29 @@ def test_tied_embedding_is_counted_once_and_stays_equal_on_both_stages() -> None
         torch.testing.assert_close(weight, 1 - 0.05 * 0.1 - 0.05 * gradient.sign(), rtol=0, atol=1e-5)  # a first update: the sign
 
 
+def _two_axes() -> tuple[float, Tensor, Tensor]:
+    """tp4 over 2 KV heads: rank r adds r + 1 to a norm that all ranks hold and to a head that two neighbours hold."""
+    grid = Grid.build(ParallelConfig(tensor_parallel=4), 2)
+    tp, kv = grid.tp, grid.kv_replica
+    head = nn.Parameter(torch.ones(2, 3))
+    boxes = (Box.full((2, 3)), Box((2 * (tp.rank // 2), 0), (2, 3)))
+    head.shard = ShardSpec((Part("k", (4, 3), (boxes,), "normal", 2, kv.rank, kv),))  # type: ignore[attr-defined]
+    norm = _parameter("norm", torch.ones(5), False, replicas=4, replica_rank=tp.rank, gradient_sum=tp)
+    optimizer = ZeroOptimizer([head, norm], grid, OptimizerConfig(lr=0.1), 10_000)
+    for parameter in (head, norm):
+        _main_grad(parameter).fill_(tp.rank + 1.0)
+    square = optimizer.reduce_gradients()
+    torch.distributed.all_reduce(square)
+    return square.item(), _main_grad(head).clone(), _main_grad(norm).clone()
+
+
+def test_partial_gradients_are_summed_over_their_own_axis() -> None:
+    for rank, (square, head, norm) in enumerate(run_ranks(4, _two_axes)):
+        assert norm.tolist() == [10.0] * 5
+        assert torch.equal(head, torch.full((2, 3), 3.0 if rank < 2 else 7.0))
+        assert square == pytest.approx(5 * 10**2 + 6 * 3**2 + 6 * 7**2)
+
+
 # One process
 
 
@@ -251,14 +274,3 @@ def test_gradients_made_by_autograd_move_to_the_main_gradient() -> None:
     assert optimizer.reduce_gradients().item() == 3 * 257.0**2
     optimizer.zero_gradients()
     assert not _main_grad(weight).any()
-
-
-def test_axes_of_partial_gradients_are_kept_apart() -> None:
-    """Two axes of partial gradients in one optimizer are summed separately; axes of one rank change nothing."""
-    a = _parameter("a", torch.ones(3), gradient_sum=Axis("x"), replicas=2)
-    b = _parameter("b", torch.ones(3), gradient_sum=Axis("y"), replicas=4)
-    optimizer = _alone([a, b])
-    _main_grad(a).fill_(2.0)
-    _main_grad(b).fill_(4.0)
-    assert optimizer.reduce_gradients().item() == pytest.approx(3 * 4 / 2 + 3 * 16 / 4)
-    assert _main_grad(a).tolist() == [2.0] * 3 and _main_grad(b).tolist() == [4.0] * 3

@@ -143,7 +143,7 @@ def test_replicated_heads(heads: int, size: int, expected: list[tuple[int, int]]
 
 
 def test_spec_of_a_fused_weight_by_hand() -> None:
-    """Rank 3 of 4 of q (8 rows), something of 5 rows, of which it has only padding, and k (2 heads of 2 rows, each on 2 ranks)."""
+    """Rank 3 of 4 of q (8 rows), x (5 rows, here only padding) and k (2 heads of 2 rows, each on 2 ranks)."""
     tp, replica = Axis("tp", 3, 4), Axis("kv_replica", 1, 2)
     shards = [
         OutputShard.even("q", 8, tp),
