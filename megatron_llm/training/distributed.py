@@ -46,5 +46,8 @@ def process_group(device: torch.device, timeout_seconds: float) -> Iterator[None
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
     try:
         yield
+    except ValueError as error:
+        error.add_note(f"on rank {launched_rank()}")  # not every rank may have failed: this one must be heard
+        raise
     finally:
         dist.destroy_process_group()

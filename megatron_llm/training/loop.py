@@ -1,18 +1,16 @@
 """A run from its first step to its last, or to the signal that stops it. Called by `cli/train.py`.
 
 Exit codes: 0 done, 75 stopped by a signal after saving (run the same command again to continue). Failures are
-exceptions. `RUN/status.json` carries the outcome, because torchrun turns every exit code but 0 into 1.
+exceptions; `RUN/status.json` carries the outcome of each.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from megatron_llm.config import Config
 from megatron_llm.data.stream import TokenStream, build_train_stream, build_valid_streams
@@ -20,9 +18,10 @@ from megatron_llm.hf.assets import collect_assets
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.training.build import Engine, build_engine
 from megatron_llm.training.distributed import launched_rank, pick_device, process_group
-from megatron_llm.training.metrics import Metrics, setup_logging, write_json
-from megatron_llm.training.recovery import find_resume, load_run, save_run, set_aside_earlier_run
+from megatron_llm.training.metrics import Metrics, setup_logging
+from megatron_llm.training.recovery import find_resume, load_run, save_run
 from megatron_llm.training.resolve import ResolvedRun
+from megatron_llm.training.run_folder import RunFolder
 from megatron_llm.training.signals import EXIT_STOPPED, StopRequest
 from megatron_llm.training.step import RunState, evaluate, train_step
 
@@ -39,8 +38,8 @@ class Run:
     valid_streams: dict[str, TokenStream]
     assets: dict[str, bytes]
     metrics: Metrics | None
-    saved_step: int | None = None
-    stop: StopRequest = field(default_factory=StopRequest)
+    stop: StopRequest
+    saved_step: int | None
 
     @property
     def config(self) -> Config:
@@ -56,32 +55,22 @@ def train(resolved: ResolvedRun) -> int:
     checkpoint = find_resume(config)
     source = resolved.source.path if resolved.source else None
     assets = checkpoint.assets if checkpoint else collect_assets(source, config.data.tokenizer)
-    status = Path(config.logging.run_dir) / "status.json"
-    if launched_rank() == 0:
-        status.parent.mkdir(parents=True, exist_ok=True)
-        if config.checkpoint.resume == "never":
-            set_aside_earlier_run(config)
-        (status.parent / "config.yaml").write_text(
-            yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
-        )
-        write_json(status, {"outcome": "running"})
-    try:
-        with process_group(device, config.parallel.timeout_seconds):
-            grid = Grid.build(config.parallel, config.model.num_key_value_heads)
-            weights = resolved.source.source(config.model) if resolved.source and not checkpoint else None
-            engine = build_engine(config, grid, device, weights)
-            state = load_run(engine, checkpoint) if checkpoint else RunState()
-            metrics = Metrics(config, grid.world.size, device, state.step) if grid.world.first else None
-            run = Run(engine, state, build_train_stream(config), build_valid_streams(config), assets, metrics)
-            run.saved_step = state.step if checkpoint else None
-            _announce(run, checkpoint.folder if checkpoint else None)
-            with run.stop:
-                stopped = _steps(run)
-    except BaseException as error:
-        write_json(status, {"outcome": "failed", "reason": f"rank {launched_rank()}: {type(error).__name__}: {error}"})
-        raise
-    if launched_rank() == 0:
-        write_json(status, {"outcome": "stopped" if stopped else "done", "step": state.step})
+    with (
+        RunFolder(config, launched_rank()) as folder,
+        StopRequest() as stop,
+        process_group(device, config.parallel.timeout_seconds),
+    ):
+        grid = Grid.build(config.parallel, config.model.num_key_value_heads)
+        weights = resolved.source.source(config.model) if resolved.source and not checkpoint else None
+        engine = build_engine(config, grid, device, weights)
+        state = load_run(engine, checkpoint) if checkpoint else RunState()
+        metrics = Metrics(config, grid.world.size, device, state.step) if grid.world.first else None
+        saved = state.step if checkpoint else None
+        run = Run(engine, state, build_train_stream(config), build_valid_streams(config), assets, metrics, stop, saved)
+        _announce(run, checkpoint.folder if checkpoint else None)
+        stopped = _steps(run)
+        if grid.world.first:
+            folder.report("stopped" if stopped else "done", step=state.step)
     return EXIT_STOPPED if stopped else 0
 
 

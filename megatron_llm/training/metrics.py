@@ -1,11 +1,10 @@
-"""What a run tells: one log line and one JSON line a step, and its outcome. Called by `training/loop.py`, rank 0 only."""
+"""What a run tells: one log line and one JSON line a step. Called by `training/loop.py`, rank 0 only."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-import os
 import resource
 import sys
 from pathlib import Path
@@ -28,13 +27,6 @@ def setup_logging(rank: int) -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logger.propagate = False
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace a small JSON file in one piece."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 class Metrics:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -47,17 +46,6 @@ def find_resume(config: Config) -> Checkpoint | None:
     for change in changes:
         logger.warning("changed since %s was saved: %s", folder, change)
     return checkpoint
-
-
-def set_aside_earlier_run(config: Config) -> None:
-    """With `resume: never` in a used folder: rename what the earlier run left, so that nothing mixes or is lost."""
-    run_dir = Path(config.logging.run_dir)
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    for name in ("checkpoints", "metrics.jsonl"):
-        if (run_dir / name).exists():
-            target = run_dir / f"{name}.before-{stamp}"
-            (run_dir / name).rename(target)
-            logger.warning("checkpoint.resume is never: moved %s of an earlier run to %s", run_dir / name, target)
 
 
 def _differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:

@@ -153,3 +153,16 @@ def test_gpu_asked_for_and_absent(message: Any) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     assert "torch sees no GPU" in message(replace={"device": "cuda"})
+
+
+def test_a_folder_that_another_run_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from megatron_llm.training.run_folder import RunFolder
+    from tests.runs import config_of
+
+    raw = copy.deepcopy(TINY) | {"logging": {"run_dir": str(tmp_path / "run")}}
+    raw["training"]["steps"] = 0
+    config = str(write_config(tmp_path / "config.yaml", raw))
+    with RunFolder(config_of(logging={"run_dir": str(tmp_path / "run")}), rank=0):
+        assert main(["train", config]) == 1
+    assert f"another run is writing to {tmp_path / 'run'}" in capsys.readouterr().err
+    assert main(["train", config]) == 0, "the lock ends with its holder"

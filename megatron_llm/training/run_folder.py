@@ -1,0 +1,89 @@
+"""The folder of a run: who may write to it, what it says about the run's outcome. Called by `training/loop.py`.
+
+`RUN/status.json` carries the outcome (running, done, stopped, failed with the reason), because torchrun turns every exit
+code but 0 into 1. `RUN/lock` keeps two runs from writing to the same folder: ranks can outlive a launcher that was killed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+import yaml
+
+from megatron_llm.config import Config
+
+logger = logging.getLogger("megatron_llm")
+
+
+class RunFolder:
+    """Context manager around a run. Rank 0 makes and locks the folder; any rank that fails says so in the status.
+
+    Entering raises ValueError if the folder cannot be written or another run holds it.
+    """
+
+    def __init__(self, config: Config, rank: int):
+        self.config, self.rank = config, rank
+        self.path = Path(config.logging.run_dir)
+        self._lock: TextIO | None = None
+
+    def __enter__(self) -> RunFolder:
+        if self.rank == 0:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._lock = self._locked()
+                if self.config.checkpoint.resume == "never":
+                    self._set_aside_earlier_run()
+                text = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
+                (self.path / "config.yaml").write_text(text, encoding="utf-8")
+                self.report("running")
+            except OSError as error:
+                raise ValueError(f"logging.run_dir: {self.path} cannot be written: {error}") from error
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if error is not None and self.path.is_dir():
+            self.report("failed", reason=f"rank {self.rank}: {type(error).__name__}: {error}")
+        if self._lock is not None:
+            self._lock.close()
+
+    def report(self, outcome: str, **details: Any) -> None:
+        """Replace status.json in one piece."""
+        temporary = self.path / f"status.json.{self.rank}.tmp"
+        temporary.write_text(json.dumps({"outcome": outcome, **details}) + "\n", encoding="utf-8")
+        temporary.replace(self.path / "status.json")
+
+    def _locked(self) -> TextIO:
+        """The open lock file; the lock ends with the process, however it ends."""
+        file = (self.path / "lock").open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            file.close()
+            raise ValueError(
+                f"logging.run_dir: another run is writing to {self.path} (process {holder}); "
+                "wait for it, end it, or choose another folder"
+            ) from None
+        except OSError as error:  # some network file systems have no locks
+            logger.warning("%s cannot be locked (%s): make sure that no other run writes to it", self.path, error)
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {os.uname().nodename}")
+        file.flush()
+        return file
+
+    def _set_aside_earlier_run(self) -> None:
+        """With `resume: never` in a used folder: rename what the earlier run left, so that nothing mixes or is lost."""
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        for name in ("checkpoints", "metrics.jsonl"):
+            if (self.path / name).exists():
+                target = self.path / f"{name}.before-{stamp}"
+                (self.path / name).rename(target)
+                logger.warning("checkpoint.resume is never: moved %s of an earlier run to %s", self.path / name, target)
