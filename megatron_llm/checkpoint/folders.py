@@ -1,7 +1,7 @@
 """Which checkpoints a run has: the newest whole one, the old ones to delete, and what a path on the command line means.
 
-`training/` calls `latest_checkpoint` when it starts and `prune_checkpoints` after each save, both on one rank only, as they
-look at folders that rank 0 may be changing.
+`training/recovery.py` calls `latest_checkpoint` on every rank when a run starts, before anything is written, and
+`prune_checkpoints` on rank 0 after each save.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Loading: a checkpoint as a `TensorSource` that reads only the rectangles a rank asks for, whatever layout wrote them.
 
-Called by `training/build.py` (resume), `cli/export.py`, `cli/inspect.py` and `cli/generate.py`.
+Called by `training/recovery.py` (resume), `cli/export.py`, `cli/inspect.py` and `cli/generate.py`.
 """
 
 from __future__ import annotations

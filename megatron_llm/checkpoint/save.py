@@ -1,6 +1,6 @@
 """Saving: every rank writes its own file, rank 0 checks that the whole model is there and commits with the manifest.
 
-`training/loop.py` calls `save_checkpoint` on all ranks. It is collective and fails on all ranks or on none: after each stage
+`training/recovery.py` calls `save_checkpoint` on all ranks. It is collective and fails on all ranks or on none: after each stage
 the ranks exchange what went wrong, so that a full disk on one node neither hangs the others nor leaves half a checkpoint
 that looks whole.
 """

@@ -39,8 +39,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 bad input or failed run, 2 usage, 75 stopped after saving.
 
-    A ValueError is a mistake in the user's input: its message is all that is shown. Any other exception is a defect or a
-    fault of the machine and keeps its traceback.
+    A ValueError is a mistake in the user's input: its message is all that is shown. So is a file that cannot be opened or
+    made. Any other exception is a defect or a fault of the machine and keeps its traceback.
     """
     args = build_parser().parse_args(argv)
     try:
@@ -50,6 +50,11 @@ def main(argv: list[str] | None = None) -> int:
             traceback.print_exc()
         elif _reports(error):
             print(f"megatron-llm {args.command}: error: {_message(error)}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.filename is None or args.debug:
+            raise
+        print(f"megatron-llm {args.command}: error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -4,7 +4,7 @@ This level (L0) imports no torch, so configs can be checked on a login node in m
 settings from the `Config` object that is passed to it; nothing reads environment variables or globals.
 """
 
-from megatron_llm.config.load import ConfigError, parse_config, read_raw_config
+from megatron_llm.config.load import ConfigError, parse_config, read_raw_config, sentences
 from megatron_llm.config.schema import (
     CheckpointConfig,
     Config,
@@ -38,4 +38,5 @@ __all__ = [
     "TrainingConfig",
     "parse_config",
     "read_raw_config",
+    "sentences",
 ]

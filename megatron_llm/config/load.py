@@ -59,7 +59,7 @@ def read_raw_config(path: str | Path, overrides: list[str] | None = None) -> dic
     """
     path = Path(path)
     if not path.is_file():
-        raise ConfigError([f"config file {path} does not exist"])
+        raise ConfigError([f"config file {path} {'is not a file' if path.exists() else 'does not exist'}"])
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -108,11 +108,16 @@ def parse_config(raw: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError([_sentence(detail) for detail in error.errors()]) from error
+        raise ConfigError(sentences(error)) from error
+
+
+def sentences(error: ValidationError) -> list[str]:
+    """A sentence for every wrong, missing or unknown key of a section: where, what was given, what would be right."""
+    return [_sentence(detail) for detail in error.errors()]
 
 
 def _sentence(detail: Any) -> str:
-    """One pydantic error as a sentence: where, what was given, what would be right."""
+    """One pydantic error as a sentence."""
     location = [str(part) for part in detail["loc"]]
     where = ".".join(location) or "the configuration"
     if detail["type"] == "extra_forbidden":

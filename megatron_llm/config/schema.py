@@ -14,9 +14,9 @@ PositiveInt = Field(gt=0)
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys are refused, instances are read-only."""
+    """Base of all sections: unknown keys and numbers that are not finite are refused, instances are read-only."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class RopeScalingConfig(Section):
@@ -81,7 +81,7 @@ class ParallelConfig(Section):
     pipeline_schedule: Literal["1f1b", "gpipe"] = "1f1b"
     virtual_stages: int = Field(default=1, gt=0)
     bucket_size: int = Field(default=40_000_000, gt=0, description="elements of a gradient bucket, the unit of communication")
-    timeout_seconds: float = Field(default=600.0, gt=0, description="a collective that waits longer ends the run")
+    timeout_seconds: float = Field(default=600.0, gt=0, le=1e7, description="a collective that waits longer ends the run")
 
 
 class SourceConfig(Section):
@@ -115,7 +115,7 @@ class TrainingConfig(Section):
     sequence_length: int = Field(gt=0)
     micro_batch_size: int = Field(default=1, gt=0, description="rows per forward pass of one model replica")
     global_batch_size: int = Field(gt=0, description="rows per optimizer step over all replicas")
-    steps: int = Field(ge=0)
+    steps: int = Field(ge=0, le=10**9)
     seed: int = Field(default=1234, ge=0, lt=2**31)
     eval_every: int = Field(default=0, ge=0, description="steps between evaluations; 0: only after the last step")
     eval_rows: int = Field(default=64, gt=0, description="rows of each validation set")

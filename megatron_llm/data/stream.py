@@ -1,6 +1,6 @@
 """`TokenStream`: micro-batches by row number, from the data sets that a config names.
 
-`training/build.py` makes one stream for training and one per validation set; `training/loop.py` asks each rank's stream
+`training/loop.py` makes one stream for training and one per validation set; `training/step.py` asks each rank's stream
 for the rows of its micro-batches. A stream is an endless pure function of row numbers, so the data-parallel size may
 change between two starts and nobody broadcasts batches. `training/resolve.py` calls `check_data` before any process group exists.
 """

@@ -1,6 +1,7 @@
 """Loading a tokenizer folder for preprocessing: the fast encoder, special ids, and a fingerprint to tell tokenizers apart.
 
-Called by `preprocess`, `chat` and the `inspect` command; training never tokenizes. transformers is imported late, because it
+Called by `preprocess`, `chat`, the `inspect` and `generate` commands, and `training/resolve.py`, which only asks whether
+`data.tokenizer` is one: training never tokenizes. transformers is imported late, because it
 brings torch along.
 """
 

@@ -6,6 +6,7 @@ One process that holds the whole model; sequence parallelism is switched off for
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,8 +33,8 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature {self.temperature} is negative; 0 is greedy")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature {self.temperature} is negative or not finite; 0 is greedy")
         if self.top_k < 0:
             raise ValueError(f"top_k {self.top_k} is negative; 0 keeps all tokens")
         if not 0 < self.top_p <= 1:
@@ -43,8 +44,9 @@ class Sampling:
         """One token id per row: float [B, V] -> int64 [B]."""
         if self.temperature == 0:
             return logits_BV.argmax(-1)
-        sorted_BV, order_BV = (logits_BV / self.temperature).sort(-1, descending=True)
-        probabilities_BV = sorted_BV.softmax(-1)
+        sorted_BV, order_BV = logits_BV.double().sort(-1, descending=True)
+        # The largest becomes 0 first, so that a tiny temperature makes no inf - inf.
+        probabilities_BV = ((sorted_BV - sorted_BV[:, :1]) / self.temperature).softmax(-1)
         if self.top_k:
             probabilities_BV[:, self.top_k :] = 0
         if self.top_p < 1:

@@ -1,6 +1,6 @@
 """The small files of a Hugging Face folder that travel along with checkpoints and exports: configs, tokenizer, template.
 
-`training/build.py` collects them once; `checkpoint/` stores them as opaque bytes under the names given here; `hf/export.py`
+`training/loop.py` collects them once; `checkpoint/` stores them as opaque bytes under the names given here; `hf/export.py`
 puts them back. So an export needs nothing but the checkpoint.
 """
 

@@ -12,7 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_llm.config import ModelConfig
+from pydantic import ValidationError
+
+from megatron_llm.config import ModelConfig, sentences
 from megatron_llm.hf.families import find_family
 from megatron_llm.hf.family import Family
 from megatron_llm.hf.files import TensorFile, open_tensor_files
@@ -59,11 +61,15 @@ class HFFolder:
         self.family = architecture_of(config, str(file))
 
     def model_fields(self) -> dict[str, Any]:
-        """Fields of ModelConfig. Raises ValueError listing everything in config.json that is not supported."""
+        """Fields of ModelConfig. Raises ValueError listing everything in config.json that is wrong or not supported."""
         try:
-            return self.family.from_hf(self.config)
+            fields = self.family.from_hf(self.config)
+            ModelConfig(**fields)
+        except ValidationError as error:
+            raise ValueError(f"{self.path / 'config.json'}: {'; '.join(sentences(error))}") from error
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
+        return fields
 
     @cached_property
     def _files(self) -> tuple[dict[str, TensorFile], list[str]]:

@@ -1,4 +1,4 @@
-"""Which layers go to which pipeline stage. Called by `training/build.py` and `planning/`.
+"""Which layers go to which pipeline stage. Called by `training/build.py`.
 
 Every layer lands on exactly one stage; stages may hold different numbers of layers, or none besides the embedding or
 the head. The split minimizes the slowest stage, counting the head by its FLOPs against a layer's.

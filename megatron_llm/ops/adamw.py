@@ -44,7 +44,7 @@ def adamw_(
         [],
         list(torch.full((len(weights),), float(update - 1), device=device).unbind()),  # torch counts each one up
         fused=True,
-        grad_scale=None if exact else torch.tensor(1.0 / scale, dtype=torch.float32, device=device),
+        grad_scale=None if exact else torch.full((), 1.0 / scale, dtype=torch.float32, device=device),
         amsgrad=False,
         beta1=betas[0],
         beta2=betas[1],

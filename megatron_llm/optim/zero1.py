@@ -75,6 +75,8 @@ class ZeroOptimizer:
         for handle in handles:
             handle.wait()
         self._sum_replicas()
+        if not self.buckets:  # a pipeline stage without layers
+            return torch.zeros(())
         total = torch.zeros((), dtype=self.buckets[0].grad.dtype, device=self.buckets[0].grad.device)
         for bucket in self.buckets:
             own = bucket.own_grad

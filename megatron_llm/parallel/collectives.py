@@ -1,13 +1,11 @@
 """Collectives over one axis of the grid, plain and differentiable.
 
-The plain functions return a handle when asked to run asynchronously, so that `parallel/linear.py` and `optim/zero1.py`
-can overlap them with compute. The differentiable ones are Megatron's conjugate pairs (Shoeybi et al. 2019) and their
-sequence-parallel form (Korthikanti et al. 2022):
+The `start_` functions return a handle, so that `parallel/linear.py` and `optim/zero1.py` can overlap them with compute.
+The differentiable ones leave a tensor-parallel region: the second halves of Megatron's conjugate pairs (Shoeybi et al.
+2019; sequence parallelism: Korthikanti et al. 2022). The halves that enter one are fused with products in `linear.py`.
 
     function          forward                         backward
-    copy_to           identity                        all-reduce
     reduce_from       all-reduce                      identity
-    gather_tokens     all-gather along dim 0          reduce-scatter along dim 0
     scatter_sum       reduce-scatter along dim 0      all-gather along dim 0
 
 An axis of size 1 costs nothing. Torch renamed the tensor collectives in 2.13; `_all_gather` and `_reduce_scatter` are
@@ -85,17 +83,6 @@ def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
     return start_reduce_scatter(x, axis).wait()
 
 
-class _CopyTo(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return all_reduce(dy.clone(), ctx.axis), None
-
-
 class _ReduceFrom(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
@@ -104,17 +91,6 @@ class _ReduceFrom(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         return dy, None
-
-
-class _GatherTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return all_gather(x, axis)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return reduce_scatter(dy, ctx.axis), None
 
 
 class _ScatterSum(torch.autograd.Function):
@@ -128,19 +104,9 @@ class _ScatterSum(torch.autograd.Function):
         return all_gather(dy, ctx.axis), None
 
 
-def copy_to(x: Tensor, axis: Axis) -> Tensor:
-    """Enter a region where every rank computes a part of the output from the same `x`."""
-    return x if axis.size == 1 else _CopyTo.apply(x, axis)
-
-
 def reduce_from(x: Tensor, axis: Axis) -> Tensor:
     """Leave such a region: the sum of every rank's partial `x`, on every rank."""
     return x if axis.size == 1 else _ReduceFrom.apply(x, axis)
-
-
-def gather_tokens(x: Tensor, axis: Axis) -> Tensor:
-    """[T / size, ...] shards -> [T, ...] on every rank; gradients are partial and are summed back into shards."""
-    return x if axis.size == 1 else _GatherTokens.apply(x, axis)
 
 
 def scatter_sum(x: Tensor, axis: Axis) -> Tensor:

@@ -43,7 +43,7 @@ class _Lookup(torch.autograd.Function):
             ctx.save_for_backward(rows_T, weight_VH)
             return weight_VH[rows_T]
         absent_T = (rows_T < 0) | (rows_T >= weight_VH.shape[0])
-        rows_T = rows_T.masked_fill(absent_T, 0)
+        rows_T = rows_T % weight_VH.shape[0]  # any row does for an absent id, as what it reads and adds is zero
         ctx.save_for_backward(rows_T, weight_VH, absent_T)
         return weight_VH[rows_T].masked_fill(absent_T[:, None], 0)
 
@@ -51,6 +51,5 @@ class _Lookup(torch.autograd.Function):
     def backward(ctx: Any, dy_TH: Tensor) -> tuple[None, Tensor | None, None, None]:
         rows_T, weight_VH, *absent = ctx.saved_tensors
         if absent:
-            present_T = ~absent[0]
-            rows_T, dy_TH = rows_T[present_T], dy_TH[present_T]
+            dy_TH = dy_TH.masked_fill(absent[0][:, None], 0)  # not left out: a GPU would have to tell the host how many
         return None, embedding_weight_gradient(weight_VH, rows_T, dy_TH), None, None

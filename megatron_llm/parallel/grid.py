@@ -1,7 +1,7 @@
 """Who sits where: the mesh of ranks, made once from the config and the world, passed to everything that communicates.
 
 Axes from outer to inner are pp, dp, cp, tp: tensor-parallel neighbours share a node, pipeline stages are far apart.
-There is no global state: whoever needs a group is given the `Grid` or one of its axes. Called by `training/build.py`.
+There is no global state: whoever needs a group is given the `Grid` or one of its axes. Called by `training/loop.py`.
 
 "axis" always means a mesh axis; tensors have dims.
 """

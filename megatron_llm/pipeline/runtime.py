@@ -24,7 +24,7 @@ Forward = Callable[[int, int, Tensor | None], Tensor]
 
 
 class PipelineRuntime:
-    """Runs the actions of this rank.
+    """Runs the actions of this rank. Making one is collective over the pipeline axis.
 
     Args:
         grid: for the pipeline axis and its two directional groups.
@@ -33,6 +33,20 @@ class PipelineRuntime:
 
     def __init__(self, grid: Grid, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
         self.grid, self.shape, self.dtype, self.device = grid, shape, dtype, device
+        self._open_channels()
+
+    def _open_channels(self) -> None:
+        """Send one element from neighbour to neighbour, down the pipeline and up again.
+
+        The first message between two ranks makes their NCCL communicator and blocks both until both are there. In a step
+        the receives that are posted ahead would block on messages that depend on what this rank has yet to send.
+        """
+        pp, token = self.grid.pp, torch.zeros(1, dtype=self.dtype, device=self.device)
+        for axis, step in ((self.grid.pp_forward, 1), (self.grid.pp_backward, -1)):
+            if 0 <= pp.rank - step < pp.size:
+                dist.recv(token, axis.ranks[pp.rank - step], group=axis.group)
+            if 0 <= pp.rank + step < pp.size:
+                dist.send(token, axis.ranks[pp.rank + step], group=axis.group)
 
     def run(self, schedule: Schedule, forward: Forward) -> None:
         """Execute one step of `schedule`.
@@ -125,6 +139,8 @@ class _Execution:
             return
         grid = self.runtime.grid
         axis = grid.pp_forward if target.kind == "F" else grid.pp_backward
+        # Gradients sent up, and activations of an evaluation, are answered by no message; gloo does not know when they arrive.
+        self.sends = {action: send for action, send in self.sends.items() if not send[0].is_completed()}
         result = result.contiguous()
         assert tuple(result.shape) == self.runtime.shape, (result.shape, self.runtime.shape)
         work = dist.isend(result, axis.ranks[receiver], group=axis.group)

@@ -89,8 +89,8 @@ def build_model(model: ModelConfig, weights: TensorSource, dtype: torch.dtype, d
 def build_engine(config: Config, grid: Grid, device: torch.device, weights: TensorSource | None = None) -> Engine:
     """Assemble this rank's engine. Collective over the grid.
 
-    weights: where they come from; None makes fresh ones from the seed. (A checkpoint is loaded by the loop afterwards,
-    because it also holds moments and the state of the run.)
+    weights: where they come from; None makes fresh ones from the seed. (What else a checkpoint holds, moments and the
+    state of the run, is loaded by the loop afterwards.)
     """
     parallel, training = config.parallel, config.training
     stage = build_stage(config, grid, device)

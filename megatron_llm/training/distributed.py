@@ -49,5 +49,5 @@ def process_group(device: torch.device, timeout_seconds: float) -> Iterator[None
     except ValueError as error:
         error.add_note(f"on rank {launched_rank()}")  # not every rank may have failed: this one must be heard
         raise
-    finally:
-        dist.destroy_process_group()
+    # Not after a failure: NCCL would first wait for messages that no longer come. The process ends, and the group with it.
+    dist.destroy_process_group()

@@ -16,10 +16,11 @@ from megatron_llm.config import Config
 from megatron_llm.data.stream import TokenStream, build_train_stream, build_valid_streams
 from megatron_llm.hf.assets import collect_assets
 from megatron_llm.parallel.grid import Grid
+from megatron_llm.parallel.shard import TensorSource
 from megatron_llm.training.build import Engine, build_engine
 from megatron_llm.training.distributed import launched_rank, pick_device, process_group
 from megatron_llm.training.metrics import Metrics, setup_logging
-from megatron_llm.training.recovery import find_resume, load_run, save_run
+from megatron_llm.training.recovery import check_agreement, find_resume, load_run, save_run
 from megatron_llm.training.resolve import ResolvedRun
 from megatron_llm.training.run_folder import RunFolder
 from megatron_llm.training.signals import EXIT_STOPPED, StopRequest
@@ -61,7 +62,12 @@ def train(resolved: ResolvedRun) -> int:
         process_group(device, config.parallel.timeout_seconds),
     ):
         grid = Grid.build(config.parallel, config.model.num_key_value_heads)
-        weights = resolved.source.source(config.model) if resolved.source and not checkpoint else None
+        check_agreement(checkpoint, grid.world)
+        weights: TensorSource | None = None
+        if checkpoint:
+            weights = checkpoint.source("weights")
+        elif resolved.source:
+            weights = resolved.source.source(config.model)
         engine = build_engine(config, grid, device, weights)
         state = load_run(engine, checkpoint) if checkpoint else RunState()
         metrics = Metrics(config, grid.world.size, device, state.step) if grid.world.first else None

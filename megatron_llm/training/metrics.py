@@ -47,7 +47,8 @@ class Metrics:
     def _forget_after(self, step: int) -> None:
         if not self.path.exists():
             return
-        kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+        lines = self.path.read_text(encoding="utf-8").splitlines() if step else []  # step 0 is evaluated again
+        kept = [line for line in lines if _step_of(line) <= step]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         temporary.replace(self.path)

@@ -7,11 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from megatron_llm.checkpoint.folders import checkpoint_folder, latest_checkpoint, prune_checkpoints
 from megatron_llm.checkpoint.load import Checkpoint, open_checkpoint
 from megatron_llm.checkpoint.save import TensorToSave, save_checkpoint
 from megatron_llm.config import Config, ConfigError
 from megatron_llm.optim.zero1 import STATE_KINDS
+from megatron_llm.parallel.grid import Axis
 from megatron_llm.training.build import Engine
 from megatron_llm.training.step import RunState
 
@@ -26,7 +29,8 @@ def checkpoints_folder(config: Config) -> Path:
 def find_resume(config: Config) -> Checkpoint | None:
     """The checkpoint to continue from, if the config says so and there is one.
 
-    Raises ConfigError if it belongs to another model; other changed settings are logged.
+    Raises ConfigError if it belongs to another model, or to rows of another length, by which data order is counted;
+    other changed settings are logged.
     """
     if config.checkpoint.resume == "never":
         return None
@@ -35,17 +39,37 @@ def find_resume(config: Config) -> Checkpoint | None:
         return None
     checkpoint = open_checkpoint(folder)
     changes = _differences(checkpoint.config, config.model_dump(mode="json"))
-    foreign = [change for change in changes if change.startswith("model.") and not change.startswith("model.hf")]
+    foreign = [change for change in changes if _is_another_run(change)]
     if foreign:
-        raise ConfigError(
-            [
-                f"{folder} holds another model ({change}); choose another logging.run_dir or set checkpoint.resume=never"
-                for change in foreign
-            ]
-        )
+        way_out = "choose another logging.run_dir, or start anew with checkpoint.resume=never"
+        raise ConfigError([f"{folder} belongs to another run ({change}); {way_out}" for change in foreign])
     for change in changes:
         logger.warning("changed since %s was saved: %s", folder, change)
     return checkpoint
+
+
+def _is_another_run(change: str) -> bool:
+    """Whether a changed setting makes a checkpoint useless: a model of another shape, or rows that mean something else."""
+    harmless = ("model.hf:", "model.max_position_embeddings:", "model.initializer_range:")
+    return change.startswith(("model.", "training.sequence_length:")) and not change.startswith(harmless)
+
+
+def check_agreement(checkpoint: Checkpoint | None, world: Axis) -> None:
+    """Raise ValueError on all ranks unless all are about to continue from the same step. Collective.
+
+    Each rank has looked for itself. Without a shared folder, or with one whose listing is stale on some node, the weights
+    of different steps would train on together and nothing would say so.
+    """
+    if world.size == 1:
+        return
+    steps: list[int | None] = [None] * world.size
+    dist.all_gather_object(steps, checkpoint.run_state["step"] if checkpoint else None, group=world.group)
+    if len(set(steps)) > 1:
+        found = (f"rank {steps.index(step)} {'none' if step is None else f'step {step}'}" for step in dict.fromkeys(steps))
+        raise ValueError(
+            f"ranks see different checkpoints to continue from: {', '.join(found)}; logging.run_dir must be a folder that all "
+            "nodes share. If it is one, its listing was stale on some node: start again"
+        )
 
 
 def _differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
@@ -61,8 +85,11 @@ def _differences(before: dict[str, Any], after: dict[str, Any], prefix: str = ""
 
 
 def load_run(engine: Engine, checkpoint: Checkpoint) -> RunState:
-    """Fill weights and moments from a checkpoint of any layout, and return where the run stood. Collective."""
-    for kind in STATE_KINDS:
+    """Fill the moments from a checkpoint of any layout, and return where the run stood. Collective.
+
+    The engine was built from the checkpoint's weights already.
+    """
+    for kind in ("m", "v"):
         engine.optimizer.load(kind, checkpoint.source(kind))
     return RunState(**checkpoint.run_state)
 

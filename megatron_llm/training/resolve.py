@@ -14,6 +14,7 @@ import torch
 
 from megatron_llm.config import Config, ConfigError, ModelConfig, parse_config, read_raw_config
 from megatron_llm.data.stream import check_data
+from megatron_llm.data.tokenizer import fingerprint
 from megatron_llm.hf.reader import HFFolder
 
 
@@ -55,6 +56,8 @@ def _complete_model(raw: dict[str, Any]) -> HFFolder | None:
     section = raw.get("model")
     if not isinstance(section, dict) or section.get("hf") is None:
         return None
+    if not isinstance(section["hf"], str):
+        raise ConfigError([f"model.hf: must be the path of a Hugging Face folder, got {section['hf']!r}"])
     try:
         source = HFFolder(section["hf"])
         fields = ModelConfig(**source.model_fields()).model_dump(exclude={"hf"})
@@ -129,17 +132,23 @@ def _divisors(size: int) -> str:
 def _setting_problems(config: Config) -> list[str]:
     """Contradictions between sections that have nothing to do with the layout."""
     problems = []
-    schedule, steps = config.lr_schedule, config.training.steps
-    if schedule.min_lr > config.optimizer.lr:
+    schedule = config.lr_schedule
+    if schedule.kind == "cosine" and schedule.min_lr > config.optimizer.lr:
         problems.append(f"lr_schedule.min_lr: {schedule.min_lr} exceeds optimizer.lr {config.optimizer.lr}")
-    end = schedule.decay_steps or steps
-    if schedule.kind == "cosine" and steps and schedule.warmup_steps > end:
-        problems.append(f"lr_schedule.warmup_steps: {schedule.warmup_steps} lie beyond the end of the decay at step {end}")
+    # A run of fewer steps than its warm-up is a short trial or the first part of a longer run, and no mistake.
+    if schedule.kind == "cosine" and schedule.decay_steps and schedule.warmup_steps > schedule.decay_steps:
+        problems.append(
+            f"lr_schedule.warmup_steps: {schedule.warmup_steps} lie beyond the end of the decay at lr_schedule.decay_steps "
+            f"{schedule.decay_steps}; lower the one or raise the other"
+        )
     if config.device == "cuda" and not torch.cuda.is_available():
         problems.append("device: cuda, but torch sees no GPU; use device: cpu or auto")
     run_dir = Path(config.logging.run_dir)
     if run_dir.exists() and not run_dir.is_dir():
         problems.append(f"logging.run_dir: {run_dir} exists and is not a folder")
-    if config.data.tokenizer is not None and not Path(config.data.tokenizer).is_dir():
-        problems.append(f"data.tokenizer: {config.data.tokenizer} is not a folder")
+    if config.data.tokenizer is not None:
+        try:
+            fingerprint(config.data.tokenizer)
+        except ValueError as error:
+            problems.append(f"data.tokenizer: {error}")
     return problems

@@ -48,7 +48,7 @@ class RunFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if error is not None and self.path.is_dir():
+        if error is not None and self.path.is_dir() and not self._failed():
             self.report("failed", reason=f"rank {self.rank}: {type(error).__name__}: {error}")
         if self._lock is not None:
             self._lock.close()
@@ -58,6 +58,13 @@ class RunFolder:
         temporary = self.path / f"status.json.{self.rank}.tmp"
         temporary.write_text(json.dumps({"outcome": outcome, **details}) + "\n", encoding="utf-8")
         temporary.replace(self.path / "status.json")
+
+    def _failed(self) -> bool:
+        """Whether another rank has reported a failure, of which this rank's is then a consequence."""
+        try:
+            return bool(json.loads((self.path / "status.json").read_text(encoding="utf-8"))["outcome"] == "failed")
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
     def _locked(self) -> TextIO:
         """The open lock file; the lock ends with the process, however it ends."""

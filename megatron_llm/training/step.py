@@ -67,7 +67,7 @@ def train_step(engine: Engine, stream: TokenStream, state: RunState, stop: bool 
     sums = _run_microbatches(engine, engine.schedule, stream, rows)
     squares = engine.optimizer.reduce_gradients()
     flag = torch.tensor(float(stop), dtype=sums.dtype, device=sums.device)
-    totals = all_reduce(torch.cat((sums, torch.stack((squares.to(sums.dtype), flag)))), engine.grid.world).tolist()
+    totals = all_reduce(torch.cat((sums, torch.stack((squares.to(sums), flag)))), engine.grid.world).tolist()
     loss_sum, weight_sum, square_sum, stops = totals
 
     norm = math.sqrt(square_sum) / weight_sum if weight_sum and square_sum >= 0 else math.nan

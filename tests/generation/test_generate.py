@@ -60,6 +60,14 @@ def test_sampling_follows_the_distribution() -> None:
     torch.testing.assert_close(cold, torch.tensor([1, 4, 9, 16.0]) / 30, atol=0.015, rtol=0)
 
 
+def test_extreme_temperatures() -> None:
+    logits = torch.tensor([[-20.0, 30.0, 29.0]])
+    assert Sampling(temperature=1e-300).choose(logits, torch.Generator()).tolist() == [1]
+    for temperature in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="temperature"):
+            Sampling(temperature)
+
+
 def test_same_seed_same_text(models: tuple[LlamaForCausalLM, DecoderStage]) -> None:
     _, stage = models
     runs = [generate(stage, PROMPTS, max_new_tokens=8, sampling=Sampling(1.0), seed=seed) for seed in (1, 1, 2)]

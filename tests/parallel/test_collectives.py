@@ -16,8 +16,6 @@ from megatron_llm.parallel import collectives
 from megatron_llm.parallel.collectives import (
     all_gather,
     all_reduce,
-    copy_to,
-    gather_tokens,
     reduce_from,
     reduce_scatter,
     scatter_sum,
@@ -40,11 +38,11 @@ def _tp(world: int) -> Axis:
     return Grid.build(ParallelConfig(tensor_parallel=world), world).tp
 
 
-def _apply(name: str, world: int, same_input: bool, same_output: bool, shard_in: bool, shard_out: bool) -> list[Tensor]:
+def _apply(name: str, world: int, same_output: bool, shard_out: bool) -> list[Tensor]:
     """(x, f(x), y, f^T(y)) of this rank."""
     tp = _tp(world)
     shard = TOKENS // world
-    x = _of_rank(1, 0 if same_input else tp.rank, shard if shard_in else TOKENS).requires_grad_()
+    x = _of_rank(1, tp.rank).requires_grad_()
     y = _of_rank(2, 0 if same_output else tp.rank, shard if shard_out else TOKENS)
     before = x.detach().clone(), y.clone()
     out = getattr(collectives, name)(x, tp)
@@ -53,12 +51,10 @@ def _apply(name: str, world: int, same_input: bool, same_output: bool, shard_in:
     return [x.detach(), out.detach(), y, back]
 
 
-# name: (x the same on all ranks, f(x) the same, x is a shard, f(x) is a shard), f in one process from all ranks' x
-FORWARD: dict[str, tuple[tuple[bool, bool, bool, bool], Callable[[list[Tensor]], list[Tensor]]]] = {
-    "copy_to": ((True, False, False, False), lambda xs: xs),
-    "reduce_from": ((False, True, False, False), lambda xs: [sum(xs)] * len(xs)),  # type: ignore[list-item]
-    "gather_tokens": ((False, False, True, False), lambda xs: [torch.cat(xs)] * len(xs)),
-    "scatter_sum": ((False, False, False, True), lambda xs: list(sum(xs).chunk(len(xs)))),  # type: ignore[attr-defined]
+# name: (f(x) is the same on all ranks, f(x) is a shard), f in one process from all ranks' x
+FORWARD: dict[str, tuple[tuple[bool, bool], Callable[[list[Tensor]], list[Tensor]]]] = {
+    "reduce_from": ((True, False), lambda xs: [sum(xs)] * len(xs)),  # type: ignore[list-item]
+    "scatter_sum": ((False, True), lambda xs: list(sum(xs).chunk(len(xs)))),  # type: ignore[attr-defined]
 }
 
 
@@ -75,13 +71,12 @@ def test_collective_and_its_adjoint(name: str, world: int) -> None:
         assert not same or products == pytest.approx([products[0]] * world, rel=1e-12)
         return products[0] if same else sum(products)
 
-    same_input, same_output, *_ = kinds
-    assert inner(outs, ys, same_output) == pytest.approx(inner(xs, backs, same_input), rel=1e-12)
+    assert inner(outs, ys, kinds[0]) == pytest.approx(inner(xs, backs, False), rel=1e-12)
 
 
 def test_axis_of_one_rank_costs_nothing() -> None:
     alone, x = Axis("tp"), torch.ones(2, 3)
-    for function in (copy_to, reduce_from, gather_tokens, scatter_sum, all_reduce, all_gather, reduce_scatter):
+    for function in (reduce_from, scatter_sum, all_reduce, all_gather, reduce_scatter):
         assert function(x, alone) is x
     for start in (start_all_gather, start_reduce_scatter):
         out = torch.zeros(2, 3)

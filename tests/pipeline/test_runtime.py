@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import re
 import time
 import weakref
+from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_llm.config import ParallelConfig
@@ -196,3 +201,70 @@ def test_peer_that_fails_while_the_last_messages_are_sent_is_named() -> None:
     assert "pipeline rank 1 failed in F(stage 1, micro-batch 0): planted" in message
     # were rank 0 still at work, it would fail in the action itself
     assert re.search(r"pipeline rank 0 failed (sending the input of F\(stage 1|in F\(stage 0), micro-batch \d\)", message)
+
+
+def _train_with_blocking_first_messages(ranks: int, schedule: Schedule) -> dict[str, Any]:
+    """`_train` on channels like NCCL's: the first message of a pair makes its communicator, and blocks both ends until then."""
+    store, me = dist.distributed_c10d._get_default_store(), dist.get_rank()
+    opened: set[str] = set()
+
+    def opening(call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(tensor: Tensor, peer: int, group: dist.ProcessGroup) -> Any:
+            pair = f"{group.group_name} {min(me, peer)}-{max(me, peer)}"
+            if pair not in opened:
+                store.set(f"{pair} {me}", "here")
+                store.wait([f"{pair} {peer}"], timedelta(seconds=5))
+                opened.add(pair)
+            return call(tensor, peer, group=group)
+
+        return wrapped
+
+    with contextlib.ExitStack() as patches:
+        for name in ("send", "recv", "isend", "irecv"):
+            patches.enter_context(mock.patch.object(dist, name, opening(getattr(dist, name))))
+        return _train(ranks, schedule)
+
+
+@pytest.mark.parametrize("case", ["1f1b, 2 ranks", "1f1b, 4 ranks", "gpipe, 4 ranks"])
+def test_first_messages_may_block_until_both_ends_are_there(case: str) -> None:
+    ranks, schedule = CASES[case]
+    assert len(run_ranks(ranks, _train_with_blocking_first_messages, ranks, schedule)[-1]["losses"]) == schedule.microbatches
+
+
+class _Delivered:
+    """A send that is over as soon as it was asked for."""
+
+    def is_completed(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        pass
+
+
+def _send_at_once(ranks: int) -> int:
+    """Most outputs of the first stage that were alive at once, when every send is over by the time of the next."""
+    under_way, alive, most = [], [], 0
+
+    def isend(tensor: Tensor, peer: int, group: dist.ProcessGroup) -> _Delivered:
+        copy = tensor.clone()
+        under_way.append((real(copy, peer, group=group), copy))
+        return _Delivered()
+
+    def forward(stage: int, microbatch: int, x: Tensor | None) -> Tensor:
+        nonlocal most
+        y = _input(microbatch) if x is None else x + 1
+        alive.append(weakref.ref(y.untyped_storage()))
+        gc.collect()
+        most = max(most, sum(ref() is not None for ref in alive))
+        return y
+
+    real, runtime = dist.isend, _runtime(ranks)
+    with mock.patch.object(dist, "isend", isend), torch.no_grad():
+        runtime.run(forward_only(ranks, 8), forward)
+    for work, _ in under_way:
+        work.wait()
+    return most
+
+
+def test_what_was_sent_is_not_held_until_the_end_of_the_step() -> None:
+    assert run_ranks(2, _send_at_once, 2)[0] <= 3

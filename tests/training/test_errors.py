@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from megatron_llm.cli.main import main
 from megatron_llm.data.indexed import IndexedWriter, token_dtype
 from tests.runs import TINY
-from tests.training.commands import write_config
+from tests.training.commands import read_metrics, write_config
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_another_models_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["train", config]) == 0
     assert main(["train", config, "model.hidden_size=64", "model.head_dim=8"]) == 1
     text = capsys.readouterr().err
-    assert "holds another model" in text and "hidden_size: 32 -> 64" in text
+    assert "belongs to another run" in text and "hidden_size: 32 -> 64" in text
     assert main(["train", config, "model.hidden_size=64", "checkpoint.resume=never"]) == 0
     kept = {path.name.split(".before")[0] for path in (tmp_path / "run").iterdir() if ".before-" in path.name}
     assert kept == {"checkpoints", "metrics.jsonl"}, "an earlier run is moved aside, not overwritten"
@@ -166,3 +166,52 @@ def test_a_folder_that_another_run_holds(tmp_path: Path, capsys: pytest.CaptureF
         assert main(["train", config]) == 1
     assert f"another run is writing to {tmp_path / 'run'}" in capsys.readouterr().err
     assert main(["train", config]) == 0, "the lock ends with its holder"
+
+
+def test_numbers_that_are_not_finite_or_absurd(message: Any) -> None:
+    text = message(optimizer={"lr": float("inf")}, parallel={"timeout_seconds": 1e300}, training={"steps": 10**400})
+    for setting in ("optimizer.lr: Input should be a finite number", "parallel.timeout_seconds", "training.steps"):
+        assert setting in text
+
+
+@pytest.mark.parametrize("folder", [5, ["a"], {"a": 1}, False])
+def test_hf_folder_that_is_no_path(message: Any, folder: Any) -> None:
+    assert f"model.hf: must be the path of a Hugging Face folder, got {folder!r}" in message(replace={"model": {"hf": folder}})
+
+
+def test_warm_up_beyond_the_decay(message: Any) -> None:
+    text = message(lr_schedule={"warmup_steps": 7, "decay_steps": 5})
+    assert "warmup_steps: 7 lie beyond" in text and "decay_steps 5" in text
+
+
+def test_a_run_may_end_within_its_warm_up(tmp_path: Path) -> None:
+    raw = copy.deepcopy(TINY) | {"logging": {"run_dir": str(tmp_path / "run")}, "lr_schedule": {"warmup_steps": 20}}
+    assert main(["train", str(write_config(tmp_path / "config.yaml", raw)), "training.steps=2"]) == 0
+    assert [line["lr"] for line in read_metrics(tmp_path / "run") if "lr" in line] == pytest.approx([1e-2 / 20, 2e-2 / 20])
+
+
+def test_hf_config_with_values_that_make_no_model(message: Any, tmp_path: Path) -> None:
+    config = {**TINY["model"], "architectures": ["LlamaForCausalLM"], "hidden_size": "wide", "vocab_size": -1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    text = message(replace={"model": {"hf": str(tmp_path)}})
+    assert f"model.hf: {tmp_path}/config.json: vocab_size: Input should be greater than 0 (got -1); hidden_size: " in text
+    assert "pydantic" not in text
+
+
+def test_tokenizer_folder_without_a_tokenizer(message: Any, tmp_path: Path) -> None:
+    assert f"data.tokenizer: {tmp_path} is not a tokenizer folder: it has none of" in message(data={"tokenizer": str(tmp_path)})
+
+
+def test_run_folder_that_cannot_be_made(message: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    text = message(logging={"run_dir": str(tmp_path / "file/run")})
+    assert f"logging.run_dir: {tmp_path}/file/run cannot be written" in text
+
+
+def test_export_folder_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = copy.deepcopy(TINY) | {"logging": {"run_dir": str(tmp_path / "run")}}
+    assert main(["train", str(write_config(tmp_path / "config.yaml", raw)), "training.steps=0"]) == 0
+    (tmp_path / "file").touch()
+    capsys.readouterr()
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "file/out")]) == 1
+    assert capsys.readouterr().err.startswith(f"megatron-llm export: error: {tmp_path}/file/.out.partial: Not a directory")

@@ -51,7 +51,7 @@ LAYOUTS = {
     "pp2 gpipe": (2, {"pipeline_parallel": 2, "pipeline_schedule": "gpipe"}),
     "pp4 with 5 layers": (4, {"pipeline_parallel": 4}),
     "pp4 gpipe": (4, {"pipeline_parallel": 4, "pipeline_schedule": "gpipe"}),
-    "pp6, more stages than layers": (6, {"pipeline_parallel": 6}),
+    "pp8, some stages without any parameter": (8, {"pipeline_parallel": 8}),
     "dp2": (2, {}),
     "dp4": (4, {}),
     "dp2 in small buckets": (2, {"bucket_size": 1000}),

@@ -130,6 +130,13 @@ def test_import_zero_steps_export_is_the_same_folder(tmp_path: Path, dtype: torc
             assert a.dtype == b.dtype == dtype and a.shape == b.shape and torch.equal(a, b), name
 
 
+def test_a_run_that_has_not_stepped_yet_writes_its_first_line_once(tmp_path: Path) -> None:
+    config = write_config(tmp_path / "run.yaml", tiny(tmp_path / "run"))
+    assert main(["train", str(config), "training.steps=0"]) == 0
+    assert main(["train", str(config), "training.steps=2"]) == 0
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [0, 1, 2]
+
+
 def test_a_batch_without_weight_is_skipped(tmp_path: Path) -> None:
     """With one-token documents no position has a next token, so nothing carries loss: no update, and it is said."""
     from megatron_llm.data.indexed import IndexedWriter, token_dtype
