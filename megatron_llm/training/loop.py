@@ -58,8 +58,8 @@ def train(resolved: ResolvedRun) -> int:
     assets = checkpoint.assets if checkpoint else collect_assets(source, config.data.tokenizer)
     with (
         RunFolder(config, launched_rank()) as folder,
-        StopRequest() as stop,
         process_group(device, config.parallel.timeout_seconds),
+        StopRequest() as stop,  # not earlier: a rank that waits for one that failed must end when the launcher says so
     ):
         grid = Grid.build(config.parallel, config.model.num_key_value_heads)
         check_agreement(checkpoint, grid.world)
