@@ -150,6 +150,22 @@ def test_steps_are_resumed_skipped_and_redone(
     assert Path("foreign").exists()
 
 
+@pytest.mark.parametrize("after", [3.0, 5.0, 6.0])
+def test_a_stage_that_does_not_improve_fails_the_recipe(
+    load: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: float
+) -> None:
+    run, plot = load("run"), load("plot")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "sample", lambda stage: ("", ""))
+    monkeypatch.setattr(plot, "plot_losses", lambda runs, picture: None)
+    for stage in run.STAGES:
+        (tmp_path / stage).mkdir()
+        last = after if stage == "stage2" else 4.0
+        lines = [{"step": 0, "valid_loss": 5.0}, {"step": 1, "loss": 4.5}, {"step": 2, "loss": 4.4, "valid_loss": last}]
+        (tmp_path / stage / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run.report() is (after < 5.0)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_whole_quickstart_survives_a_kill_and_every_stage_improves(tmp_path: Path) -> None:

@@ -1,17 +1,11 @@
-"""`megatron-llm preprocess` as a script, for a checkout that is not installed."""
+"""`megatron-llm preprocess` as a script for a checkout: the same arguments, nothing to install."""
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_llm.cli.preprocess import HELP, add_arguments, run  # noqa: E402
+from megatron_llm.cli.main import main  # noqa: E402
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=HELP)
-    add_arguments(parser)
-    try:
-        sys.exit(run(parser.parse_args()))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(main(["preprocess", *sys.argv[1:]]))

@@ -81,15 +81,6 @@ def test_inspect_names_what_is_missing(tmp_path: Path) -> None:
         call(inspect, tmp_path / "nothing")
 
 
-def test_scripts_run_from_a_checkout(tmp_path: Path) -> None:
-    tools = Path(__file__).resolve().parents[2] / "tools"
-    for name in ("preprocess_data.py", "preprocess_chat.py"):
-        words = [sys.executable, str(tools / name), "--input", "no.jsonl", "--tokenizer", "t", "--output", "o"]
-        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 1
-        assert done.stderr == "error: no.jsonl is not a file\n"
-
-
 def test_defining_the_commands_imports_nothing_heavy() -> None:
     code = (
         "import argparse, sys\n"

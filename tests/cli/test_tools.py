@@ -1,0 +1,28 @@
+"""The scripts of a checkout are the commands: they find the package without an installation and report errors alike."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+PREPROCESS = ("--input", "no.jsonl", "--tokenizer", "t", "--output", "o")
+WANTED = {  # arguments that cannot work, and all that is then said
+    "preprocess_data": (PREPROCESS, "megatron-llm preprocess: error: no.jsonl is not a file\n"),
+    "preprocess_chat": (PREPROCESS, "megatron-llm preprocess-chat: error: no.jsonl is not a file\n"),
+    "convert_checkpoint": (
+        ("absent", "out"),
+        "megatron-llm export: error: absent is not a folder; expected a checkpoint, a folder of checkpoints or a run folder\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("tool", sorted(path.stem for path in TOOLS.glob("*.py")))
+def test_a_tool_runs_its_command(tool: str, tmp_path: Path) -> None:
+    arguments, message = WANTED[tool]
+    command = [sys.executable, str(TOOLS / f"{tool}.py"), *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (1, message)
