@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from megatron_llm.data.preprocess import preprocess
+    from megatron_llm.data.prepare.preprocess import preprocess
 
     summary = preprocess(
         args.input,

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from megatron_llm.data.chat import preprocess_chat
+    from megatron_llm.data.prepare.chat import preprocess_chat
 
     print(preprocess_chat(args.input, args.tokenizer, args.output, workers=args.workers, strict=args.strict))
     return 0

@@ -11,21 +11,17 @@
                int64[D] sequence number at which each document starts, the last one = S; int8[S] modes (optional)
 
 `.roles.bin` (chat) is one byte a token, `.meta.json` holds a `DatasetMeta`; Megatron ignores both, and files without
-them are read. `preprocess` and `chat` write with `IndexedWriter`; `rows`, `stream` and the `inspect` command read.
+them are read. `writer.py` writes them; `rows`, `stream` and the `inspect` command read.
 """
 
 from __future__ import annotations
 
 import bisect
 import dataclasses
-import fcntl
 import json
-import os
 import struct
-from array import array
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +52,9 @@ class DatasetMeta:
         tokenizer, tokenizer_fingerprint: folder it was made with, sha256 of its tokenizer.json (or vocabulary files).
         vocab_size: len(tokenizer). eod_id: id appended to every document, None if none was.
         documents, tokens, max_token_id: counts, and the largest id that occurs.
+        made_by: digest of the command and its inputs, by which a repeated command knows that its work is done.
+        shard: (number, count) if this is one of several shards, which `merge` joins.
+        input_bytes, skipped: bytes of input after decompression; records not taken, by reason.
     """
 
     kind: str
@@ -68,136 +67,21 @@ class DatasetMeta:
     documents: int = 0
     tokens: int = 0
     max_token_id: int = -1
+    made_by: str | None = None
+    shard: tuple[int, int] | None = None
+    input_bytes: int = 0
+    skipped: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> DatasetMeta:
         """Raises ValueError naming the file if it is not such a JSON object. Unknown keys are left to newer versions."""
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**{field.name: content[field.name] for field in dataclasses.fields(cls)})
+            known = {field.name for field in dataclasses.fields(cls)}
+            meta = cls(**{name: value for name, value in content.items() if name in known})
+            return dataclasses.replace(meta, shard=tuple(meta.shard)) if meta.shard else meta
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a data set description ({error!r}); delete it or preprocess again") from error
-
-
-class IndexedWriter:
-    """Streams documents into `PREFIX.*.tmp` and puts the finished files in place on leaving the `with` block.
-
-    Memory is 4 bytes a document. The `.idx` is renamed last, so a data set either exists whole or not at all; after an
-    exception nothing of it is left, and an older data set of that name is untouched.
-    """
-
-    def __init__(self, prefix: str | Path, dtype: npt.DTypeLike, meta: DatasetMeta | None = None, roles: bool = False):
-        """`roles`: every document comes with role bytes. Raises ValueError if another process writes this prefix."""
-        self.prefix = str(prefix)
-        self._dtype = np.dtype(dtype).newbyteorder("<")
-        self._code = next(code for code, known in DTYPES.items() if known == np.dtype(dtype))
-        self._limit = np.iinfo(self._dtype).max
-        self._meta = meta
-        self._lengths = array("i")
-        self._tokens = 0
-        self._max_token_id = -1
-        Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
-        self._bin = _open_exclusive(Path(self.prefix + ".bin.tmp"))
-        self._roles = _open_exclusive(Path(self.prefix + ".roles.bin.tmp")) if roles else None
-
-    def add_document(self, tokens: IntArray, roles: npt.NDArray[np.uint8] | None = None) -> None:
-        """Append one document: integer ids [n], and with `roles=True` uint8 [n]. Raises ValueError for ids it cannot hold."""
-        if len(tokens) == 0:
-            raise ValueError(f"{self.prefix}: document {len(self._lengths)} has no tokens")
-        largest, smallest = int(tokens.max()), int(tokens.min())
-        if smallest < 0 or largest > self._limit:
-            raise ValueError(
-                f"{self.prefix}: document {len(self._lengths)} has token id {smallest if smallest < 0 else largest}, "
-                f"outside 0..{self._limit} of {self._dtype.name}; write it with a larger dtype"
-            )
-        if len(tokens) > np.iinfo(np.int32).max:
-            raise ValueError(f"{self.prefix}: document {len(self._lengths)} has {len(tokens)} tokens; .idx counts in int32")
-        assert (roles is None) == (self._roles is None), "role bytes are given for all documents or for none"
-        self._bin.write(np.ascontiguousarray(tokens, self._dtype).data)
-        if self._roles is not None and roles is not None:
-            assert len(roles) == len(tokens)
-            self._roles.write(np.ascontiguousarray(roles, np.uint8).data)
-        self._lengths.append(len(tokens))
-        self._tokens += len(tokens)
-        self._max_token_id = max(self._max_token_id, largest)
-
-    @property
-    def documents(self) -> int:
-        return len(self._lengths)
-
-    @property
-    def tokens(self) -> int:
-        return self._tokens
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        try:
-            if kind is None:
-                self._commit()
-        finally:
-            for file in filter(None, (self._bin, self._roles)):
-                file.close()
-            for suffix in (".bin", ".roles.bin", ".meta.json", ".idx"):
-                Path(f"{self.prefix}{suffix}.tmp").unlink(missing_ok=True)
-
-    def _commit(self) -> None:
-        """Write `.idx` and `.meta.json`, force all to disk, rename; Raises ValueError if there is not one document."""
-        if not self._lengths:
-            raise ValueError(f"{self.prefix}: no document was written, so there is no data set to make")
-        suffixes = [".bin"]
-        for file in filter(None, (self._bin, self._roles)):
-            _flush_to_disk(file)
-        if self._roles is not None:
-            suffixes.append(".roles.bin")
-        if self._meta is not None:
-            counts = {"documents": self.documents, "tokens": self.tokens, "max_token_id": self._max_token_id}
-            content = dataclasses.asdict(dataclasses.replace(self._meta, **counts))  # type: ignore[arg-type]
-            with open(self.prefix + ".meta.json.tmp", "wb") as file:
-                file.write(json.dumps(content, indent=2).encode() + b"\n")
-                _flush_to_disk(file)
-            suffixes.append(".meta.json")
-        with open(self.prefix + ".idx.tmp", "wb") as file:
-            self._write_index(file)
-            _flush_to_disk(file)
-        # The old .idx goes first: without it no reader takes the new .bin for the old one if we die in between.
-        for suffix in (".idx", ".roles.bin", ".meta.json"):
-            Path(self.prefix + suffix).unlink(missing_ok=True)
-        for suffix in [*suffixes, ".idx"]:
-            os.replace(f"{self.prefix}{suffix}.tmp", self.prefix + suffix)
-
-    def _write_index(self, file: IO[bytes]) -> None:
-        lengths = np.frombuffer(self._lengths, np.int32)
-        count = len(lengths)
-        file.write(HEADER.pack(MAGIC, 1, self._code, count, count + 1))
-        file.write(lengths.astype("<i4", copy=False).data)
-        start = 0
-        for first in range(0, count, BLOCK):
-            ends = start + np.cumsum(lengths[first : first + BLOCK].astype("<i8") * self._dtype.itemsize)
-            file.write(np.concatenate(([start], ends[:-1])).astype("<i8").data)
-            start = int(ends[-1])
-        for first in range(0, count + 1, BLOCK):
-            file.write(np.arange(first, min(first + BLOCK, count + 1), dtype="<i8").data)
-
-
-def _open_exclusive(path: Path) -> IO[bytes]:
-    """Open for writing, emptied, locked against a second writer (where the file system has locks)."""
-    file = open(path, "ab")  # noqa: SIM115 - the writer closes it
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise ValueError(f"{path} is being written by another process; give each one its own --output") from None
-    except OSError:
-        pass  # some network file systems have no locks
-    file.truncate(0)
-    return file
-
-
-def _flush_to_disk(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 class IndexedDataset:

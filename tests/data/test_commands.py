@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from megatron_llm.cli import inspect, preprocess, preprocess_chat
-from megatron_llm.data.indexed import DatasetMeta, IndexedDataset, IndexedWriter
+from megatron_llm.data.indexed import DatasetMeta, IndexedDataset
+from megatron_llm.data.writer import IndexedWriter
 
 
 def call(command: Any, *words: object) -> int:

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_llm.data import indexed
-from megatron_llm.data.indexed import DatasetMeta, IndexedDataset, IndexedWriter, token_dtype
+from megatron_llm.data.indexed import DatasetMeta, IndexedDataset, token_dtype
+from megatron_llm.data.writer import IndexedWriter
 
 META = DatasetMeta(kind="pretrain", tokenizer="tok", tokenizer_fingerprint="f" * 64, vocab_size=1000, eod_id=2)
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from megatron_llm.config import Config, parse_config
-from megatron_llm.data.indexed import NOT_TRAINED, DatasetMeta, IndexedDataset, IndexedWriter
+from megatron_llm.data.indexed import NOT_TRAINED, DatasetMeta, IndexedDataset
 from megatron_llm.data.stream import TokenStream, build_train_stream, build_valid_streams, check_data
+from megatron_llm.data.writer import IndexedWriter
 from megatron_llm.ops.batch import Batch
 
 META = DatasetMeta(kind="pretrain", tokenizer="tok", tokenizer_fingerprint="f" * 64, vocab_size=100_000)

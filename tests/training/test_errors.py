@@ -14,7 +14,8 @@ import torch.distributed as dist
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from megatron_llm.cli.main import main
-from megatron_llm.data.indexed import IndexedWriter, token_dtype
+from megatron_llm.data.indexed import token_dtype
+from megatron_llm.data.writer import IndexedWriter
 from tests.runs import TINY
 from tests.training.commands import read_metrics, write_config
 

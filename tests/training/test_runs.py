@@ -139,7 +139,8 @@ def test_a_run_that_has_not_stepped_yet_writes_its_first_line_once(tmp_path: Pat
 
 def test_a_batch_without_weight_is_skipped(tmp_path: Path) -> None:
     """With one-token documents no position has a next token, so nothing carries loss: no update, and it is said."""
-    from megatron_llm.data.indexed import IndexedWriter, token_dtype
+    from megatron_llm.data.indexed import token_dtype
+    from megatron_llm.data.writer import IndexedWriter
 
     with IndexedWriter(tmp_path / "ones", token_dtype(97)) as writer:
         for token in range(90):

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_llm.data import preprocess as module
 from megatron_llm.data.indexed import IndexedDataset
-from megatron_llm.data.preprocess import preprocess
+from megatron_llm.data.prepare import preprocess as module
+from megatron_llm.data.prepare.preprocess import preprocess
 
 TEXTS = ["hello world\n\nagain", "the user 😀 says é", "tab\there", " ", "<|im_start|>spelled out"]
 

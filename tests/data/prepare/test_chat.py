@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_llm.data.chat import preprocess_chat
 from megatron_llm.data.indexed import NOT_TRAINED, ROLE_MASK, IndexedDataset
+from megatron_llm.data.prepare.chat import preprocess_chat
 
 SYSTEM, USER, ASSISTANT, TOOL = 1, 2, 3, 4
 

@@ -21,9 +21,10 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from megatron_llm.data.documents import Record, batches, check_inputs, read_records
-from megatron_llm.data.indexed import DatasetMeta, IndexedWriter, token_dtype
+from megatron_llm.data.indexed import DatasetMeta, token_dtype
+from megatron_llm.data.prepare.inputs import Record, batches, check_inputs, read_records
 from megatron_llm.data.tokenizer import describe, load_encoder, load_pretrained
+from megatron_llm.data.writer import IndexedWriter
 
 BATCH_BYTES = 1 << 20
 EXAMPLES = 20  # skipped records shown by name; all are counted

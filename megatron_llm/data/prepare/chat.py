@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_llm.data.documents import Record, check_inputs
 from megatron_llm.data.indexed import NOT_TRAINED, ROLE_MASK, ROLES
-from megatron_llm.data.preprocess import Encoded, Skipped, Summary, check_unicode, run_pipeline
+from megatron_llm.data.prepare.inputs import Record, check_inputs
+from megatron_llm.data.prepare.preprocess import Encoded, Skipped, Summary, check_unicode, run_pipeline
 from megatron_llm.data.tokenizer import describe, load_pretrained
 
 Message = dict[str, Any]
