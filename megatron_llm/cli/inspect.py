@@ -4,30 +4,46 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megatron_llm.data.indexed import IndexedDataset
+    from megatron_llm.data.indexed import DatasetMeta, IndexedDataset
+    from megatron_llm.data.statistics import TokenCounts
 
 HELP = "show what is in a data set or a checkpoint"
+SHOWN_TOKENS = 200  # of a decoded document
+FREQUENT = 10  # ids listed
+
+Decoder = Callable[[Sequence[int]], str]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "path", metavar="PATH", help="PREFIX of PREFIX.bin, a checkpoint, or a run folder (its newest checkpoint)"
     )
-    parser.add_argument(
-        "--documents", type=int, default=3, metavar="N", help="data set: decode the first N documents (default: 3)"
-    )
     parser.add_argument("--verify", action="store_true", help="read everything and compare it with what the headers say")
+    data = parser.add_argument_group("data sets")
+    data.add_argument("--documents", type=int, default=3, metavar="N", help="decode the first N documents (default: 3)")
+    data.add_argument("--random", type=int, metavar="SEED", help="decode N documents from all over instead, drawn by this seed")
+    data.add_argument("--plot", metavar="FILE.png", help="draw document lengths and token frequencies")
+    data.add_argument("--tokenizer", metavar="PATH", help="decode with this one, if it is not where it was at preprocessing")
 
 
 def run(args: argparse.Namespace) -> int:
-    if os.path.isdir(args.path):
+    path = Path(args.path)
+    if Path(f"{path}.idx").is_file():
+        print(inspect_prefix(str(path), args.documents, args.random, args.verify, args.plot, args.tokenizer))
+    elif path.is_dir():
+        inside = _prefixes(path)
+        if inside:
+            raise ValueError(f"{path} is a folder of data sets; inspect one of them: {', '.join(inside)}")
+        if args.plot:
+            raise ValueError(f"--plot is for data sets, and {path} is a folder")
         print(inspect_checkpoint(args.path, verify=args.verify))
     else:
-        print(inspect_prefix(args.path, documents=args.documents, verify=args.verify))
+        raise ValueError(_missing(path))
     return 0
 
 
@@ -54,83 +70,124 @@ def inspect_checkpoint(path: str, verify: bool = False) -> str:
     return "\n".join(lines)
 
 
-def inspect_prefix(prefix: str, documents: int = 3, verify: bool = False) -> str:
-    """Counts, types, tokenizer, document lengths and the first documents of a data set, as text.
+def inspect_prefix(
+    prefix: str,
+    documents: int = 3,
+    random_seed: int | None = None,
+    verify: bool = False,
+    plot: str | None = None,
+    tokenizer: str | None = None,
+) -> str:
+    """What a data set holds, as text: counts, lengths, frequent ids, some documents; `plot` names a picture to write.
 
-    With `verify` the whole index is checked and the largest token id compared with the meta file. Raises ValueError for a
-    missing or damaged data set.
+    With `verify` the whole index and all ids are checked first. Raises ValueError for a missing or damaged data set.
     """
-    import numpy as np
-
+    from megatron_llm.data import statistics
     from megatron_llm.data.indexed import IndexedDataset
 
     dataset = IndexedDataset(prefix)
-    meta = dataset.meta
-    largest = f", largest id {meta.max_token_id:,}" if meta else ""
+    largest = f", largest id {dataset.meta.max_token_id:,}" if dataset.meta else ""
     lines = [f"{prefix}: {dataset.documents:,} documents, {len(dataset.tokens):,} tokens of {dataset.dtype.name}{largest}"]
-    if meta:
-        special = ", ".join(f"{name} {getattr(meta, name + '_id')}" for name in ("eod", "bos", "eos"))
-        lines.append(f"kind: {meta.kind}")
-        lines.append(
-            f"tokenizer: {meta.tokenizer} ({meta.vocab_size:,} tokens; {special}; sha256 {meta.tokenizer_fingerprint[:16]})"
-        )
-    else:
-        lines.append("no meta file: tokenizer unknown")
-    lengths = np.diff(dataset.document_offsets())
-    if len(lengths):
-        marks = (0, 1, 10, 50, 90, 99, 100)
-        values = np.percentile(lengths, marks, method="nearest")
-        percentiles = ", ".join(f"{mark}%: {value:,}" for mark, value in zip(marks, values.tolist(), strict=True))
-        lines.append(f"document length in tokens, percentiles: {percentiles}")
-    if dataset.roles is not None:
-        lines.append(_role_counts(dataset))
+    lines += _describe_meta(dataset.meta) if dataset.meta else ["no meta file: tokenizer unknown"]
     if verify:
-        lines.append(_verify(dataset))
-    return "\n".join([*lines, *_first_documents(dataset, documents)])
+        lines.append(f"verified: index consistent, largest id {statistics.verify_data(dataset):,}")
+    lengths, tokens = statistics.length_counts(dataset), statistics.token_counts(dataset)
+    decode, problem = _decoder(dataset.meta, tokenizer)
+    if dataset.documents:
+        marks = ", ".join(f"{mark}%: {lengths.percentile(mark):,}" for mark in (0, 1, 10, 50, 90, 99, 100))
+        mean = len(dataset.tokens) / dataset.documents
+        lines.append(f"document length in tokens: mean {mean:,.1f}; percentiles {marks}")
+    if dataset.roles is not None:
+        roles, trained = statistics.role_counts(dataset.roles)
+        lines.append(f"tokens by role: {', '.join(f'{name} {count:,}' for name, count in roles.items())}; trained: {trained:,}")
+    lines += _describe_tokens(dataset, tokens, decode)
+    if plot is not None:
+        statistics.plot(plot, dataset, lengths, tokens)
+        lines.append(f"picture: {plot}")
+    lines += [problem] if problem and documents > 0 and dataset.documents else []
+    return "\n".join([*lines, *_documents(dataset, documents, random_seed, decode)])
 
 
-def _role_counts(dataset: IndexedDataset) -> str:
-    """Tokens of each role, and how many of the assistant's are trained."""
-    import numpy as np
-
-    from megatron_llm.data.indexed import BLOCK, NOT_TRAINED, ROLE_MASK, ROLES
-
-    assert dataset.roles is not None
-    counts = np.zeros(256, np.int64)
-    for first in range(0, len(dataset.roles), BLOCK):
-        counts += np.bincount(dataset.roles[first : first + BLOCK], minlength=256)
-    codes = np.arange(256)
-    parts = [f"{name} {counts[(codes & ROLE_MASK) == role].sum():,}" for name, role in ROLES.items()]
-    trained = counts[(codes & (ROLE_MASK | NOT_TRAINED)) == ROLES["assistant"]].sum()
-    return f"tokens by role: {', '.join(parts)}; trained: {trained:,}"
-
-
-def _verify(dataset: IndexedDataset) -> str:
-    """Raises ValueError if the index is inconsistent or the meta file names another largest id."""
-    dataset.verify()
-    largest = dataset.scan_max_token_id()
-    if dataset.meta is not None and dataset.meta.max_token_id != largest:
-        raise ValueError(
-            f"{dataset.prefix}.meta.json says the largest token id is {dataset.meta.max_token_id}, but it is {largest}; "
-            f"the .bin was changed: preprocess again"
-        )
-    return f"verified: index consistent, largest id {largest:,}"
-
-
-def _first_documents(dataset: IndexedDataset, count: int) -> list[str]:
-    """The first documents as text, if the tokenizer's folder is still there, else as ids."""
-    from pathlib import Path
-
-    from megatron_llm.data.tokenizer import fingerprint, load_encoder
-
-    meta, encoder, lines = dataset.meta, None, []
-    if meta and Path(meta.tokenizer).is_dir():
-        if fingerprint(meta.tokenizer) == meta.tokenizer_fingerprint:
-            encoder = load_encoder(meta.tokenizer)
-        else:
-            lines.append(f"{meta.tokenizer} holds another tokenizer now; showing ids")
-    for document in range(min(count, dataset.documents)):
-        ids = dataset.document(document)[:200].tolist()
-        text = repr(encoder.decode(ids, skip_special_tokens=False)) if encoder else " ".join(map(str, ids))
-        lines.append(f"document {document}: {text}")
+def _describe_meta(meta: DatasetMeta) -> list[str]:
+    special = ", ".join(f"{name} {getattr(meta, name + '_id')}" for name in ("eod", "bos", "eos"))
+    lines = [f"kind: {meta.kind}" + (f", shard {meta.shard[0]} of {meta.shard[1]}" if meta.shard else "")]
+    lines.append(f"tokenizer: {meta.tokenizer} ({meta.vocab_size:,} tokens; {special}; sha256 {meta.tokenizer_fingerprint[:16]})")
+    if meta.input_bytes and meta.tokens:
+        lines.append(f"made from {meta.input_bytes:,} bytes of input, {meta.input_bytes / meta.tokens:.2f} a token")
+    if meta.skipped:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(meta.skipped.items(), key=lambda item: -item[1]))
+        lines.append(f"records not taken: {sum(meta.skipped.values()):,} ({reasons})")
     return lines
+
+
+def _describe_tokens(dataset: IndexedDataset, tokens: TokenCounts, decode: Decoder | None) -> list[str]:
+    """How much of the vocabulary occurs, and the most frequent ids."""
+    total, size = len(dataset.tokens), len(tokens.counts)
+    if total == 0:
+        return []
+    seen = int((tokens.counts > 0).sum())
+    part = "" if tokens.read == total else f" (in {tokens.read:,} tokens, {tokens.read / total:.2%}, in evenly spaced blocks)"
+    lines = [f"ids that occur: {seen:,} of {size:,}; {1 - seen / size:.1%} of the vocabulary never{part}"]
+    if dataset.meta is None or size == 0:
+        lines = [f"ids that occur: {seen:,}{part}"]
+    if tokens.outside:
+        lines.append(f"ids outside the vocabulary: {tokens.outside:,}; --verify says where the first one is")
+    lines.append("most frequent ids:")
+    for token, share in tokens.most_frequent(FREQUENT):
+        lines.append(f"{share:8.2%} {token:8}" + (f"  {decode([token])!r}" if decode else ""))
+    return lines
+
+
+def _decoder(meta: DatasetMeta | None, tokenizer: str | None) -> tuple[Decoder | None, str]:
+    """Ids to text; None and the reason if the tokenizer is not to be had. Raises ValueError for a wrong `tokenizer`."""
+    from megatron_llm.data.tokenizer import load_decoder, path_fingerprint
+
+    path = tokenizer or (meta.tokenizer if meta else None)
+    if path is None:
+        return None, ""
+    try:
+        if meta is not None and (found := path_fingerprint(path)) != meta.tokenizer_fingerprint:
+            made_with = f"sha256 {found[:16]}, the data set was made with {meta.tokenizer_fingerprint[:16]}"
+            raise ValueError(f"{path} holds another tokenizer now ({made_with})")
+        return load_decoder(path), ""
+    except ValueError as error:
+        if tokenizer:
+            raise
+        return None, f"ids instead of text: {error}; --tokenizer PATH names the right one"
+
+
+def _documents(dataset: IndexedDataset, count: int, random_seed: int | None, decode: Decoder | None) -> list[str]:
+    """The start of some documents, as text or as ids."""
+    import random
+
+    count = max(0, min(count, dataset.documents))
+    numbers: Sequence[int] = range(count)
+    if random_seed is not None:
+        numbers = sorted(random.Random(random_seed).sample(range(dataset.documents), count))
+    lines = []
+    for number in numbers:
+        document = dataset.document(number)
+        ids = document[:SHOWN_TOKENS].tolist()
+        text = repr(decode(ids)) if decode else " ".join(map(str, ids))
+        lines.append(f"document {number}: {text}" + (f" ... ({len(document):,} tokens)" if len(document) > len(ids) else ""))
+    return lines
+
+
+def _prefixes(folder: Path) -> list[str]:
+    """Data sets in a folder."""
+    return sorted(str(path.with_suffix("")) for path in folder.glob("*.idx"))
+
+
+def _missing(path: Path) -> str:
+    """What to say about a path that is nothing: users give a file instead of the prefix, or mistype."""
+    import difflib
+
+    for suffix in (".bin", ".idx", ".meta.json", ".roles.bin"):
+        prefix = str(path).removesuffix(suffix)
+        if prefix != str(path) and Path(f"{prefix}.idx").is_file():
+            return f"{path} is a file of a data set; give its prefix: megatron-llm inspect {prefix}"
+    others = {Path(prefix).name: prefix for prefix in _prefixes(path.parent)}
+    names = [name for name in others if name.startswith(path.name)] or difflib.get_close_matches(path.name, others)
+    near = [others[name] for name in names]
+    hint = f"did you mean {' or '.join(near)}?" if near else "a data set is PREFIX.bin and PREFIX.idx"
+    return f"{path}.idx does not exist, nor is {path} a checkpoint; {hint}"

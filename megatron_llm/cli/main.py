@@ -15,7 +15,7 @@ from types import ModuleType
 
 from megatron_llm import __version__
 
-COMMANDS = ("train", "generate", "export", "preprocess", "preprocess-chat", "inspect", "config")
+COMMANDS = ("train", "generate", "export", "preprocess", "preprocess-chat", "merge", "dedup", "inspect", "config")
 
 
 def _module(command: str) -> ModuleType:

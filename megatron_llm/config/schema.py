@@ -88,8 +88,23 @@ class SourceConfig(Section):
     """One data set: the PREFIX of PREFIX.bin and PREFIX.idx."""
 
     path: str
-    weight: float = Field(default=1.0, gt=0, description="share of the rows, relative to the other sources")
+    weight: float | None = Field(
+        default=None, gt=0, description="share of the rows, relative to the other sources; 1 if neither this nor epochs is set"
+    )
+    epochs: float | None = Field(
+        default=None,
+        gt=0,
+        description="how often the source is read, relative to the other sources, and exactly so with training.steps: -1; "
+        "all sources of data.train have weights, or all have epochs",
+    )
     name: str | None = Field(default=None, description="name in the metrics; the file name if unset")
+    kind: Literal["pretrain", "chat"] | None = Field(default=None, description="data.kind if unset")
+
+    @model_validator(mode="after")
+    def _weight_or_epochs(self) -> SourceConfig:
+        if self.weight is not None and self.epochs is not None:
+            raise ValueError(f"weight {self.weight} and epochs {self.epochs} both say how much is read; remove one of them")
+        return self
 
 
 class DataConfig(Section):
@@ -100,13 +115,41 @@ class DataConfig(Section):
     valid: list[SourceConfig] = []
     tokenizer: str | None = Field(default=None, description="tokenizer folder that travels with checkpoints and exports")
     packing: Literal["auto", "concat", "best_fit", "in_order", "none"] = Field(
-        default="auto", description="auto: concat for pretrain, best_fit for chat"
+        default="auto",
+        description="how rows are filled. pretrain: concat (documents back to back, cut into rows) or best_fit (a document is "
+        "cut only if it is longer than a row); chat: best_fit, in_order or none (one conversation a row). auto, or what a kind "
+        "does not know: concat for pretrain, best_fit for chat",
     )
-    order: Literal["shuffled", "file"] = "shuffled"
+    order: Literal["shuffled", "file", "megatron"] = Field(
+        default="shuffled",
+        description="of training rows. megatron: the rows of Megatron's GPTDataset in its order, for a run that moves here; "
+        "depends on training.steps, which must not change during the run",
+    )
+    megatron_split: str = Field(
+        default="1,0,0", description="order megatron: the shares of training, validation and test that the run was made with"
+    )
+    boundary_loss: Literal["auto", "masked", "trained"] = Field(
+        default="auto",
+        description="packing concat: does the last token of a document learn to predict the first of the next? "
+        "auto: masked with training.document_isolation, else trained",
+    )
     train_on: Literal["assistant", "all"] = Field(
         default="assistant", description="chat: which tokens carry loss (validation: always assistant)"
     )
     overlong: Literal["error", "drop", "truncate"] = Field(default="error", description="chat: conversations longer than a row")
+
+    @model_validator(mode="after")
+    def _shares_are_comparable(self) -> DataConfig:
+        with_epochs = [source.epochs is not None for source in self.train]
+        if any(with_epochs) and not all(with_epochs):
+            raise ValueError(
+                f"train.{with_epochs.index(True)} has epochs and train.{with_epochs.index(False)} has not; "
+                f"give all sources epochs, or all weights"
+            )
+        for index, source in enumerate(self.valid):
+            if source.weight is not None or source.epochs is not None:
+                raise ValueError(f"valid.{index} has weight or epochs, but a validation set is read once, by itself; remove it")
+        return self
 
 
 class TrainingConfig(Section):
@@ -115,7 +158,7 @@ class TrainingConfig(Section):
     sequence_length: int = Field(gt=0)
     micro_batch_size: int = Field(default=1, gt=0, description="rows per forward pass of one model replica")
     global_batch_size: int = Field(gt=0, description="rows per optimizer step over all replicas")
-    steps: int = Field(ge=0, le=10**9)
+    steps: int = Field(ge=-1, le=10**9, description="-1: as many as the epochs of data.train take")
     seed: int = Field(default=1234, ge=0, lt=2**31)
     eval_every: int = Field(default=0, ge=0, description="steps between evaluations; 0: only after the last step")
     eval_rows: int = Field(default=64, gt=0, description="rows of each validation set")

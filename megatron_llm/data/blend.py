@@ -26,7 +26,7 @@ class Blend:
 
     def __init__(self, weights: Sequence[float]):
         """`weights`: positive, any scale. Raises ValueError beyond 65,536 sources."""
-        counts = _round_weights(weights)
+        counts = round_weights(weights)
         common = math.gcd(*counts)
         self.counts = [count // common for count in counts]
         self.period = sum(self.counts)
@@ -46,7 +46,7 @@ class Blend:
         return source, turn * self.counts[source] + int(self._numbers[index])
 
 
-def _round_weights(weights: Sequence[float]) -> list[int]:
+def round_weights(weights: Sequence[float]) -> list[int]:
     """Integers of sum RESOLUTION near the weights' shares, by largest remainder; none is 0, so no source is silently lost."""
     if len(weights) > RESOLUTION:
         raise ValueError(f"{len(weights)} sources; a blend has at most {RESOLUTION}: merge some")

@@ -18,13 +18,15 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import json
 import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pydantic
+
+from megatron_llm.config import sentences
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -76,37 +78,45 @@ class DatasetMeta:
     def read(cls, path: Path) -> DatasetMeta:
         """Raises ValueError naming the file if it is not such a JSON object. Unknown keys are left to newer versions."""
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            known = {field.name for field in dataclasses.fields(cls)}
-            meta = cls(**{name: value for name, value in content.items() if name in known})
-            return dataclasses.replace(meta, shard=tuple(meta.shard)) if meta.shard else meta
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a data set description ({error!r}); delete it or preprocess again") from error
+            return pydantic.TypeAdapter(cls).validate_json(path.read_bytes())
+        except pydantic.ValidationError as error:
+            what = "; ".join(sentences(error))
+            raise ValueError(f"{path} is not a data set description ({what}); delete it or preprocess again") from error
 
 
 class IndexedDataset:
     """Read access to one data set through memory maps: opening costs the same for a thousand tokens and a trillion.
+
+    Opening looks at the header and the ends of the index, not at what lies between: reading a place that is damaged
+    raises ValueError.
 
     Attributes:
         tokens: all token ids [N], memory-mapped. roles: uint8 [N] memory-mapped, None without `.roles.bin`.
         meta: the description, None without `.meta.json`. documents: number of documents.
     """
 
-    def __init__(self, prefix: str | Path):
-        """Raises ValueError naming file and byte offset if a file is missing, damaged or does not fit the others."""
+    def __init__(self, prefix: str | Path, vocab_size: int | None = None):
+        """`vocab_size`: `read` refuses ids that are not below it.
+
+        Raises ValueError naming file and byte offset if a file is missing, damaged or does not fit the others.
+        """
         self.prefix = str(prefix)
+        self._vocab_size = vocab_size
         for suffix in (".idx", ".bin"):
             if not Path(self.prefix + suffix).is_file():
                 raise ValueError(f"{self.prefix}{suffix} does not exist; {self._missing_hint()}")
         self._read_index(Path(self.prefix + ".idx"))
         path = Path(self.prefix + ".bin")
-        last = len(self._pointers) - 1
-        expected = int(self._pointers[last]) + int(self._lengths[last]) * self.dtype.itemsize if last >= 0 else 0
+        length, start = (int(self._lengths[-1]), int(self._pointers[-1])) if len(self._pointers) else (0, 0)
+        expected = start + length * self.dtype.itemsize
         if path.stat().st_size != expected:
             raise ValueError(
                 f"{path} has {path.stat().st_size} bytes, but {self.prefix}.idx describes {expected} "
                 f"({len(self._lengths)} sequences of {self.dtype.name}); the file is truncated or belongs to another index"
             )
+        if length < 0 or start < 0 or start % self.dtype.itemsize:
+            at = self._pointers_at + 8 * (len(self._pointers) - 1)
+            raise self._damaged(at, f"the last sequence has {length} tokens from byte {start} of the .bin on")
         self.tokens: IntArray = _map(path, self.dtype, 0, expected // self.dtype.itemsize)
         self.roles = self._read_roles(Path(self.prefix + ".roles.bin"))
         self.meta = self._read_meta(Path(self.prefix + ".meta.json"))
@@ -141,8 +151,13 @@ class IndexedDataset:
                 f"indices, which take {end}; the file is {'truncated' if size < end else 'damaged'}"
             )
         self._lengths = _map(path, np.dtype("<i4"), HEADER.size, sequences)
+        self._pointers_at, self._documents_at = pointers_at, documents_at
         self._pointers = _map(path, np.dtype("<i8"), pointers_at, sequences)
         self._document_indices = _map(path, np.dtype("<i8"), documents_at, indices)
+        # The header has 34 bytes, so these arrays are not aligned, and `np.searchsorted` would copy all of them first.
+        # `bisect` reads the same memory in place.
+        self._pointers_view = self._pointers.view(np.uint8).data.cast("q")
+        self._document_indices_view = self._document_indices.view(np.uint8).data.cast("q")
         if indices == 0 or int(self._document_indices[0]) != 0 or int(self._document_indices[-1]) != sequences:
             raise ValueError(f"{path}: document indices at byte {documents_at} do not run from 0 to {sequences}")
         self.documents = indices - 1
@@ -165,32 +180,96 @@ class IndexedDataset:
             )
         return meta
 
+    def _damaged(self, at: int, what: str) -> ValueError:
+        return ValueError(f"{self.prefix}.idx is damaged: {what} (byte {at}); preprocess again")
+
     def _document_start(self, document: int) -> int:
         """Token offset of a document; of the end for `document == documents`."""
-        sequence = int(self._document_indices[document])
-        return len(self.tokens) if sequence == len(self._pointers) else int(self._pointers[sequence]) // self.dtype.itemsize
+        sequence = self._document_indices_view[document]
+        if sequence == len(self._pointers):
+            return len(self.tokens)
+        if not 0 <= sequence < len(self._pointers):
+            at = self._documents_at + 8 * document
+            raise self._damaged(at, f"document {document} starts at sequence {sequence} of {len(self._pointers)}")
+        start, rest = divmod(self._pointers_view[sequence], self.dtype.itemsize)
+        if rest or not 0 <= start <= len(self.tokens):
+            at = self._pointers_at + 8 * sequence
+            raise self._damaged(at, f"sequence {sequence} starts at byte {self._pointers[sequence]} of the .bin")
+        return start
 
     def boundaries(self, start: int, end: int) -> npt.NDArray[np.int64]:
         """Token offsets b with start < b < end at which a document starts, ascending. Binary search: O(log documents)."""
-        everything = range(self.documents + 1)
-        first = bisect.bisect_right(everything, start, key=self._document_start)
-        last = bisect.bisect_left(everything, end, key=self._document_start)
-        if first >= last:
+        size = self.dtype.itemsize
+        first = bisect.bisect_right(self._pointers_view, start * size)
+        last = bisect.bisect_left(self._pointers_view, end * size, lo=first)
+        low = bisect.bisect_left(self._document_indices_view, first)
+        high = bisect.bisect_left(self._document_indices_view, last, lo=low)
+        if low == high:
             return np.empty(0, np.int64)
-        sequences = np.asarray(self._document_indices[first:last])
-        sequences = sequences[sequences < len(self._pointers)]
-        return np.unique(np.asarray(self._pointers[sequences], np.int64) // self.dtype.itemsize)
+        sequences = self._document_indices[low:high] - first
+        if not 0 <= sequences.min() <= sequences.max() < last - first:
+            raise self._damaged(self._documents_at + 8 * low, f"documents {low} to {high} do not follow each other")
+        places = self._pointers[first:last][sequences] // size
+        steps = places[1:] - places[:-1]
+        if not start < places[0] <= places[-1] < end or (steps < 0).any():
+            raise self._damaged(self._pointers_at + 8 * first, f"sequences {first} to {last} do not follow each other")
+        # An empty document starts where the next one does.
+        return places if steps.all() else places[np.append(True, steps > 0)]
 
     def document_offsets(self) -> npt.NDArray[np.int64]:
         """Token offset of every document's start, then the number of tokens: int64 [documents + 1]. Reads the whole index."""
-        starts = np.append(np.asarray(self._pointers, np.int64) // self.dtype.itemsize, len(self.tokens))
-        return starts[self._document_indices]
+        offsets = np.empty(self.documents + 1, np.int64)
+        end = len(self._pointers)
+        for first in range(0, self.documents + 1, BLOCK):
+            sequences = self._document_indices[first : first + BLOCK]
+            low, high = int(sequences[0]), int(sequences[-1])
+            if (np.diff(sequences) < 0).any() or low < 0 or high > end:
+                raise self._damaged(self._documents_at + 8 * first, f"documents from {first} on do not follow each other")
+            starts = np.append(self._pointers[low : high + 1], len(self.tokens) * self.dtype.itemsize)
+            if (starts % self.dtype.itemsize).any():
+                raise self._damaged(self._pointers_at + 8 * low, f"some sequence from {low} on starts within a token")
+            offsets[first : first + BLOCK] = starts[sequences - low] // self.dtype.itemsize
+        wrong = (np.diff(offsets) < 0) | (offsets[1:] > len(self.tokens))
+        if wrong.any() or offsets[0] != 0:
+            document = int(np.argmax(wrong)) if offsets[0] == 0 else 0
+            raise self._damaged(self._documents_at + 8 * document, f"document {document} starts or ends outside its neighbours")
+        return offsets
 
     def document(self, number: int) -> IntArray:
         """Token ids of one document, memory-mapped. Raises IndexError outside [0, documents)."""
         if not 0 <= number < self.documents:
             raise IndexError(f"document {number} of {self.documents} in {self.prefix}")
-        return self.tokens[self._document_start(number) : self._document_start(number + 1)]
+        start, end = self._document_start(number), self._document_start(number + 1)
+        if start > end:
+            raise self._damaged(self._documents_at + 8 * number, f"document {number} ends before it starts")
+        return self.tokens[start:end]
+
+    def read(self, start: int, count: int) -> npt.NDArray[np.int64]:
+        """A copy of the `count` ids from token `start` on, int64 [count] (fewer at the end of the data set).
+
+        Raises ValueError naming file and byte of an id that is negative or not below `vocab_size`.
+        """
+        ids = self.tokens[start : start + count].astype(np.int64)
+        limit = 1 << 63 if self._vocab_size is None else self._vocab_size
+        unsigned = ids.view(np.uint64)  # a negative id is a huge one, so one comparison finds both
+        if len(ids) and int(unsigned.max()) >= limit:
+            raise ValueError(f"{self.describe_token(start + int(np.argmax(unsigned >= limit)))}, outside {self._known_ids()}")
+        return ids
+
+    def _known_ids(self) -> str:
+        return "the non-negative numbers" if self._vocab_size is None else f"the model's 0 to {self._vocab_size - 1}"
+
+    def describe_token(self, place: int) -> str:
+        """A token with its id, file and byte, for messages."""
+        return f"{self.prefix}.bin has token id {self.tokens[place]} at byte {place * self.dtype.itemsize}"
+
+    def find_outside(self, vocab_size: int) -> int | None:
+        """Place of the first token whose id is not in [0, vocab_size), None if there is none. Reads up to there."""
+        for first in range(0, len(self.tokens), BLOCK):
+            block = self.tokens[first : first + BLOCK]
+            if block.min() < 0 or block.max() >= vocab_size:
+                return first + int(np.argmax((block < 0) | (block >= vocab_size)))
+        return None
 
     def max_token_id(self) -> int:
         """Largest id: from the meta file, else by reading all tokens. Raises ValueError for negative ids."""
@@ -202,8 +281,7 @@ class IndexedDataset:
         for first in range(0, len(self.tokens), BLOCK):
             block = self.tokens[first : first + BLOCK]
             if block.min() < 0:
-                at = first + int(np.argmax(block < 0))
-                raise ValueError(f"{self.prefix}.bin has the negative id {self.tokens[at]} at byte {at * self.dtype.itemsize}")
+                raise ValueError(f"{self.describe_token(first + int(np.argmax(block < 0)))}; ids cannot be negative")
             largest = max(largest, int(block.max()))
         return largest
 
@@ -213,10 +291,10 @@ class IndexedDataset:
         for first in range(0, len(self._lengths), BLOCK):
             lengths = np.asarray(self._lengths[first : first + BLOCK], np.int64)
             starts = expected + np.concatenate(([0], np.cumsum(lengths * itemsize)))
-            wrong = (lengths < 0) | (np.asarray(self._pointers[first : first + BLOCK]) != starts[:-1])
+            wrong = (lengths < 0) | (self._pointers[first : first + BLOCK] != starts[:-1])
             if wrong.any():
                 number = first + int(np.argmax(wrong))
-                at = HEADER.size + 4 * len(self._lengths) + 8 * number
+                at = self._pointers_at + 8 * number
                 raise ValueError(
                     f"{self.prefix}.idx: sequence {number} (byte {at}) starts at byte {self._pointers[number]} of the .bin, "
                     f"expected {starts[number - first]}: sequences must lie back to back"
@@ -229,5 +307,8 @@ class IndexedDataset:
 
 
 def _map(path: Path, dtype: np.dtype[Any], offset: int, count: int) -> npt.NDArray[Any]:
-    """Read-only memory map of `count` items; an empty file cannot be mapped."""
-    return np.memmap(path, dtype, "r", offset, (count,)) if count else np.empty(0, dtype)
+    """Read-only memory map of `count` items; an empty file cannot be mapped.
+
+    A plain array over the map: indexing a `np.memmap` costs microseconds.
+    """
+    return np.memmap(path, dtype, "r", offset, (count,)).view(np.ndarray) if count else np.empty(0, dtype)

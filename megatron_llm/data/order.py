@@ -3,11 +3,12 @@
 A row number is split in two halves and sent through a Feistel network (Luby & Rackoff 1988), which is a bijection of
 [0, 4^k) whatever its round function; numbers that land outside [0, n) are sent through again ("cycle walking", Black &
 Rogaway 2002) until they fall inside, which keeps it a bijection of [0, n). O(1) memory at any n, and any row's place is
-known without computing the others'. `rows.py` makes one per source and epoch.
+known without computing the others'. `rows.py` takes one per source and epoch.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Final
 
 _MASK64: Final = (1 << 64) - 1
@@ -54,3 +55,9 @@ class Permutation:
         for key in self._keys:
             left, right = right, left ^ (mix64(right ^ key) & self._half_mask)
         return left << self._half_bits | right
+
+
+@functools.lru_cache(maxsize=1024)
+def permutation(n: int, seed: int, epoch: int) -> Permutation:
+    """`Permutation(n, seed, epoch)`, kept: a run asks for the same few again and again, and making the keys takes time."""
+    return Permutation(n, seed, epoch)

@@ -1,8 +1,8 @@
-"""Packing conversations into rows: which conversations share a row of `sequence_length` tokens.
+"""Packing documents and conversations into rows: which of them share a row of `sequence_length` tokens.
 
 A pure function of (lengths, sequence_length, seed, epoch), so every rank computes it for itself. Nothing is dropped:
 every item lands in exactly one row. Epochs permute only among items of equal length, so the number of rows, and with it
-the meaning of a row number, is the same in every epoch. Called by `rows.ChatRows`.
+the meaning of a row number, is the same in every epoch. Called by `rows.PackedRows`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,6 @@ def pack(lengths: npt.NDArray[Any], sequence_length: int, method: Method, seed: 
     `best_fit`: best-fit-decreasing in groups of `group` items. `in_order`: items keep their order, a row is closed when the
     next item does not fit (next-fit). `none`: one item a row. Raises ValueError if an item does not fit a row.
     """
-    lengths = np.asarray(lengths, np.int64)
     if len(lengths) and (lengths.max() > sequence_length or lengths.min() < 1):
         item = int(np.argmax((lengths > sequence_length) | (lengths < 1)))
         raise ValueError(f"item {item} has {lengths[item]} tokens; a row holds 1 to {sequence_length}")
@@ -59,14 +58,32 @@ def pack(lengths: npt.NDArray[Any], sequence_length: int, method: Method, seed: 
         return Packing(np.arange(len(lengths)), _next_fit(lengths, sequence_length))
     items, starts = [], [np.zeros(1, np.int64)]
     for number, first in enumerate(range(0, len(lengths), group)):
-        part = lengths[first : first + group]
-        # Raw bits, because numpy promises their stability across versions and not that of Generator's methods.
-        keys = np.random.Philox(key=hash64(seed, epoch, number)).random_raw(len(part))
-        order = np.lexsort((keys, -part))
+        part = lengths[first : first + group].astype(np.int64)
+        order = _shuffled_from_long_to_short(part, hash64(seed, epoch, number))
         bins = best_fit_decreasing(part[order], sequence_length)
-        items.append(first + order[np.argsort(bins, kind="stable")])
+        items.append(first + order[_stable_argsort(bins.astype(np.uint64))])
         starts.append(first + np.cumsum(np.bincount(bins)))
     return Packing(np.concatenate(items) if items else np.empty(0, np.int64), np.concatenate(starts))
+
+
+def _shuffled_from_long_to_short(lengths: Array, key: int) -> Array:
+    """Items by falling length, those of equal length in a random order that belongs to `key`."""
+    longest = int(lengths.max())
+    random_bits = 64 - longest.bit_length() - len(lengths).bit_length()
+    # Raw bits, because numpy promises their stability across versions and not that of Generator's methods.
+    random = np.random.Philox(key=key).random_raw(len(lengths)) >> np.uint64(64 - random_bits)
+    return _stable_argsort((longest - lengths).astype(np.uint64) << np.uint64(random_bits) | random)
+
+
+def _stable_argsort(keys: npt.NDArray[np.uint64]) -> Array:
+    """`np.argsort(keys, kind="stable")` for keys that leave len(keys).bit_length() bits free.
+
+    The item's number becomes the lower part of the key: sorting plain integers is several times as fast as an argsort.
+    """
+    bits = np.uint64(len(keys).bit_length())
+    numbered = keys << bits | np.arange(len(keys), dtype=np.uint64)
+    numbered.sort()
+    return (numbered & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)
 
 
 def best_fit_decreasing(lengths: Array, capacity: int) -> Array:
@@ -103,9 +120,9 @@ def best_fit_decreasing_reference(lengths: Array, capacity: int) -> Array:
     return result
 
 
-def _next_fit(lengths: Array, capacity: int) -> Array:
+def _next_fit(lengths: npt.NDArray[Any], capacity: int) -> Array:
     """First item of every row, then the number of items."""
-    ends = np.cumsum(lengths)
+    ends = np.cumsum(lengths, dtype=np.int64)
     starts = [0]
     while starts[-1] < len(lengths):
         used = int(ends[starts[-1] - 1]) if starts[-1] else 0

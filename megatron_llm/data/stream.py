@@ -9,45 +9,62 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 
 from megatron_llm.config import Config, SourceConfig
-from megatron_llm.data.blend import Blend
-from megatron_llm.data.indexed import IndexedDataset
+from megatron_llm.data.blend import RESOLUTION, Blend, round_weights
+from megatron_llm.data.indexed import DatasetMeta, IndexedDataset
+from megatron_llm.data.megatron_order import MegatronBlend, MegatronRows, source_samples
 from megatron_llm.data.order import hash64
 from megatron_llm.data.packing import Method
-from megatron_llm.data.rows import ChatRows, PretrainRows, Row, RowSource, SyntheticRows
+from megatron_llm.data.rows import PretrainRows, Row, RowSource, SyntheticRows, chat_rows, document_rows
 from megatron_llm.ops.batch import Batch
 
-PACKINGS: dict[str, dict[str, Method | None]] = {  # kind -> what data.packing may say -> how conversations are packed
-    "pretrain": {"auto": None, "concat": None},
-    "chat": {"auto": "best_fit", "best_fit": "best_fit", "in_order": "in_order", "none": "none"},
-}
+PRETRAIN_PACKINGS = {"auto": "concat", "concat": "concat", "best_fit": "best_fit"}  # what data.packing may say -> what is done
+CHAT_PACKINGS: dict[str, Method] = {"auto": "best_fit", "best_fit": "best_fit", "in_order": "in_order", "none": "none"}
+PACKINGS = {"pretrain": PRETRAIN_PACKINGS.keys(), "chat": CHAT_PACKINGS.keys()}
 SYNTHETIC_ROWS = 1 << 40  # rows before the training stream of random tokens would repeat
 VALIDATION_SEED = 1 << 32  # added to the seed, which is below 2^31
+LARGEST_ROUNDING = 0.1  # a source's share of the rows may differ from what was asked for by this part of it
 
 
 class TokenStream:
-    """Rows of one or several sources, blended by weight.
+    """Rows of one or several sources, blended.
 
     Attributes:
         rows_per_epoch: rows of all sources together, each counted once. A validation stream has no others.
         summary: a sentence per source, for the log.
     """
 
-    def __init__(self, sources: dict[str, RowSource], weights: Sequence[float], sequence_length: int, endless: bool = True):
-        """`sources` by name. With `endless` row numbers may go beyond the first epoch."""
+    def __init__(
+        self,
+        sources: dict[str, RowSource],
+        blend: Blend | MegatronBlend,
+        sequence_length: int,
+        endless: bool = True,
+        planned_rows: int = 0,
+    ):
+        """`sources` by name. With `endless` row numbers may go beyond the first epoch. `planned_rows`: of the whole run."""
         self._sources, self._length, self._endless = list(sources.values()), sequence_length, endless
-        self._blend = Blend(weights)
+        self._blend = blend
         self.rows_per_epoch = sum(source.rows_per_epoch for source in self._sources)
-        shares = [count / self._blend.period for count in self._blend.counts]
         self.summary = [
-            f"{name}: {source.summary}" + (f", {share:.2%} of the rows" if len(shares) > 1 else "")
-            for (name, source), share in zip(sources.items(), shares, strict=True)
+            f"{name}: {source.summary}" + self._plan(source, count / blend.period, planned_rows)
+            for (name, source), count in zip(sources.items(), blend.counts, strict=True)
         ]
+
+    def _plan(self, source: RowSource, share: float, planned_rows: int) -> str:
+        """What the run will read of a source."""
+        text = f", {share:.2%} of the rows" if len(self._sources) > 1 else ""
+        if planned_rows:
+            rows = round(share * planned_rows)
+            text += f"; this run reads {rows * self._length:,} tokens of it, {rows / source.rows_per_epoch:.4g} epochs"
+        return text
 
     def batch(self, rows: Sequence[int | None]) -> Batch:
         """One micro-batch of len(rows) * sequence_length tokens on the CPU. Every row starts a new segment.
@@ -79,21 +96,27 @@ class TokenStream:
 
 
 def build_train_stream(config: Config) -> TokenStream:
-    """The endless training stream. Raises ValueError for what `check_data` would have reported."""
+    """The training stream of a config with `training.steps` known; endless, but for `data.order: megatron`.
+
+    Raises ValueError for what `check_data` would have reported.
+    """
     data, length, seed = config.data, config.training.sequence_length, config.training.seed
     if data.kind == "synthetic":
         isolation = config.training.document_isolation
         rows = SyntheticRows(config.model.vocab_size, length, seed, isolation, SYNTHETIC_ROWS)
-        return TokenStream({"synthetic": rows}, [1.0], length)
+        return TokenStream({"synthetic": rows}, Blend([1.0]), length)
+    if not data.train:
+        raise ValueError("data.train lists no data set")
+    assert config.training.steps >= 0, "training.steps: -1 is resolved before anything else"
     sources = {
-        f"{index}. {_name(source)}" if len(data.train) > 1 else _name(source): _rows(
-            config, IndexedDataset(source.path), hash64(seed, index), train=True
-        )
+        f"{index}. {_name(source)}" if len(data.train) > 1 else _name(source): _train_rows(config, index, _open(config, source))
         for index, source in enumerate(data.train)
     }
-    if not sources:
-        raise ValueError("data.train lists no data set")
-    return TokenStream(sources, [source.weight for source in data.train], length)
+    weights = _weights(config, list(sources.values()))
+    planned = _planned_rows(config)
+    as_megatron = data.order == "megatron" and len(sources) > 1
+    blend: Blend | MegatronBlend = MegatronBlend(weights, planned) if as_megatron else Blend(weights)
+    return TokenStream(sources, blend, length, planned_rows=planned)
 
 
 def build_valid_streams(config: Config) -> dict[str, TokenStream]:
@@ -106,79 +129,203 @@ def build_valid_streams(config: Config) -> dict[str, TokenStream]:
     if config.data.kind == "synthetic":
         isolation = config.training.document_isolation
         rows = SyntheticRows(config.model.vocab_size, length, seed + VALIDATION_SEED, isolation, config.training.eval_rows)
-        return {"synthetic": TokenStream({"synthetic": rows}, [1.0], length, endless=False)}
+        return {"synthetic": TokenStream({"synthetic": rows}, Blend([1.0]), length, endless=False)}
     return {
         _name(source): TokenStream(
-            {_name(source): _rows(config, IndexedDataset(source.path), seed, train=False)}, [1.0], length, endless=False
+            {_name(source): _valid_rows(config, source, _open(config, source))}, Blend([1.0]), length, endless=False
         )
         for source in config.data.valid
     }
 
 
+def steps_of_epochs(config: Config) -> int:
+    """Steps in which each source of `data.train` is read as often as its `epochs` say, rounded down to whole steps."""
+    rows = Fraction(0)
+    for index, source in enumerate(config.data.train):
+        assert source.epochs is not None
+        # As written: 0.29 epochs of 100 rows are 29 rows, though 0.29 * 100 is 28.999999999999996.
+        rows += Fraction(str(source.epochs)) * _train_rows(config, index, _open(config, source)).rows_per_epoch
+    return int(rows // config.training.global_batch_size)
+
+
 def check_data(config: Config) -> list[str]:
     """Every problem with the data, one sentence each; none means the streams can be built. Raises nothing, reads little:
-    headers, chat lengths, and all tokens only where no meta file knows the largest id."""
-    data = config.data
-    if data.kind == "synthetic":
+    headers, the index of data that is packed, and all tokens only where no meta file knows the largest id."""
+    if config.data.kind == "synthetic":
         return []
-    problems = []
-    if data.packing not in PACKINGS[data.kind]:
-        allowed = ", ".join(PACKINGS[data.kind])
-        problems.append(f"data.packing: {data.packing} does not go with data.kind {data.kind}; use one of: {allowed}")
-    if data.kind == "chat" and not config.training.document_isolation:
+    problems = _setting_problems(config)
+    sources: list[RowSource] = []
+    metas: dict[str, DatasetMeta] = {}
+    for where, source, index in _all_sources(config):
+        try:
+            dataset = _open(config, source)
+            if dataset.meta is not None:
+                metas[where] = dataset.meta
+            problem = _vocabulary_problem(config, dataset)
+            problems += [f"{where}: {problem}"] if problem else []
+            if index is None:
+                _valid_rows(config, source, dataset)
+            else:
+                sources.append(_train_rows(config, index, dataset))
+        except (ValueError, OSError) as error:
+            problems.append(f"{where}: {error}")
+    problems += _tokenizer_problems(metas)
+    if sources and len(sources) == len(config.data.train):
+        problems += _share_problems(config, _weights(config, sources))
+    return problems
+
+
+def _setting_problems(config: Config) -> list[str]:
+    """Settings that contradict each other or say nothing, whatever the files hold."""
+    data, isolation, problems = config.data, config.training.document_isolation, []
+    kinds = {_kind(config, source) for source in [*data.train, *data.valid]} or {data.kind}
+    documents = PRETRAIN_PACKINGS.get(data.packing, "concat") if "pretrain" in kinds else None
+    if not any(data.packing in PACKINGS[kind] for kind in kinds):
+        allowed = ", ".join(dict.fromkeys(packing for kind in sorted(kinds) for packing in PACKINGS[kind]))
+        named = " and ".join(sorted(kinds))
+        problems.append(f"data.packing: {data.packing} does not go with data.kind {named}; use one of: {allowed}")
+    if "chat" in kinds and not isolation:
         problems.append(
             "training.document_isolation: false does not go with data.kind chat, "
             "where the conversations of a row never see each other; remove it"
         )
+    if documents == "best_fit" and not isolation:
+        problems.append(
+            "training.document_isolation: false does not go with data.packing best_fit, which puts documents into a row that "
+            "have nothing to do with each other; remove it, or use packing concat"
+        )
+    if data.boundary_loss == "trained" and documents != "concat":
+        problems.append(
+            "data.boundary_loss: trained needs pretraining data with packing concat, "
+            "where the next document of the file follows in the row; remove it"
+        )
+    if data.order == "megatron":
+        if kinds != {"pretrain"} or documents != "concat":
+            problems.append("data.order: megatron is for data.kind pretrain with packing concat; change it to shuffled")
+        if any(source.epochs is not None for source in data.train):
+            problems.append("data.order: megatron blends by weight; replace epochs in data.train by weight")
+        if _masked(config) != isolation:
+            problems.append(
+                f"data.boundary_loss: {data.boundary_loss} does not go with data.order megatron, "
+                "which masks with training.document_isolation and trains without; remove it"
+            )
     if not data.train:
         problems.append("data.train: lists no data set; give at least one {path: PREFIX}, or set data.kind: synthetic")
     for name, count in Counter(_name(source) for source in data.valid).items():
         if count > 1:
             problems.append(f"data.valid: {count} sets are called {name!r}; give each its own name")
-    for where, source, train in _all_sources(config):
-        problems += [f"{where}: {problem}" for problem in _source_problems(config, source, train)]
     return problems
 
 
-def _all_sources(config: Config) -> Iterator[tuple[str, SourceConfig, bool]]:
+def _all_sources(config: Config) -> Iterator[tuple[str, SourceConfig, int | None]]:
+    """(place in the config, source, number in data.train or None) of every data set."""
     for index, source in enumerate(config.data.train):
-        yield f"data.train.{index}.path", source, True
+        yield f"data.train.{index}.path", source, index
     for index, source in enumerate(config.data.valid):
-        yield f"data.valid.{index}.path", source, False
+        yield f"data.valid.{index}.path", source, None
 
 
-def _source_problems(config: Config, source: SourceConfig, train: bool) -> list[str]:
-    try:
-        dataset = IndexedDataset(source.path)
-    except (ValueError, OSError) as error:
-        return [str(error)]
+def _vocabulary_problem(config: Config, dataset: IndexedDataset) -> str | None:
+    size, meta = config.model.vocab_size, dataset.meta
+    if meta is not None and meta.max_token_id < size:
+        return None
+    place = dataset.find_outside(size)
+    if place is None:
+        return None
+    known = f" (tokenizer {meta.tokenizer}, {meta.vocab_size} tokens)" if meta else ""
+    largest = dataset.max_token_id()
+    return (
+        f"{dataset.describe_token(place)} and ids up to {largest}{known}, but model.vocab_size is {size}; "
+        f"preprocess with the model's tokenizer or set model.vocab_size to at least {largest + 1}"
+    )
+
+
+def _tokenizer_problems(metas: dict[str, DatasetMeta]) -> list[str]:
+    """`metas` by place in the config. Ids of two tokenizers mean different things."""
     problems = []
-    try:
-        largest = dataset.max_token_id()
-        if largest >= config.model.vocab_size:
-            known = f" (tokenizer {dataset.meta.tokenizer}, {dataset.meta.vocab_size} tokens)" if dataset.meta else ""
+    first = next(iter(metas), "")
+    for where, meta in metas.items():
+        if meta.tokenizer_fingerprint != metas[first].tokenizer_fingerprint:
             problems.append(
-                f"{source.path}.bin has token id {largest}{known}, but model.vocab_size is {config.model.vocab_size}; "
-                f"preprocess with the model's tokenizer or set model.vocab_size to at least {largest + 1}"
+                f"{where}: made with tokenizer {meta.tokenizer} (fingerprint {meta.tokenizer_fingerprint[:12]}), but {first} "
+                f"with {metas[first].tokenizer} ({metas[first].tokenizer_fingerprint[:12]}); preprocess all with one tokenizer"
             )
-    except ValueError as error:
-        problems.append(str(error))
-    if config.data.packing in PACKINGS[config.data.kind]:
-        try:
-            _rows(config, dataset, 0, train)
-        except ValueError as error:
-            problems.append(str(error))
     return problems
 
 
-def _rows(config: Config, dataset: IndexedDataset, seed: int, train: bool) -> RowSource:
-    """Rows of one data set as `data.*` wants them. Raises ValueError if the data set cannot give them."""
+def _share_problems(config: Config, weights: list[float]) -> list[str]:
+    """Sources whose share of the rows is too small for a blend to keep."""
+    if config.data.order == "megatron":
+        return []  # its blend rounds nothing
+    try:
+        counts = round_weights(weights)
+    except ValueError as error:
+        return [f"data.train: {error}"]
+    problems = []
+    for index, (count, weight) in enumerate(zip(counts, weights, strict=True)):
+        share = weight / sum(weights)
+        if abs(count / RESOLUTION - share) > LARGEST_ROUNDING * share:
+            problems.append(
+                f"data.train.{index}: its share of the rows, {share:.3g}, would become {count}/{RESOLUTION} = "
+                f"{count / RESOLUTION:.3g}, more than {LARGEST_ROUNDING:.0%} off; join small data sets of one kind "
+                f"(`megatron-llm merge`), or give it more weight"
+            )
+    return problems
+
+
+def _weights(config: Config, sources: Sequence[RowSource]) -> list[float]:
+    """Weights of the sources of data.train: epochs become shares of the rows."""
+    return [
+        (source.weight or 1.0) if source.epochs is None else source.epochs * rows.rows_per_epoch
+        for source, rows in zip(config.data.train, sources, strict=True)
+    ]
+
+
+def _planned_rows(config: Config) -> int:
+    return max(1, config.training.steps) * config.training.global_batch_size  # a run of 0 steps has a stream, too
+
+
+def _open(config: Config, source: SourceConfig) -> IndexedDataset:
+    return IndexedDataset(source.path, config.model.vocab_size)
+
+
+def _train_rows(config: Config, index: int, dataset: IndexedDataset) -> RowSource:
+    """Rows of data.train[index]. Raises ValueError if the data set cannot give what `data.*` wants."""
+    data, training = config.data, config.training
+    if data.order == "megatron":
+        samples = _planned_rows(config)
+        if len(data.train) > 1:
+            samples = source_samples([source.weight or 1.0 for source in data.train], samples)[index]
+        split, isolation = data.megatron_split, training.document_isolation
+        return MegatronRows(dataset, training.sequence_length, training.seed, samples, split, isolation)
+    seed = hash64(training.seed, index)
+    return _rows(config, _kind(config, data.train[index]), dataset, seed, data.order == "shuffled", data.train_on)
+
+
+def _valid_rows(config: Config, source: SourceConfig, dataset: IndexedDataset) -> RowSource:
+    return _rows(config, _kind(config, source), dataset, config.training.seed, False, "assistant")
+
+
+def _rows(
+    config: Config, kind: str, dataset: IndexedDataset, seed: int, shuffled: bool, train_on: Literal["assistant", "all"]
+) -> RowSource:
     data, length = config.data, config.training.sequence_length
-    shuffled = train and data.order == "shuffled"
-    method = PACKINGS[data.kind][data.packing]
-    if method is None:
-        return PretrainRows(dataset, length, seed, shuffled, config.training.document_isolation)
-    return ChatRows(dataset, length, seed, shuffled, method, data.train_on if train else "assistant", data.overlong)
+    if kind == "chat":
+        method = CHAT_PACKINGS.get(data.packing, CHAT_PACKINGS["auto"])
+        return chat_rows(dataset, length, seed, shuffled, method, train_on, data.overlong)
+    if data.packing == "best_fit":
+        return document_rows(dataset, length, seed, shuffled)
+    return PretrainRows(dataset, length, seed, shuffled, config.training.document_isolation, _masked(config))
+
+
+def _masked(config: Config) -> bool:
+    """Whether the last token of a document is kept from learning to predict the next one's first."""
+    setting = config.data.boundary_loss
+    return config.training.document_isolation if setting == "auto" else setting == "masked"
+
+
+def _kind(config: Config, source: SourceConfig) -> str:
+    return source.kind or config.data.kind
 
 
 def _name(source: SourceConfig) -> str:

@@ -1,19 +1,52 @@
-"""Loading a tokenizer folder for preprocessing: the fast encoder, special ids, and a fingerprint to tell tokenizers apart.
+"""What a tokenizer is: which kind a path holds, its special ids and size, how ids become text, a fingerprint to tell two apart.
 
-Called by `preprocess`, `chat`, the `inspect` and `generate` commands, and `training/resolve.py`, which only asks whether
-`data.tokenizer` is one: training never tokenizes. transformers is imported late, because it
-brings torch along.
+Called by `prepare/` (`encoding.py` turns text into ids), the `inspect` and `generate` commands, and `training/resolve.py`,
+which only asks whether `data.tokenizer` is a folder with one: training never tokenizes. Four kinds of path are known:
+
+    folder              of Hugging Face, with tokenizer.json or the vocabulary files that transformers converts
+    *.json              a tokenizer.json under any name
+    *.model             of sentencepiece
+    *.tiktoken, *.model of tiktoken: lines of base64 and rank; see `tiktoken_file.py`
+
+transformers is imported only where nothing else knows the answer, because it brings torch along.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_llm.data.indexed import DatasetMeta
+from megatron_llm.data.tiktoken_file import TiktokenSpec, parse_rank, read_ranks, read_spec, spec_path
+
+Kind = Literal["huggingface", "sentencepiece", "tiktoken"]
 
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model")
+# Classes that add nothing to what the files of a folder say; others have bos and eos tokens of their own by default.
+PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+
+
+def tokenizer_kind(path: str | Path) -> Kind:
+    """Which library a tokenizer is of, by its content. Raises ValueError if `path` is none."""
+    path = Path(path)
+    if path.is_dir() or path.suffix == ".json":
+        if not path.exists():
+            raise ValueError(f"{path} does not exist")
+        return "huggingface"
+    if not path.is_file():
+        raise ValueError(f"{path} is neither a tokenizer folder nor a file")
+    with path.open("rb") as file:
+        first = file.readline(1 << 16)
+    if parse_rank(first) is not None:
+        return "tiktoken"
+    if path.suffix == ".model":
+        return "sentencepiece"
+    raise ValueError(
+        f"{path} is no tokenizer: known are Hugging Face folders, tokenizer.json, sentencepiece's .model and files of tiktoken"
+    )
 
 
 def fingerprint(folder: str | Path) -> str:
@@ -21,8 +54,18 @@ def fingerprint(folder: str | Path) -> str:
     files = [path for name in VOCABULARY_FILES if (path := Path(folder) / name).is_file()]
     if not files:
         raise ValueError(f"{folder} is not a tokenizer folder: it has none of {', '.join(VOCABULARY_FILES)}")
-    if files[0].name == "tokenizer.json":
-        files = files[:1]
+    return _sha256(files[:1] if files[0].name == "tokenizer.json" else files)
+
+
+def path_fingerprint(path: str | Path) -> str:
+    """`fingerprint` of a folder, or the sha256 of a tokenizer that is a file (with the JSON beside a file of tiktoken)."""
+    path = Path(path)
+    if tokenizer_kind(path) == "huggingface":
+        return fingerprint(path) if path.is_dir() else _sha256([path])
+    return _sha256([file for file in (path, spec_path(path)) if file.is_file()])
+
+
+def _sha256(files: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for path in files:
         digest.update(path.read_bytes())
@@ -40,33 +83,124 @@ def load_pretrained(folder: str | Path) -> Any:
         raise ValueError(f"{folder}: transformers cannot load this tokenizer: {error}") from error
 
 
-def load_encoder(folder: str | Path) -> Any:
-    """The `tokenizers.Tokenizer` of a folder, with the truncation and padding that some tokenizer.json files ask for off."""
-    path = Path(folder) / "tokenizer.json"
+def load_encoder(path: str | Path) -> Any:
+    """The `tokenizers.Tokenizer` of a folder or tokenizer.json, without the truncation and padding that some of them ask for."""
+    path = Path(path)
+    file = path / "tokenizer.json" if path.is_dir() else path
     encoder: Any
-    if path.is_file():
+    if file.is_file():
         from tokenizers import Tokenizer
 
         try:
-            encoder = Tokenizer.from_file(str(path))
+            encoder = Tokenizer.from_file(str(file))
         except Exception as error:  # tokenizers raises plain Exception
-            raise ValueError(f"{path} cannot be read: {error}") from error
+            raise ValueError(f"{file} cannot be read: {error}") from error
     else:
-        encoder = getattr(load_pretrained(folder), "backend_tokenizer", None)
+        encoder = getattr(load_pretrained(path), "backend_tokenizer", None)
         if encoder is None:
-            raise ValueError(f"{folder} has no fast tokenizer; save it with tokenizer.json first")
+            raise ValueError(f"{path} has no fast tokenizer; save it with tokenizer.json first")
     encoder.no_truncation()
     encoder.no_padding()
     return encoder
 
 
-def describe(tokenizer: Any, folder: str | Path, kind: str) -> DatasetMeta:
-    """The tokenizer's part of a data set description; `tokenizer` is what `load_pretrained(folder)` gave."""
+def load_sentencepiece(path: str | Path) -> Any:
+    """The `sentencepiece.SentencePieceProcessor` of a .model file. Raises ValueError if it is none."""
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        return SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{path} is not a model of sentencepiece: {error}") from error
+
+
+def load_tiktoken(path: str | Path) -> tuple[Any, TiktokenSpec]:
+    """The `tiktoken.Encoding` of a file, and what it was made with. Raises ValueError as `tiktoken_file.py` says."""
+    from tiktoken import Encoding
+
+    ranks = read_ranks(Path(path))
+    spec = read_spec(Path(path), ranks)
+    try:
+        return Encoding(Path(path).name, pat_str=spec.pattern, mergeable_ranks=ranks, special_tokens=spec.special_tokens), spec
+    except ValueError as error:  # a regex that does not compile
+        raise ValueError(f"{path}: tiktoken refuses it: {error}") from error
+
+
+def load_decoder(path: str | Path) -> Callable[[Sequence[int]], str]:
+    """A function from ids to text, special tokens spelled out. Raises ValueError as the loaders do."""
+    kind = tokenizer_kind(path)
+    if kind == "sentencepiece":
+        processor = load_sentencepiece(path)
+        return lambda ids: processor.decode(list(ids))
+    if kind == "tiktoken":
+        encoding, _ = load_tiktoken(path)
+        return lambda ids: encoding.decode(list(ids))
+    encoder = load_encoder(path)
+    return lambda ids: encoder.decode(list(ids), skip_special_tokens=False)
+
+
+def describe(path: str | Path, kind: str) -> DatasetMeta:
+    """The tokenizer's part of a data set description. Raises ValueError if `path` is no tokenizer that can be loaded."""
+    size, bos, eos = _size_and_ends(Path(path))
     return DatasetMeta(
         kind=kind,
-        tokenizer=str(folder),
-        tokenizer_fingerprint=fingerprint(folder),
-        vocab_size=len(tokenizer),
-        bos_id=tokenizer.bos_token_id,
-        eos_id=tokenizer.eos_token_id,
+        tokenizer=str(path),
+        tokenizer_fingerprint=path_fingerprint(path),
+        vocab_size=size,
+        bos_id=bos,
+        eos_id=eos,
     )
+
+
+def _size_and_ends(path: Path) -> tuple[int, int | None, int | None]:
+    """Number of ids, bos and eos."""
+    kind = tokenizer_kind(path)
+    if kind == "sentencepiece":
+        processor = load_sentencepiece(path)
+        bos, eos = (None if id_ < 0 else id_ for id_ in (processor.bos_id(), processor.eos_id()))
+        return processor.get_piece_size(), bos, eos
+    if kind == "tiktoken":
+        encoding, spec = load_tiktoken(path)
+        return encoding.n_vocab, spec.special_tokens.get(spec.bos or ""), spec.special_tokens.get(spec.eos or "")
+    encoder = load_encoder(path)
+    named = _named_tokens(path if path.is_dir() else path.parent) if path.is_dir() or path.name == "tokenizer.json" else {}
+    if named is None or any(token is not None and encoder.token_to_id(token) is None for token in named.values()):
+        tokenizer = load_pretrained(path if path.is_dir() else path.parent)
+        return len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id
+    bos, eos = (None if (token := named.get(key)) is None else encoder.token_to_id(token) for key in ("bos_token", "eos_token"))
+    vocabulary = encoder.get_vocab(with_added_tokens=True)
+    return max(len(vocabulary), max(vocabulary.values(), default=-1) + 1), bos, eos  # ids may have gaps
+
+
+def _named_tokens(folder: Path) -> dict[str, str | None] | None:
+    """The bos and eos token that a folder names; None if only transformers knows: no tokenizer.json, or a class's defaults.
+
+    As in transformers, special_tokens_map.json goes before tokenizer_config.json unless that lists its added tokens.
+    """
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    config = _read_json(folder / "tokenizer_config.json")
+    if "added_tokens_decoder" not in config:
+        config |= _read_json(folder / "special_tokens_map.json")
+    class_ = config.get("tokenizer_class")
+    plain = class_ in PLAIN_CLASSES or (class_ is None and not (folder / "config.json").is_file())
+    named: dict[str, str | None] = {}
+    for key in ("bos_token", "eos_token"):
+        if key not in config and not plain:
+            return None
+        token = config.get(key)
+        named[key] = token["content"] if isinstance(token, dict) else token
+    return named
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, {} if there is no file. Raises ValueError naming the file."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return content

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megatron_llm.config import Config, ConfigError, ModelConfig, parse_config, read_raw_config
-from megatron_llm.data.stream import check_data
+from megatron_llm.data.stream import check_data, steps_of_epochs
 from megatron_llm.data.tokenizer import fingerprint
 from megatron_llm.hf.reader import HFFolder
 
@@ -46,9 +46,24 @@ def resolve(path: str | Path, overrides: list[str] | None, world_size: int) -> R
     problems = layout_problems(run.config, world_size) + _setting_problems(run.config) + check_data(run.config)
     if run.source is not None:
         problems += run.source.problems(run.config.model)
+    if not problems and run.config.training.steps == -1:
+        run, problems = _plan_steps(run)
     if problems:
         raise ConfigError(problems)
     return run
+
+
+def _plan_steps(run: ResolvedRun) -> tuple[ResolvedRun, list[str]]:
+    """The run with `training.steps: -1` replaced by the number that the epochs of data.train take, and problems."""
+    training = run.config.training
+    steps = steps_of_epochs(run.config)
+    if steps == 0:
+        return run, [
+            f"training.steps: the epochs of data.train take fewer rows than one training.global_batch_size "
+            f"({training.global_batch_size}); raise the epochs or lower the batch size"
+        ]
+    config = run.config.model_copy(update={"training": training.model_copy(update={"steps": steps})})
+    return ResolvedRun(config, run.source), []
 
 
 def _complete_model(raw: dict[str, Any]) -> HFFolder | None:
@@ -132,6 +147,12 @@ def _divisors(size: int) -> str:
 def _setting_problems(config: Config) -> list[str]:
     """Contradictions between sections that have nothing to do with the layout."""
     problems = []
+    by_epochs = config.data.kind != "synthetic" and any(source.epochs is not None for source in config.data.train)
+    if config.training.steps == -1 and not by_epochs:
+        problems.append(
+            "training.steps: -1 stands for as many steps as the epochs of data.train take, but no source there has epochs; "
+            "give every source its epochs, or give the number of steps"
+        )
     schedule = config.lr_schedule
     if schedule.kind == "cosine" and schedule.min_lr > config.optimizer.lr:
         problems.append(f"lr_schedule.min_lr: {schedule.min_lr} exceeds optimizer.lr {config.optimizer.lr}")

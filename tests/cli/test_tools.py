@@ -10,9 +10,14 @@ import pytest
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 PREPROCESS = ("--input", "no.jsonl", "--tokenizer", "t", "--output", "o")
+NO_FILE = (
+    "no.jsonl is not a file; nor a folder, nor a glob that matches anything "
+    "(a data set of the Hugging Face hub is written hub:OWNER/NAME)\n"
+)
 WANTED = {  # arguments that cannot work, and all that is then said
-    "preprocess_data": (PREPROCESS, "megatron-llm preprocess: error: no.jsonl is not a file\n"),
-    "preprocess_chat": (PREPROCESS, "megatron-llm preprocess-chat: error: no.jsonl is not a file\n"),
+    "preprocess_data": (PREPROCESS, f"megatron-llm preprocess: error: {NO_FILE}"),
+    "preprocess_chat": (PREPROCESS, f"megatron-llm preprocess-chat: error: {NO_FILE}"),
+    "merge_datasets": (("no-*", "--output", "o"), "megatron-llm merge: error: no data set matches no-*\n"),
     "convert_checkpoint": (
         ("absent", "out"),
         "megatron-llm export: error: absent is not a folder; expected a checkpoint, a folder of checkpoints or a run folder\n",

@@ -71,7 +71,7 @@ def test_all_problems_are_reported_at_once() -> None:
     problems = _problems(
         {
             ("parallel", "tensor_paralel"): 2,
-            ("training", "steps"): -1,
+            ("training", "steps"): -2,
             ("data", "train", 0, "weight"): 0,
             ("data", "kind"): "pictures",
             ("optimizer",): {"betas": [0.9, 1.0]},
@@ -88,7 +88,7 @@ def test_all_problems_are_reported_at_once() -> None:
         "training.steps",
     ]
     by_place = dict(zip(places, problems, strict=True))
-    assert by_place["training.steps"].endswith("(got -1)")
+    assert by_place["training.steps"].endswith("(got -2)")
     assert by_place["optimizer.lr"] == "optimizer.lr: required, but not given"
     assert "num_attention_heads 4 is not a multiple of num_key_value_heads 3" in by_place["model"]
     assert "'synthetic'" in by_place["data.kind"] and "'pictures'" in by_place["data.kind"]

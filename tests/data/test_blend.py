@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from megatron_llm.data.blend import RESOLUTION, Blend, tijdeman
@@ -45,6 +46,24 @@ def test_rows_of_a_source_are_numbered_without_gap(weights: list[float], start: 
         following[source] = within + 1
         share = blend.counts[source] / blend.period
         assert abs(within + 1 - share * (row + 1)) < 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    sources=st.lists(st.tuples(st.sampled_from([0.3, 0.5, 1.0, 2.0, 3.7]), st.integers(1, 40_000)), min_size=1, max_size=6),
+)
+def test_planned_epochs_are_met_at_the_end(sources: list[tuple[float, int]]) -> None:
+    """Within one row of dealing, and one row for each 65,536 rows of rounding."""
+    shares = [epochs * rows for epochs, rows in sources]
+    assume(min(shares) >= sum(shares) / RESOLUTION)  # less is raised to that, at the cost of the others
+    blend = Blend(shares)
+    planned = math.floor(sum(shares))
+    given_out = [0] * len(sources)
+    last = [blend(row) for row in range(max(0, planned - 5 * blend.period), planned)]
+    for source, within in last:
+        given_out[source] = within + 1
+    for (epochs, rows), out in zip(sources, given_out, strict=True):
+        assert abs(out - epochs * rows) <= 2 + planned / RESOLUTION
 
 
 def test_simple_shares_have_short_tables() -> None:

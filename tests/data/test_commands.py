@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from megatron_llm.cli import inspect, preprocess, preprocess_chat
+from megatron_llm.cli import inspect, merge, preprocess, preprocess_chat
 from megatron_llm.data.indexed import DatasetMeta, IndexedDataset
 from megatron_llm.data.writer import IndexedWriter
 
@@ -56,6 +58,54 @@ def test_preprocess_chat_then_inspect(tmp_path: Path, tokenizer_folder: Path, ca
     assert "kind: chat" in out
 
 
+def test_shards_merge_and_what_is_done_is_said(
+    tmp_path: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, prefix = tmp_path / "a.jsonl", tmp_path / "a"
+    source.write_text("".join(json.dumps({"text": f"hello {number}"}) + "\n" for number in range(20)))
+    arguments = ("--input", source, "--tokenizer", tokenizer_folder, "--split", "0.5,0.5", "--dtype", "int32", "--output")
+    for shard in ("0/2", "1/2"):
+        assert call(preprocess, *arguments, prefix, "--shard", shard) == 0
+    assert call(merge, f"{prefix}-train-*.idx", f"{prefix}-valid-*.idx", "--output", prefix, "--shuffle-documents", 7) == 0
+    assert f"{prefix}: 20 documents" in capsys.readouterr().out
+    dataset = IndexedDataset(prefix)
+    assert (dataset.documents, dataset.dtype) == (20, np.int32)
+    assert call(preprocess, *arguments, prefix, "--shard", "1/2") == 0
+    assert "already done" in capsys.readouterr().out
+    assert call(preprocess, *arguments, prefix, "--shard", "1/2", "--force", "--no-fast", "--strict") == 0
+    assert "already done" not in (out := capsys.readouterr().out)
+    assert "MB/s with tokenizers" in out
+
+
+@pytest.mark.parametrize("option", [("--shard", "3"), ("--shard", "a/b"), ("--split", "a,b"), ("--dtype", "int64")])
+def test_options_that_cannot_be_read(tmp_path: Path, option: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        call(preprocess, "--input", "a", "--tokenizer", "b", "--output", "c", *option)
+    assert caught.value.code == 2
+    assert option[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_command_goes_on(tmp_path: Path, tokenizer_folder: Path, how: signal.Signals) -> None:
+    """The first ten seconds leave nothing behind but what the next run removes."""
+    source, program = tmp_path / "a.jsonl", Path(sys.executable).parent / "megatron-llm"
+    source.write_text("".join(json.dumps({"text": f"hello {number} " * 50}) + "\n" for number in range(100_000)))
+    words = [program, "preprocess", "--input", source, "--tokenizer", tokenizer_folder, "--output", tmp_path / "a", "--no-fast"]
+    started = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    written = tmp_path / "a.bin.tmp"
+    while started.poll() is None and not (written.exists() and written.stat().st_size):
+        time.sleep(0.02)
+    started.send_signal(how)
+    _, errors = started.communicate(timeout=60)
+    assert started.returncode == {signal.SIGINT: 130, signal.SIGTERM: -signal.SIGTERM}[how], errors
+    assert b"Traceback" not in errors
+    assert not (tmp_path / "a.idx").exists()
+    source.write_text('{"text": "hello"}\n')
+    subprocess.run(words, check=True, timeout=60, capture_output=True)
+    assert IndexedDataset(tmp_path / "a").documents == 1
+    assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob("*.journal"))
+
+
 def test_inspect_without_meta_or_with_another_tokenizer(
     tmp_path: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -85,8 +135,8 @@ def test_inspect_names_what_is_missing(tmp_path: Path) -> None:
 def test_defining_the_commands_imports_nothing_heavy() -> None:
     code = (
         "import argparse, sys\n"
-        "from megatron_llm.cli import inspect, preprocess, preprocess_chat\n"
-        "for command in (inspect, preprocess, preprocess_chat): command.add_arguments(argparse.ArgumentParser())\n"
+        "from megatron_llm.cli import inspect, merge, preprocess, preprocess_chat\n"
+        "for command in (inspect, merge, preprocess, preprocess_chat): command.add_arguments(argparse.ArgumentParser())\n"
         "assert not {'torch', 'numpy', 'transformers', 'tokenizers'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import itertools
 import json
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ from hypothesis import strategies as st
 
 from megatron_llm.data import indexed
 from megatron_llm.data.indexed import DatasetMeta, IndexedDataset, token_dtype
+from megatron_llm.data.rows import PretrainRows
 from megatron_llm.data.writer import IndexedWriter
 
 META = DatasetMeta(kind="pretrain", tokenizer="tok", tokenizer_fingerprint="f" * 64, vocab_size=1000, eod_id=2)
@@ -114,6 +119,139 @@ def test_negative_ids_are_found_with_their_place(tmp_path: Path) -> None:
     write_by_hand(tmp_path / "a", [[1, 2, -5]], [0, 1])
     with pytest.raises(ValueError, match="-5 at byte 8"):
         IndexedDataset(tmp_path / "a").max_token_id()
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), lengths=st.lists(st.integers(0, 5), min_size=1, max_size=10))
+def test_boundaries_of_documents_of_any_sequences(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, lengths: list[int]
+) -> None:
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(lengths)), max_size=8)))
+    indices = [0, *cuts, len(lengths)]
+    prefix = tmp_path_factory.mktemp("d") / "a"
+    write_by_hand(prefix, [[7] * length for length in lengths], indices)
+    dataset = IndexedDataset(prefix)
+    starts = [sum(lengths[:index]) for index in indices]
+    assert dataset.document_offsets().tolist() == starts
+    assert [len(dataset.document(i)) for i in range(dataset.documents)] == [b - a for a, b in itertools.pairwise(starts)]
+    for start, end in itertools.combinations(range(sum(lengths) + 1), 2):
+        assert dataset.boundaries(start, end).tolist() == sorted({b for b in starts if start < b < end})
+
+
+def everything(prefix: Path) -> None:
+    """Every way of reading a data set."""
+    dataset = IndexedDataset(prefix, vocab_size=50)
+    total = len(dataset.tokens)
+    reads: list[Callable[[], Any]] = [
+        *(functools.partial(dataset.document, number) for number in range(min(dataset.documents, 20))),
+        *(functools.partial(dataset.boundaries, *ends) for ends in itertools.combinations(range(min(total, 8) + 1), 2)),
+        *(functools.partial(dataset.read, start, 3) for start in range(min(total, 20))),
+        dataset.document_offsets,
+        dataset.max_token_id,
+        dataset.scan_max_token_id,
+        functools.partial(dataset.find_outside, 50),
+        dataset.verify,
+    ]
+    for read in reads:
+        with contextlib.suppress(ValueError):
+            read()
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_damage_anywhere_is_a_value_error_at_worst(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    folder = tmp_path_factory.mktemp("d")
+    write(folder / "a", [[1, 2, 3], [4], [5, 6]], meta=META)
+    suffix = data.draw(st.sampled_from([".idx", ".idx", ".idx", ".bin", ".meta.json"]))
+    path = folder / f"a{suffix}"
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(0, 3))):
+        bit = data.draw(st.integers(0, 8 * len(content) - 1))
+        content[bit // 8] ^= 1 << bit % 8
+    if data.draw(st.booleans()):
+        content = content[: data.draw(st.integers(0, len(content)))]
+    path.write_bytes(content)
+    with contextlib.suppress(ValueError):
+        everything(folder / "a")
+
+
+def test_damage_between_the_ends_of_the_index_is_found_when_it_is_read(tmp_path: Path) -> None:
+    sequences = [[1, 2], [3], [4], [5, 6]]
+    for at, value, numbers in (
+        (34 + 4 * 4 + 8, -1, [0, 1]),  # sequence 1 starts before the file
+        (34 + 4 * 4 + 8, 3, [0, 1]),  # within a token
+        (34 + 4 * 4 + 8, 1 << 40, [0, 1]),  # beyond the end
+        (34 + 12 * 4 + 8, 99, [0, 1]),  # document 1 starts at a sequence that does not exist
+        (34 + 12 * 4 + 8, -7, [0, 1]),
+        (34 + 12 * 4 + 8, 4, [1]),  # document 1 starts behind document 2
+    ):
+        write_by_hand(tmp_path / "a", sequences, [0, 1, 2, 3, 4])
+        path = tmp_path / "a.idx"
+        content = bytearray(path.read_bytes())
+        content[at : at + 8] = struct.pack("<q", value)
+        path.write_bytes(content)
+        dataset = IndexedDataset(tmp_path / "a")
+        reads = [functools.partial(dataset.document, number) for number in numbers]
+        for read in (*reads, dataset.document_offsets, dataset.verify):
+            with pytest.raises(ValueError, match=r"a\.idx.*(damaged|back to back|ends before)"):
+                read()
+        assert dataset.document(3).tolist() == [5, 6]
+
+
+@pytest.mark.parametrize(
+    "content", [b"[]", b"[" * 100_000, b"\xff", b"3", b'{"kind": 5}', json.dumps({**vars(META), "max_token_id": "many"}).encode()]
+)
+def test_a_description_that_is_none_is_refused(tmp_path: Path, content: bytes) -> None:
+    write(tmp_path / "a", [[1, 2, 3]])
+    (tmp_path / "a.meta.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.meta\.json is not a data set description"):
+        IndexedDataset(tmp_path / "a")
+
+
+def test_ids_outside_the_vocabulary_are_named_with_their_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_by_hand(tmp_path / "a", [list(range(20)), [100, 3, -1]], [0, 1, 2])
+    dataset = IndexedDataset(tmp_path / "a", vocab_size=20)
+    assert dataset.read(0, 20).tolist() == list(range(20))
+    assert dataset.read(21, 1).tolist() == [3]
+    with pytest.raises(ValueError, match=r"a\.bin has token id 100 at byte 80, outside the model's 0 to 19"):
+        dataset.read(15, 8)
+    with pytest.raises(ValueError, match=r"a\.bin has token id -1 at byte 88"):
+        dataset.read(21, 2)
+    with pytest.raises(ValueError, match=r"a\.bin has token id -1 at byte 88"):
+        IndexedDataset(tmp_path / "a").read(0, 23)
+    monkeypatch.setattr(indexed, "BLOCK", 4)
+    places = [dataset.find_outside(size) for size in (1, 10, 20, 101)]
+    assert places == [1, 10, 20, 22]
+    assert IndexedDataset(tmp_path / "a").read(0, 20).max() < 20
+
+
+def test_places_beyond_2_to_the_31(tmp_path: Path) -> None:
+    """Five sequences, the data in the last; the file is sparse and takes no disk."""
+    length = 2**31 - 1
+    lengths = [length, length, 5, 4, 3]
+    tokens = sum(lengths)
+    pointers = [2 * sum(lengths[:i]) for i in range(5)]
+    head = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, 5, 6)
+    Path(tmp_path / "a.idx").write_bytes(head + struct.pack("<5i5q6q", *lengths, *pointers, *range(6)))
+    with open(tmp_path / "a.bin", "wb") as file:
+        file.truncate(2 * tokens)
+        file.seek(2 * (tokens - 12))
+        file.write(np.arange(1, 13, dtype="<u2").tobytes())
+    dataset = IndexedDataset(tmp_path / "a", vocab_size=12)
+    assert len(dataset.tokens) == tokens > 2**32
+    assert dataset.document(3).tolist() == [6, 7, 8, 9]
+    assert dataset.document_offsets().tolist() == [pointer // 2 for pointer in pointers] + [tokens]
+    assert dataset.boundaries(tokens - 20, tokens).tolist() == [tokens - 12, tokens - 7, tokens - 3]
+    assert dataset.read(tokens - 12, 11).tolist() == list(range(1, 12))
+    with pytest.raises(ValueError, match=f"token id 12 at byte {2 * tokens - 2}"):
+        dataset.read(tokens - 12, 12)
+    rows = PretrainRows(dataset, 6, seed=0, shuffled=False, isolation=True, masked=True)
+    assert rows.rows_per_epoch == (tokens - 1) // 6
+    row = rows.row(rows.rows_per_epoch - 2)
+    first = 6 * (rows.rows_per_epoch - 2) - (tokens - 13)  # the id that stands there: ids count up to the end
+    assert row.tokens.tolist() == [max(0, first + i) for i in range(6)]
+    assert row.labels.tolist() == [max(0, first + i + 1) for i in range(6)]
+    dataset.verify()
 
 
 @pytest.mark.parametrize("size", [0, 5, 9, 20, 33, 34, 40, 65])

@@ -6,13 +6,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_llm.data.order import Permutation, mix64
+from megatron_llm.data.order import Permutation, mix64, permutation
 
 
 @given(n=st.integers(1, 700), seed=st.integers(0, 2**31 - 1), epoch=st.integers(0, 5))
 def test_every_row_is_visited_once(n: int, seed: int, epoch: int) -> None:
     permutation = Permutation(n, seed, epoch)
     assert sorted(permutation(i) for i in range(n)) == list(range(n))
+
+
+def test_kept_permutations_are_told_apart() -> None:
+    keys = [(n, seed, epoch) for n in (50, 51) for seed in (0, 1) for epoch in (0, 1)]
+    for _ in range(2):
+        for key in keys:
+            assert [permutation(*key)(i) for i in range(50)] == [Permutation(*key)(i) for i in range(50)]
 
 
 def test_seeds_and_epochs_give_different_orders() -> None:

@@ -7,6 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_llm.data import packing as packing_module
+from megatron_llm.data.order import hash64
 from megatron_llm.data.packing import Method, best_fit_decreasing_reference, pack
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=80)
@@ -38,6 +40,56 @@ def test_native_equals_reference(lengths: list[int], capacity: int) -> None:
     native = pytest.importorskip("megatron_llm._native", reason="C++ extension not built")
     falling = np.asarray(sorted(lengths, reverse=True))
     assert native.best_fit_decreasing(falling, capacity).tolist() == best_fit_decreasing_reference(falling, capacity).tolist()
+
+
+@pytest.mark.parametrize("shape", ["log-normal", "few lengths", "mostly short", "uniform"])
+def test_native_equals_reference_on_many_items(shape: str) -> None:
+    native = pytest.importorskip("megatron_llm._native", reason="C++ extension not built")
+    random = np.random.default_rng(1)
+    lengths = {
+        "log-normal": np.clip(np.exp(random.normal(5, 1.2, 20_000)).astype(np.int64), 1, 1024),
+        "few lengths": random.choice([1, 7, 300, 511, 512, 513, 1024], 20_000),
+        "mostly short": np.minimum(random.geometric(0.2, 20_000), 1024),
+        "uniform": random.integers(1, 1025, 20_000),
+    }[shape]
+    falling = np.sort(lengths)[::-1].copy()
+    assert np.array_equal(native.best_fit_decreasing(falling, 1024), best_fit_decreasing_reference(falling, 1024))
+
+
+def plain_pack(lengths: list[int], capacity: int, seed: int, epoch: int, group: int) -> list[list[int]]:
+    """Rows of `pack` from the rule: groups, random order among equal lengths, best fit."""
+    rows = []
+    for number, first in enumerate(range(0, len(lengths), group)):
+        part = lengths[first : first + group]
+        keys = np.random.Philox(key=hash64(seed, epoch, number)).random_raw(len(part)).tolist()
+        order = sorted(range(len(part)), key=lambda i: (-part[i], keys[i]))
+        bins = plain_best_fit([part[i] for i in order], capacity)
+        rows += [[first + i for i, bin_ in zip(order, bins, strict=True) if bin_ == row] for row in range(max(bins) + 1)]
+    return rows
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=LENGTHS,
+    capacity=st.sampled_from([40, 77, 1 << 20]),
+    seed=st.integers(0, 2**31 - 1),
+    epoch=st.integers(0, 3),
+    group=st.integers(1, 100),
+    native=st.booleans(),
+)
+def test_rows_are_those_of_the_rule(lengths: list[int], capacity: int, seed: int, epoch: int, group: int, native: bool) -> None:
+    """With and without the extension."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not native:
+            patch.setattr(packing_module, "_native_best_fit", None)
+        packing = pack(np.asarray(lengths, np.int32), capacity, "best_fit", seed, epoch, group)
+    assert [packing.row(i).tolist() for i in range(packing.rows)] == plain_pack(lengths, capacity, seed, epoch, group)
+
+
+def test_near_the_lower_bound_on_log_normal_lengths() -> None:
+    lengths = np.clip(np.exp(np.random.default_rng(0).normal(5.5, 1.0, 100_000)).astype(np.int64), 1, 4096)
+    packing = pack(lengths, 4096, "best_fit", 0, 0)
+    assert packing.rows <= 1.001 * np.ceil(lengths.sum() / 4096)
 
 
 def test_native_refuses_what_it_cannot_pack() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,47 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_llm.config import Config, parse_config
-from megatron_llm.data.indexed import NOT_TRAINED, DatasetMeta, IndexedDataset
-from megatron_llm.data.stream import TokenStream, build_train_stream, build_valid_streams, check_data
-from megatron_llm.data.writer import IndexedWriter
+from megatron_llm.config import Config
+from megatron_llm.data.indexed import IndexedDataset
+from megatron_llm.data.megatron_order import MegatronBlend, MegatronRows, source_samples
+from megatron_llm.data.stream import TokenStream, build_train_stream, build_valid_streams, check_data, steps_of_epochs
 from megatron_llm.ops.batch import Batch
-
-META = DatasetMeta(kind="pretrain", tokenizer="tok", tokenizer_fingerprint="f" * 64, vocab_size=100_000)
-USER, ASSISTANT = 2, 3
-
-
-def make_config(length: int = 8, vocab_size: int = 100_000, training: dict[str, Any] | None = None, **data: Any) -> Config:
-    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    return parse_config(
-        {
-            "model": {"vocab_size": vocab_size, **shape},
-            "training": {"sequence_length": length, "global_batch_size": 2, "steps": 1, "seed": 5, **(training or {})},
-            "optimizer": {"lr": 1.0},
-            "data": data,
-        }
-    )
-
-
-def write_pretrain(prefix: Path, lengths: list[int], first: int = 0, meta: DatasetMeta | None = META) -> str:
-    """Documents of `lengths`; ids count up from `first`."""
-    with IndexedWriter(prefix, np.int32, meta) as writer:
-        for length in lengths:
-            writer.add_document(np.arange(first, first + length))
-            first += length
-    return str(prefix)
-
-
-def write_chat(prefix: Path, lengths: list[int], first: int = 0) -> tuple[str, np.ndarray]:
-    """Conversations with random role bytes. Returns the prefix and the role byte of every token."""
-    rng = np.random.default_rng(3)
-    roles = rng.choice([0, USER, ASSISTANT, ASSISTANT, ASSISTANT | NOT_TRAINED], sum(lengths)).astype(np.uint8)
-    at = 0
-    with IndexedWriter(prefix, np.int32, META, roles=True) as writer:
-        for length in lengths:
-            writer.add_document(np.arange(first + at, first + at + length), roles[at : at + length])
-            at += length
-    return str(prefix), roles
+from tests.data.sources import ASSISTANT, DOCUMENTS, make_config, write_chat, write_pretrain
 
 
 def segments(batch: Batch) -> list[slice]:
@@ -75,9 +39,6 @@ def assert_well_formed(batch: Batch, rows: int, length: int) -> None:
     assert set(range(0, total, length)) <= set(batch.cu_seqlens)
     expected = [position for part in segments(batch) for position in range(part.stop - part.start)]
     assert batch.positions_T.tolist() == expected
-
-
-DOCUMENTS = [5, 1, 1, 9, 20, 3, 8, 8, 2, 7, 30, 4]  # 98 tokens: 12 rows of 8, one token over
 
 
 @pytest.mark.parametrize("order", ["shuffled", "file"])
@@ -131,16 +92,6 @@ def test_a_batch_is_its_rows_and_none_is_a_fill_row(tmp_path: Path) -> None:
         for name in ("tokens_T", "labels_T", "weights_T", "positions_T"):
             assert torch.equal(getattr(batch, name)[part], getattr(alone, name))
     assert batch.weights_T[8:16].tolist() == [0.0] * 8
-
-
-def test_no_token_is_read_at_the_start_with_a_meta_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def scan(self: IndexedDataset) -> int:
-        raise AssertionError("scanned")
-
-    monkeypatch.setattr(IndexedDataset, "scan_max_token_id", scan)
-    assert check_data(make_config(train=[{"path": write_pretrain(tmp_path / "a", DOCUMENTS)}])) == []
-    with pytest.raises(AssertionError, match="scanned"):
-        check_data(make_config(train=[{"path": write_pretrain(tmp_path / "b", DOCUMENTS, meta=None)}]))
 
 
 def test_sources_are_blended_by_weight_and_keep_their_own_epochs(tmp_path: Path) -> None:
@@ -286,58 +237,123 @@ def test_synthetic_rows_without_isolation() -> None:
     assert torch.equal(joined.batch([0, 1]).tokens_T, isolated.batch([0, 1]).tokens_T)
 
 
-def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
-    good = write_pretrain(tmp_path / "good", DOCUMENTS)
-    short = write_pretrain(tmp_path / "short", [8])
-    cut = write_pretrain(tmp_path / "cut", DOCUMENTS)
-    Path(cut + ".bin").write_bytes(Path(cut + ".bin").read_bytes()[:-1])
-    bad = write_pretrain(tmp_path / "bad", DOCUMENTS)
-    Path(bad + ".idx").write_bytes(b"something else")
-    no_bin = write_pretrain(tmp_path / "no_bin", DOCUMENTS)
-    Path(no_bin + ".bin").unlink()
-    large = write_pretrain(tmp_path / "large", [20], first=81, meta=None)
-    paths = [good, short, cut, bad, no_bin, large, str(tmp_path / "none")]
-    problems = check_data(
-        make_config(vocab_size=98, train=[{"path": path} for path in paths], valid=[{"path": good}, {"path": good}])
-    )
-    expected = [
-        "data.valid: 2 sets are called 'good'",
-        "data.train.1.path: .*short has 8 tokens, but one row takes 9",
-        r"data.train.2.path: .*cut\.bin has 391 bytes, but .* describes 392",
-        r"data.train.3.path: .*bad\.idx is not a token index",
-        r"data.train.4.path: .*no_bin\.bin does not exist",
-        r"data.train.5.path: .*large\.bin has token id 100, but model.vocab_size is 98",
-        r"data.train.6.path: .*none\.idx does not exist",
-    ]
-    assert len(problems) == len(expected)
-    for problem, pattern in zip(problems, expected, strict=True):
-        assert re.match(pattern, problem), problem
-
-
-def test_settings_that_make_no_sense_are_refused(tmp_path: Path) -> None:
-    path = write_pretrain(tmp_path / "a", DOCUMENTS)
-    chat, _ = write_chat(tmp_path / "c", [8])
-    (problem,) = check_data(make_config(train=[{"path": path}], packing="best_fit"))
-    assert "data.packing: best_fit does not go with data.kind pretrain; use one of: auto, concat" in problem
-    (problem,) = check_data(make_config(kind="chat", train=[{"path": chat}], packing="concat"))
-    assert "use one of: auto, best_fit, in_order, none" in problem
-    (problem,) = check_data(make_config(kind="chat", train=[{"path": path}]))
-    assert "a.roles.bin does not exist" in problem
-    (problem,) = check_data(make_config(kind="chat", train=[{"path": chat}], training={"document_isolation": False}))
-    assert "training.document_isolation" in problem
-    (problem,) = check_data(make_config())
-    assert "data.train: lists no data set" in problem
-
-
-def test_largest_vocabulary_id_is_allowed(tmp_path: Path) -> None:
-    path = write_pretrain(tmp_path / "a", DOCUMENTS)
-    assert check_data(make_config(vocab_size=98, train=[{"path": path}])) == []
-    assert len(check_data(make_config(vocab_size=97, train=[{"path": path}]))) == 1
-
-
 def test_stream_of_one_token_documents(tmp_path: Path) -> None:
     """Every prediction crosses a boundary, so nothing is trained, and every token is its own segment."""
     stream: TokenStream = build_train_stream(make_config(4, train=[{"path": write_pretrain(tmp_path / "a", [1] * 9)}]))
     batch = stream.batch([0, 5])
     assert batch.cu_seqlens == tuple(range(9))
     assert batch.weights_T.sum() == 0
+
+
+def test_boundary_loss_is_chosen_apart_from_isolation(tmp_path: Path) -> None:
+    path = write_pretrain(tmp_path / "a", DOCUMENTS)
+    starts = {sum(DOCUMENTS[:i]) for i in range(len(DOCUMENTS))}
+    for isolation, setting, masked in (
+        (True, "auto", True),
+        (False, "auto", False),
+        (True, "trained", False),
+        (False, "masked", True),
+    ):
+        config = make_config(train=[{"path": path}], boundary_loss=setting, training={"document_isolation": isolation})
+        assert check_data(config) == []
+        batch = build_train_stream(config).batch(list(range(12)))
+        assert batch.weights_T.tolist() == [0.0 if masked and label in starts else 1.0 for label in batch.labels_T.tolist()]
+        assert (len(batch.cu_seqlens) > 13) == isolation
+
+
+def test_best_fit_documents_in_a_stream(tmp_path: Path) -> None:
+    path = write_pretrain(tmp_path / "a", DOCUMENTS, first=1)
+    config = make_config(train=[{"path": path}], valid=[{"path": path, "name": "v"}], packing="best_fit", training={"steps": 7})
+    assert check_data(config) == []
+    stream = build_train_stream(config)
+    batch = stream.batch(list(range(stream.rows_per_epoch)))
+    assert_well_formed(batch, stream.rows_per_epoch, 8)
+    assert sorted(filter(None, batch.tokens_T.tolist())) == list(range(1, sum(DOCUMENTS) + 1))
+    assert batch.weights_T.sum() == sum(DOCUMENTS) - len(DOCUMENTS)
+    (valid,) = build_valid_streams(config).values()
+    assert sorted(filter(None, valid.batch(list(range(valid.rows_per_epoch))).tokens_T.tolist())) == list(range(1, 99))
+
+
+def test_a_mixture_of_chat_and_documents_of_several_dtypes(tmp_path: Path) -> None:
+    """Each source as it is alone, in one stream, whatever its dtype and kind."""
+    text = write_pretrain(tmp_path / "text", [50, 31], dtype=np.uint16)
+    more = write_pretrain(tmp_path / "more", [40], first=70_000, dtype=np.int32)
+    chat, roles = write_chat(tmp_path / "chat", [8, 3, 5, 2], first=1000)
+    train = [{"path": text}, {"path": chat, "kind": "chat"}, {"path": more, "weight": 2}]
+    for packing in ("auto", "concat", "best_fit", "in_order"):
+        config = make_config(train=train, packing=packing, valid=[{"path": chat, "kind": "chat"}])
+        assert check_data(config) == []
+        stream = build_train_stream(config)
+        batch = stream.batch(list(range(36)))  # 9 rows of the conversations: 3 epochs
+        assert_well_formed(batch, 36, 8)
+        of_source = np.digitize(batch.tokens_T[::8].numpy(), [1000, 70_000])
+        assert np.bincount(of_source).tolist() == [9, 9, 18]
+        chat_tokens = batch.tokens_T.view(36, 8)[of_source == 1].flatten()
+        chat_weights = batch.weights_T.view(36, 8)[of_source == 1].flatten()
+        assert set(chat_tokens.tolist()) == {0, *range(1000, 1018)}
+        first = {0, 8, 11, 16, 18}
+        predicted = sum(roles[i] == ASSISTANT for i in range(18) if i not in first)
+        assert chat_weights.sum() == 3 * predicted
+        (valid,) = build_valid_streams(config).values()
+        assert valid.batch(list(range(valid.rows_per_epoch))).weights_T.sum() == predicted
+    (problem,) = check_data(make_config(train=train[::2], packing="none"))
+    assert "data.packing: none does not go with data.kind pretrain" in problem
+
+
+def test_epochs_are_shares_of_rows(tmp_path: Path) -> None:
+    a = write_pretrain(tmp_path / "a", [8 * 30 + 1])  # 30 rows
+    b = write_pretrain(tmp_path / "b", [8 * 100 + 1], first=1000)
+    sources = [{"path": a, "epochs": 2}, {"path": b, "epochs": 0.4}]
+    config = make_config(train=sources, training={"steps": -1, "global_batch_size": 4})
+    assert check_data(config) == []
+    assert steps_of_epochs(config) == 100 // 4
+    config = make_config(train=sources, training={"steps": 25, "global_batch_size": 4})
+    stream = build_train_stream(config)
+    firsts = Counter(stream.batch(list(range(100))).tokens_T[::8].tolist())
+    from_a = [first for first in firsts.elements() if first < 1000]
+    assert abs(len(from_a) - 60) <= 1
+    assert sum(first >= 1000 for first in firsts) == 100 - len(from_a), "no row of b twice"
+    assert "60.00% of the rows; this run reads 480 tokens of it, 2 epochs" in stream.summary[0]
+    assert "this run reads 320 tokens of it, 0.4 epochs" in stream.summary[1]
+
+
+def test_megatron_order_of_one_source(tmp_path: Path) -> None:
+    path = write_pretrain(tmp_path / "a", DOCUMENTS)
+    valid = [{"path": path, "name": "v"}]
+    training = {"steps": 15, "global_batch_size": 3}
+    for split, isolation in (("1,0,0", True), ("8,1,1", False)):
+        config = make_config(
+            train=[{"path": path}],
+            valid=valid,
+            order="megatron",
+            megatron_split=split,
+            training={**training, "document_isolation": isolation},
+        )
+        assert check_data(config) == []
+        stream = build_train_stream(config)
+        expected = MegatronRows(IndexedDataset(path), 8, 5, 45, split, isolation)
+        for number in range(45):
+            row, batch = expected.row(number), stream.batch([number])
+            assert batch.tokens_T.tolist() == row.tokens.tolist()
+            assert batch.labels_T.tolist() == row.labels.tolist()
+            assert batch.weights_T.tolist() == row.weights.tolist()
+            assert batch.cu_seqlens[:-1] == tuple(row.starts.tolist())
+        (held_out,) = build_valid_streams(config).values()
+        assert held_out.batch(list(range(12))).tokens_T.tolist() == list(range(96)), "validation stays in file order"
+
+
+def test_megatron_order_of_a_blend(tmp_path: Path) -> None:
+    paths = [write_pretrain(tmp_path / "a", DOCUMENTS), write_pretrain(tmp_path / "b", DOCUMENTS * 2, first=1000)]
+    weights = [0.3, 0.7]
+    train = [{"path": path, "weight": weight} for path, weight in zip(paths, weights, strict=True)]
+    config = make_config(train=train, order="megatron", training={"steps": 30})
+    assert check_data(config) == []
+    stream = build_train_stream(config)
+    samples = source_samples(weights, 60)
+    rows = [MegatronRows(IndexedDataset(path), 8, 5, n, "1,0,0", True) for path, n in zip(paths, samples, strict=True)]
+    blend = MegatronBlend(weights, 60)
+    for number in range(60):
+        source, within = blend(number)
+        assert stream.batch([number]).tokens_T.tolist() == rows[source].row(within).tokens.tolist()
+    with pytest.raises(ValueError, match="60"):
+        stream.batch([60])

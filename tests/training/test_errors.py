@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from megatron_llm.cli.main import main
 from megatron_llm.data.indexed import token_dtype
 from megatron_llm.data.writer import IndexedWriter
+from megatron_llm.training.resolve import resolve
 from tests.runs import TINY
 from tests.training.commands import read_metrics, write_config
 
@@ -101,7 +102,44 @@ def test_token_ids_beyond_the_vocabulary(message: Any, tmp_path: Path) -> None:
     with IndexedWriter(tmp_path / "big", token_dtype(200)) as writer:
         writer.add_document(np.arange(120))
     text = message(data={"kind": "pretrain", "train": [{"path": str(tmp_path / "big")}]})
-    assert "token id 119" in text and "model.vocab_size is 97" in text
+    assert "big.bin has token id 97 at byte 194 and ids up to 119, but model.vocab_size is 97" in text
+    assert "set model.vocab_size to at least 120" in text
+
+
+def write_rows(prefix: Path, rows: int) -> str:
+    """A data set of that many rows of TINY."""
+    with IndexedWriter(prefix, np.uint16) as writer:
+        writer.add_document(np.arange(16 * rows + 1) % 97)
+    return str(prefix)
+
+
+def test_steps_of_epochs_without_epochs(message: Any, tmp_path: Path) -> None:
+    sources = [{"path": write_rows(tmp_path / "a", 3)}]
+    assert "no source there has epochs" in message(training={"steps": -1}, data={"kind": "pretrain", "train": sources})
+    assert "no source there has epochs" in message(training={"steps": -1})
+
+
+def test_epochs_of_less_than_a_batch(message: Any, tmp_path: Path) -> None:
+    sources = [{"path": write_rows(tmp_path / "a", 3), "epochs": 2.5}]
+    text = message(training={"steps": -1}, data={"kind": "pretrain", "train": sources})
+    assert "fewer rows than one training.global_batch_size (8)" in text
+
+
+def test_steps_of_epochs(tmp_path: Path) -> None:
+    """0.29 of 100 rows and 1.5 of 20 rows are 59 rows: 7 batches of 8, though 0.29 * 100 < 29 in floating point."""
+    raw = copy.deepcopy(TINY) | {"logging": {"run_dir": str(tmp_path / "run")}}
+    raw["training"]["steps"] = -1
+    raw["data"] = {
+        "kind": "pretrain",
+        "train": [
+            {"path": write_rows(tmp_path / "a", 100), "epochs": 0.29},
+            {"path": write_rows(tmp_path / "b", 20), "epochs": 1.5},
+        ],
+    }
+    config = resolve(write_config(tmp_path / "config.yaml", raw), None, world_size=1).config
+    assert config.training.steps == 7
+    raw["training"]["global_batch_size"], raw["training"]["micro_batch_size"] = 59, 1
+    assert resolve(write_config(tmp_path / "config.yaml", raw), None, world_size=1).config.training.steps == 1
 
 
 def llama(folder: Path) -> Path:

@@ -10,18 +10,22 @@ Called by `cli/preprocess_chat.py`.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_llm.data.indexed import NOT_TRAINED, ROLE_MASK, ROLES
-from megatron_llm.data.prepare.inputs import Record, check_inputs
-from megatron_llm.data.prepare.preprocess import Encoded, Skipped, Summary, check_unicode, run_pipeline
+from megatron_llm.data.indexed import NOT_TRAINED, ROLE_MASK, ROLES, token_dtype
+from megatron_llm.data.prepare.chunks import Chunk, Skipped, check_unicode, is_record, record_json
+from megatron_llm.data.prepare.inputs import describe_inputs, find_inputs
+from megatron_llm.data.prepare.pipeline import JOURNAL_SECONDS, Encoded, Pipeline, Summary, digest
+from megatron_llm.data.prepare.preprocess import carry_out
 from megatron_llm.data.tokenizer import describe, load_pretrained
+
+FORMAT_VERSION = 1  # to be raised when the same input should give other files
 
 Message = dict[str, Any]
 Render = Callable[[Sequence[Message], bool], str]
@@ -43,17 +47,38 @@ def preprocess_chat(
     *,
     workers: int = 1,
     strict: bool = False,
+    force: bool = False,
     progress: bool = True,
+    journal_seconds: float = JOURNAL_SECONDS,
 ) -> Summary:
     """Tokenize conversations to `output`.bin/.idx/.roles.bin/.meta.json, one document a record, in the order of the input.
 
     A record that cannot be used, one without an assistant's token for instance, is counted and named; with `strict` it ends
-    the run. Raises ValueError for that, for unusable input files or tokenizer folders, or if no conversation is left.
+    the run. Work that is done already is not done again but with `force`; interrupted work is continued. Raises ValueError for
+    bad records with `strict`, for unusable input files or tokenizer folders, or if no conversation is left.
     """
-    check_inputs(inputs)
-    meta = describe(load_chat_tokenizer(tokenizer), tokenizer, "chat")
-    encoder = ChatEncoder(str(tokenizer))
-    return run_pipeline(inputs, encoder, output, meta, roles=True, workers=workers, strict=strict, progress=progress)
+    if workers < 1:
+        raise ValueError(f"--workers {workers}: at least 1 is needed")
+    files = find_inputs(inputs)
+    meta = describe(tokenizer, "chat")
+    template = load_chat_tokenizer(tokenizer).get_chat_template()
+    command = digest(
+        version=FORMAT_VERSION, inputs=describe_inputs(files), meta=asdict(meta), template=template, options=[strict]
+    )
+    pipeline = Pipeline(
+        name=str(output),
+        outputs=[str(output)],
+        inputs=files,
+        encoder=ChatEncoder(str(tokenizer)),
+        meta=replace(meta, made_by=command),
+        dtype=token_dtype(meta.vocab_size),
+        roles=True,
+        workers=workers,
+        strict=strict,
+        progress=progress,
+        journal_seconds=journal_seconds,
+    )
+    return carry_out(pipeline, force)
 
 
 def load_chat_tokenizer(folder: str | Path) -> Any:
@@ -73,37 +98,44 @@ class ChatEncoder:
 
     tokenizer: str
 
-    def load(self) -> None:
+    def load(self, threads: bool) -> str:
         self._tokenizer = load_chat_tokenizer(self.tokenizer)
         self._special = [id_ for id_, token in self._tokenizer.added_tokens_decoder.items() if token.special]
+        return "transformers"
 
-    def encode(self, records: list[Record]) -> Encoded:
-        result = Encoded(bytes=sum(len(record.raw) for record in records))
+    def encode(self, chunk: Chunk) -> Encoded:
+        skipped = list(chunk.skipped)
         rendered = []
-        for record in records:
-            try:
-                rendered.append((record, *self._render(record)))
-            except ValueError as error:
-                result.skipped.append(Skipped(record.where, str(error)))
-        if not rendered:
-            return result
-        texts = [text for _, text, _ in rendered]
-        encoding = self._tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-        for (record, text, spans), ids, offsets in zip(rendered, encoding["input_ids"], encoding["offset_mapping"], strict=True):
-            tokens = np.asarray(ids, np.int32)
-            offsets_n2 = np.asarray(offsets, np.int64).reshape(-1, 2)
+        for index in range(len(chunk.records)):
+            if is_record(chunk, index):
+                try:
+                    rendered.append((index, *self._render(chunk, index)))
+                except ValueError as error:
+                    skipped.append(Skipped(chunk.where(index), str(error)))
+        documents = [np.empty(0, np.int32)]
+        role_bytes = [np.empty(0, np.uint8)]
+        for (index, text, spans), (tokens, offsets_n2) in zip(rendered, self._tokenize([r[1] for r in rendered]), strict=True):
             roles = token_roles(spans, text, offsets_n2, np.isin(tokens, self._special))
             if ((roles & ROLE_MASK) == ROLES["assistant"]).any():
-                result.documents.append((tokens, roles))
+                documents.append(tokens)
+                role_bytes.append(roles)
             else:
-                result.skipped.append(Skipped(record.where, "no assistant token to learn from"))
-        return result
+                skipped.append(Skipped(chunk.where(index), "no assistant token to learn from"))
+        lengths = np.array([len(document) for document in documents[1:]], np.int64)
+        return Encoded(np.concatenate(documents), lengths, skipped, roles=np.concatenate(role_bytes))
 
-    def _render(self, record: Record) -> tuple[str, list[Span]]:
+    def _tokenize(self, texts: list[str]) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]]:
+        """Ids [n] of each text, and the first character and the end of each: int64 [n, 2]."""
+        if texts:
+            encoding = self._tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+            for ids, offsets in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
+                yield np.asarray(ids, np.int32), np.asarray(offsets, np.int64).reshape(-1, 2)
+
+    def _render(self, chunk: Chunk, index: int) -> tuple[str, list[Span]]:
         """Text and spans of a record. Raises ValueError saying what is wrong with it."""
         import jinja2
 
-        content = record.json()
+        content = record_json(chunk, index)
         messages, tools = _messages(content), content.get("tools")
 
         def render(part: Sequence[Message], prompt: bool) -> str:

@@ -1,135 +1,72 @@
-"""From text files to token files: the pipeline that `preprocess` and `preprocess-chat` share, and the encoder for text.
+"""From files of text to token files: the options of the `preprocess` command, and the encoder that the pipeline drives.
 
-One process reads and writes in order, encoders work on batches of records in between, in this process or in others. The result
-does not depend on the number of workers. What is not taken is counted by reason and shown with file and line.
-Called by `cli/preprocess.py`, `cli/preprocess_chat.py` and the scripts in tools/.
+Called by `cli/preprocess.py` and `tools/preprocess_data.py`.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field, replace
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from tqdm import tqdm
 
-from megatron_llm.data.indexed import DatasetMeta, token_dtype
-from megatron_llm.data.prepare.inputs import Record, batches, check_inputs, read_records
-from megatron_llm.data.tokenizer import describe, load_encoder, load_pretrained
-from megatron_llm.data.writer import IndexedWriter
+from megatron_llm.data.indexed import token_dtype
+from megatron_llm.data.prepare.chunks import Chunk, Skipped, chunk_texts
+from megatron_llm.data.prepare.encoding import open_tokenizer
+from megatron_llm.data.prepare.inputs import describe_inputs, find_inputs, shard_inputs
+from megatron_llm.data.prepare.merge import shard_prefix
+from megatron_llm.data.prepare.pipeline import JOURNAL_SECONDS, Encoded, Pipeline, Summary, digest, made_by, summary_of
+from megatron_llm.data.prepare.shuffle import shuffle_dataset
+from megatron_llm.data.tokenizer import describe
+from megatron_llm.data.writer import remove_dataset
 
-BATCH_BYTES = 1 << 20
-EXAMPLES = 20  # skipped records shown by name; all are counted
-
-
-@dataclass
-class Encoded:
-    """Documents of one batch of records: (ids, role bytes or None) each, and what was not taken."""
-
-    documents: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8] | None]] = field(default_factory=list)
-    skipped: list[Skipped] = field(default_factory=list)
-    bytes: int = 0
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A record that gives no document. `bad`: something is wrong with it, so `--strict` refuses it."""
-
-    where: str
-    reason: str
-    bad: bool = True
-
-
-class Encoder(Protocol):
-    """Turns records into documents. Sent to workers as it is made; `load` then gets what cannot be sent."""
-
-    def load(self) -> None: ...
-
-    def encode(self, records: list[Record]) -> Encoded: ...
-
-
-@dataclass
-class Summary:
-    """What a run of the pipeline did. `bytes` are input bytes after decompression."""
-
-    output: str
-    documents: int = 0
-    tokens: int = 0
-    bytes: int = 0
-    skipped: Counter[str] = field(default_factory=Counter)
-    examples: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        lines = [f"{self.output}: {self.documents:,} documents, {self.tokens:,} tokens from {self.bytes:,} bytes"]
-        if self.skipped:
-            lines.append(f"skipped {self.skipped.total():,} records:")
-            lines += [f"  {count:,}: {reason}" for reason, count in self.skipped.most_common()]
-            lines.append("first of them:" if self.skipped.total() > len(self.examples) else "namely:")
-            lines += [f"  {example}" for example in self.examples]
-        return "\n".join(lines)
+FORMAT_VERSION = 1  # to be raised when the same input and options should give other files
+SIDES = ("train", "valid", "test")
 
 
 @dataclass
 class TextEncoder:
-    """Documents from the `text_key` of JSON records, or from whole text files; `eod_id` is appended if not None."""
+    """Documents from the `text_key` of records, or from whole text files; `eod_id` is appended if not None.
+
+    `bounds`: a document goes to output i if i of these 64-bit numbers, ascending, are at most the hash of its text.
+    """
 
     tokenizer: str
     text_key: str
     eod_id: int | None
+    fast: bool = True
+    bounds: Sequence[int] = ()
 
-    def load(self) -> None:
-        self._encoder = load_encoder(self.tokenizer)
+    def load(self, threads: bool) -> str:
+        self._tokenizer = open_tokenizer(self.tokenizer, fast=self.fast, threads=threads)
+        return self._tokenizer.how
 
-    def encode(self, records: list[Record]) -> Encoded:
-        result = Encoded(bytes=sum(len(record.raw) for record in records))
-        texts = []
-        for record in records:
-            try:
-                text = self._text(record)
-            except ValueError as error:
-                result.skipped.append(Skipped(record.where, str(error)))
-                continue
-            if text:
-                texts.append((record, text))
-            else:
-                result.skipped.append(Skipped(record.where, "empty text", bad=False))
-        tail = [] if self.eod_id is None else [self.eod_id]
-        for (record, _), encoding in zip(
-            texts, self._encoder.encode_batch_fast([text for _, text in texts], add_special_tokens=False), strict=True
-        ):
-            if encoding.ids:
-                result.documents.append((np.asarray(encoding.ids + tail, np.int32), None))
-            else:
-                result.skipped.append(Skipped(record.where, "no tokens in its text", bad=False))
-        return result
+    def encode(self, chunk: Chunk) -> Encoded:
+        texts, indices, skipped = chunk_texts(chunk, self.text_key)
+        tokens, offsets = self._tokenizer.encode(texts, lambda number: chunk.where(indices[number]))
+        lengths = np.diff(offsets)
+        sides = self._sides(texts) if self.bounds else None
+        there = lengths > 0
+        if not there.all():
+            for number in np.flatnonzero(~there).tolist():
+                skipped.append(Skipped(chunk.where(indices[number]), "no tokens in its text", bad=False))
+            lengths = lengths[there]
+            sides = None if sides is None else sides[there]
+        if self.eod_id is not None:
+            tokens = np.insert(tokens, np.cumsum(lengths), self.eod_id)
+            lengths = lengths + 1
+        return Encoded(tokens, lengths, skipped, sides=sides)
 
-    def _text(self, record: Record) -> str:
-        if not record.line:
-            return record.text()
-        content = record.json()
-        if self.text_key not in content:
-            raise ValueError(f"no key {self.text_key!r}")
-        text = content[self.text_key]
-        if not isinstance(text, str):
-            raise ValueError(f"{self.text_key!r} is not a string but {type(text).__name__}")
-        check_unicode(text)
-        return text
+    def _sides(self, texts: Sequence[str]) -> Any:
+        from xxhash import xxh3_64_intdigest
 
-
-def check_unicode(text: str) -> None:
-    r"""Raises ValueError for half of a surrogate pair (JSON can spell it, "\ud800"), which no tokenizer takes."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError("half a surrogate pair in the text, which is not valid Unicode") from error
+        hashes = np.fromiter((xxh3_64_intdigest(text.encode()) for text in texts), np.uint64, len(texts))
+        return np.searchsorted(np.array(self.bounds, np.uint64), hashes, side="right").astype(np.uint8)
 
 
 def preprocess(
@@ -140,89 +77,118 @@ def preprocess(
     text_key: str = "text",
     append_eod: bool = True,
     workers: int = 1,
+    dtype: str = "auto",
+    shuffle_seed: int | None = None,
+    split: Sequence[float] | None = None,
+    shard: tuple[int, int] | None = None,
+    fast: bool = True,
     strict: bool = False,
+    force: bool = False,
     progress: bool = True,
+    journal_seconds: float = JOURNAL_SECONDS,
 ) -> Summary:
-    """Tokenize text files to `output`.bin/.idx/.meta.json, one document a record, in the order of the input.
+    """Tokenize files to `output`.bin/.idx/.meta.json, one document a record, in the order of the input.
 
-    `strict`: a record that cannot be used ends it. Raises ValueError for that, for unusable input files or tokenizer folders,
-    or if no document is left. Files of an earlier run are replaced only when all went well.
+    `shuffle_seed`: documents in random order instead. `split`: shares of `output`-train, -valid and -test; a hash of its text
+    decides where a document goes, so equal ones stay together. `shard`: (number, count) of the part of the input to take;
+    `merge` joins them. Work that is done already is not done again but with `force`; interrupted work is continued.
+
+    Raises ValueError for options, inputs or tokenizers that cannot be used, for bad records with `strict`, or if an output
+    gets no document (a shard may). Files of an earlier run are replaced only when all went well.
     """
-    check_inputs(inputs)
-    meta = describe(load_pretrained(tokenizer), tokenizer, "pretrain")
+    _check_options(workers, split, shard, shuffle_seed)
+    files = find_inputs(inputs)
+    meta = describe(tokenizer, "pretrain")
     if append_eod and meta.eos_id is None:
         raise ValueError(f"{tokenizer} names no eos token to end documents with; set one there, or use --no-append-eod")
-    meta = replace(meta, eod_id=meta.eos_id if append_eod else None)
-    encoder = TextEncoder(str(tokenizer), text_key, meta.eod_id)
-    return run_pipeline(inputs, encoder, output, meta, roles=False, workers=workers, strict=strict, progress=progress)
+    meta = replace(meta, eod_id=meta.eos_id if append_eod else None, shard=shard)
+    if shard is not None:
+        files = shard_inputs(files, *shard)
+    width = _dtype(dtype, meta.vocab_size)
+    command = digest(
+        version=FORMAT_VERSION,
+        inputs=describe_inputs(files),
+        meta=asdict(meta),
+        dtype=width.name,
+        options=[text_key, shuffle_seed, split, fast, strict],
+    )
+    finals = _outputs(str(output), split, shard)
+    staged = finals if shuffle_seed is None else [f"{prefix}.unshuffled" for prefix in finals]
+    pipeline = Pipeline(
+        name=str(output) if shard is None else shard_prefix(output, *shard),
+        outputs=staged,
+        inputs=files,
+        encoder=TextEncoder(str(tokenizer), text_key, meta.eod_id, fast, _bounds(split or ())),
+        meta=replace(meta, made_by=command),
+        dtype=width,
+        columns=[text_key],
+        kept_empty=shard is not None,
+        workers=workers,
+        strict=strict,
+        progress=progress,
+        journal_seconds=journal_seconds,
+    )
+    return carry_out(pipeline, force, finals, shuffle_seed)
 
 
-def run_pipeline(
-    inputs: Sequence[str | Path],
-    encoder: Encoder,
-    output: str | Path,
-    meta: DatasetMeta,
-    *,
-    roles: bool,
-    workers: int,
-    strict: bool,
-    progress: bool,
-) -> Summary:
-    """Encode all records and write one data set. See `preprocess` for errors."""
-    if workers < 1:
-        raise ValueError(f"--workers {workers}: at least 1 is needed")
-    summary = Summary(str(output))
-    total = sum(Path(path).stat().st_size for path in inputs)
-    with (
-        tqdm(total=total, unit="B", unit_scale=True, desc="tokenize", disable=not progress) as bar,
-        IndexedWriter(output, token_dtype(meta.vocab_size), meta, roles) as writer,
-    ):
-        for encoded in _encode_all(encoder, batches(read_records(inputs, bar.update), BATCH_BYTES), workers):
-            for tokens, role_bytes in encoded.documents:
-                writer.add_document(tokens, role_bytes)
-            summary.bytes += encoded.bytes
-            for skipped in encoded.skipped:
-                if strict and skipped.bad:
-                    raise ValueError(f"{skipped.where}: {skipped.reason}")
-                summary.skipped[skipped.reason] += 1
-                if len(summary.examples) < EXAMPLES:
-                    summary.examples.append(f"{skipped.where}: {skipped.reason}")
-        summary.documents, summary.tokens = writer.documents, writer.tokens
-        if not summary.documents:
-            raise ValueError(f"no document could be used, nothing was written\n{summary}")
+def carry_out(pipeline: Pipeline, force: bool, finals: Sequence[str] = (), shuffle_seed: int | None = None) -> Summary:
+    """Do what is not done yet: the pipeline, then shuffling its outputs to `finals` if there is a seed.
+
+    Interrupted work of this command goes before finished files: those may be of an earlier run that `force` was replacing.
+    """
+    began = time.perf_counter()
+    command = pipeline.meta.made_by
+    ends = list(finals if shuffle_seed is not None else pipeline.outputs)
+    made = (made_by(prefix, command) or made_by(end, command) for prefix, end in zip(pipeline.outputs, ends, strict=True))
+    summary = None
+    if force or Path(pipeline.journal).exists() or not all(made):
+        summary = pipeline.run(start_over=force)
+    if shuffle_seed is not None:
+        for prefix, end in zip(pipeline.outputs, ends, strict=True):
+            if made_by(prefix, command):
+                shuffle_dataset(prefix, end, shuffle_seed, made_by=command, progress=pipeline.progress)
+            remove_dataset(prefix)
+    if summary is None:
+        return summary_of(ends)
+    summary.outputs = ends
+    summary.seconds = time.perf_counter() - began
     return summary
 
 
-def _encode_all(encoder: Encoder, work: Iterable[list[Record]], workers: int) -> Iterator[Encoded]:
-    """Encoded batches in the order of `work`, of which only a few are read ahead."""
-    if workers == 1:  # the encoder's own threads use all cores
-        encoder.load()
-        yield from map(encoder.encode, work)
-        return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (encoder,))
-    pending: deque[Future[Encoded]] = deque()
-    try:
-        for batch in work:
-            pending.append(pool.submit(_encode_in_worker, batch))
-            if len(pending) > 2 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool as error:
-        raise ValueError("a worker process died, most likely for lack of memory; try fewer --workers") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+def _check_options(workers: int, split: Sequence[float] | None, shard: tuple[int, int] | None, seed: int | None) -> None:
+    if workers < 1:
+        raise ValueError(f"--workers {workers}: at least 1 is needed")
+    if shard is not None and not 0 <= shard[0] < shard[1]:
+        raise ValueError(f"--shard {shard[0]}/{shard[1]}: shards of {shard[1]} are numbered from 0 to {shard[1] - 1}")
+    if shard is not None and seed is not None:
+        raise ValueError("--shard with --shuffle-documents: shuffle when all are joined, with `merge --shuffle-documents`")
+    if split is not None:
+        shown = ",".join(f"{share:g}" for share in split)
+        if not 2 <= len(split) <= len(SIDES) or min(split) < 0 or not math.isclose(sum(split), 1, abs_tol=1e-6):
+            raise ValueError(f"--split {shown}: two or three shares of train, valid and test are needed that add up to 1")
 
 
-_worker: dict[str, Any] = {}
+def _dtype(name: str, vocab_size: int) -> np.dtype[Any]:
+    """The type of the ids. Raises ValueError if it cannot hold the vocabulary."""
+    if name == "auto":
+        return token_dtype(vocab_size)
+    dtype = np.dtype(name)
+    if vocab_size - 1 > np.iinfo(dtype).max:
+        raise ValueError(
+            f"--dtype {name} holds ids up to {np.iinfo(dtype).max}, but the tokenizer has {vocab_size:,}; use int32 or auto"
+        )
+    return dtype
 
 
-def _start_worker(encoder: Encoder) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the library's only switch: one thread a worker
-    encoder.load()
-    _worker["encoder"] = encoder
+def _outputs(output: str, split: Sequence[float] | None, shard: tuple[int, int] | None) -> list[str]:
+    """Prefixes to write: of each side with a share, and of the shard."""
+    sides = [output]
+    if split is not None:
+        sides = [f"{output}-{side}" for side, share in zip(SIDES, split, strict=False) if share > 0]
+    return [side if shard is None else shard_prefix(side, *shard) for side in sides]
 
 
-def _encode_in_worker(records: list[Record]) -> Encoded:
-    encoded: Encoded = _worker["encoder"].encode(records)
-    return encoded
+def _bounds(split: Sequence[float]) -> list[int]:
+    """Where the 64-bit hashes of the next side begin, for all sides with a share but the first."""
+    shares = [share for share in split if share > 0]
+    return [int(bound * 2**64) for bound in accumulate(shares[:-1])]

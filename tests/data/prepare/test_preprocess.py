@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
+from xxhash import xxh3_64_intdigest
 
 from megatron_llm.data.indexed import IndexedDataset
+from megatron_llm.data.order import hash64
+from megatron_llm.data.prepare import inputs as inputs_module
+from megatron_llm.data.prepare import pipeline
 from megatron_llm.data.prepare import preprocess as module
-from megatron_llm.data.prepare.preprocess import preprocess
+from megatron_llm.data.prepare.chunks import Chunk
+from megatron_llm.data.prepare.merge import merge, shard_prefix
+from megatron_llm.data.prepare.preprocess import TextEncoder, preprocess
 
 TEXTS = ["hello world\n\nagain", "the user 😀 says é", "tab\there", " ", "<|im_start|>spelled out"]
 
@@ -23,7 +36,7 @@ def write_jsonl(path: Path, texts: list[str], key: str = "text") -> Path:
     return path
 
 
-def run(inputs: list[Path], tokenizer: Path, output: Path, **options: Any) -> tuple[module.Summary, IndexedDataset]:
+def run(inputs: list[Path], tokenizer: Path, output: Path, **options: Any) -> tuple[pipeline.Summary, IndexedDataset]:
     summary = preprocess(inputs, tokenizer, output, progress=False, **options)
     return summary, IndexedDataset(output)
 
@@ -69,16 +82,39 @@ def test_all_kinds_of_files_in_their_order(tmp_path: Path, tokenizer_folder: Pat
     assert documents(dataset) == expected(tokenizer_folder, texts)
 
 
-def test_workers_do_not_change_the_files(tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BATCH_BYTES", 64)
+def files(prefix: object, suffixes: Sequence[str] = (".bin", ".idx", ".meta.json")) -> list[bytes]:
+    return [Path(f"{prefix}{suffix}").read_bytes() for suffix in suffixes]
+
+
+def small_chunks(monkeypatch: pytest.MonkeyPatch, size: int = 100) -> None:
+    def read_chunks(*arguments: Any, **options: Any) -> Iterator[Chunk]:
+        return inputs_module.read_chunks(*arguments, **options, chunk_bytes=size, max_record_bytes=max(size, 1 << 20))
+
+    monkeypatch.setattr(pipeline, "read_chunks", read_chunks)
+
+
+@pytest.mark.parametrize("options", [{}, {"split": [0.5, 0.25, 0.25]}], ids=["whole", "split"])
+def test_workers_and_chunks_do_not_change_the_files(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", [f"document {i} says hello" * (1 + i % 5) for i in range(60)])
     with source.open("a") as file:
         file.write("broken\n")
-    one, _ = run([source], tokenizer_folder, tmp_path / "one")
-    two, _ = run([source], tokenizer_folder, tmp_path / "two", workers=2)
-    assert str(one).replace("one", "") == str(two).replace("two", "")
-    for suffix in (".bin", ".idx", ".meta.json"):
-        assert Path(f"{tmp_path}/one{suffix}").read_bytes() == Path(f"{tmp_path}/two{suffix}").read_bytes()
+    one = preprocess([source], tokenizer_folder, tmp_path / "one", progress=False, **options)
+    small_chunks(monkeypatch)
+    two = preprocess([source], tokenizer_folder, tmp_path / "two", progress=False, workers=2, **options)
+    three = preprocess([source], tokenizer_folder, tmp_path / "three", progress=False, **options)
+    assert (one.documents, one.skipped) == (60, {"invalid JSON": 1})
+    for other, name in ((two, "two"), (three, "three")):
+        assert dataclasses.replace(other, outputs=one.outputs) == one
+        for prefix in one.outputs:
+            assert files(prefix) == files(prefix.replace("one", name))
+
+
+def test_a_worker_says_why_it_cannot_load(tmp_path: Path) -> None:
+    encoder = TextEncoder(str(tmp_path / "nothing"), "text", None)
+    with pytest.raises(ValueError, match="nothing"):
+        list(pipeline._encode_all(encoder, iter([]), 2, pipeline.Summary([])))
 
 
 BAD = {
@@ -149,7 +185,7 @@ def test_unusable_tokenizers_are_refused(tmp_path: Path, make_tokenizer: Callabl
         run([source], folder, tmp_path / "out")
     assert run([source], folder, tmp_path / "out", append_eod=False)[0].documents == 1
     (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match="cannot load this tokenizer"):
+    with pytest.raises(ValueError, match="tokenizer.json cannot be read"):
         run([source], folder, tmp_path / "out")
 
 
@@ -170,3 +206,221 @@ def test_another_text_key(tmp_path: Path, tokenizer_folder: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", ["hello"], key="content")
     _, dataset = run([source], tokenizer_folder, tmp_path / "out", text_key="content")
     assert documents(dataset) == expected(tokenizer_folder, ["hello"])
+
+
+def test_types_of_ids(tmp_path: Path, tokenizer_folder: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    for dtype, wanted in (("auto", np.uint16), ("uint16", np.uint16), ("int32", np.int32)):
+        _, dataset = run([source], tokenizer_folder, tmp_path / dtype, dtype=dtype)
+        assert dataset.dtype == wanted
+        assert documents(dataset) == expected(tokenizer_folder, TEXTS)
+
+
+@pytest.mark.parametrize(("size", "fits"), [(65536, True), (65537, False)])
+def test_a_type_that_cannot_hold_the_vocabulary_is_refused(size: int, fits: bool) -> None:
+    if fits:
+        assert module._dtype("uint16", size) == np.uint16
+    else:
+        with pytest.raises(ValueError, match=r"--dtype uint16 holds ids up to 65535, but the tokenizer has 65,537"):
+            module._dtype("uint16", size)
+
+
+def test_a_split_follows_the_hash_of_the_text_alone(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """Duplicates stay together, order and other documents change nothing, and the shares are met."""
+    texts = [f"text {i % 400}" for i in range(800)]
+    options: dict[str, Any] = {"split": [0.7, 0.2, 0.1], "progress": False}
+    preprocess([write_jsonl(tmp_path / "a.jsonl", texts)], tokenizer_folder, tmp_path / "a", **options)
+    preprocess([write_jsonl(tmp_path / "b.jsonl", texts[::-1][:100])], tokenizer_folder, tmp_path / "b", **options)
+    sides = {}
+    for side, (low, high) in {"train": (0, 0.7), "valid": (0.7, 0.9), "test": (0.9, 1)}.items():
+        chosen = [text for text in texts if low <= xxh3_64_intdigest(text.encode()) / 2**64 < high]
+        sides[side] = documents(IndexedDataset(f"{tmp_path}/a-{side}"))
+        assert sides[side] == expected(tokenizer_folder, chosen)
+        again = documents(IndexedDataset(f"{tmp_path}/b-{side}"))
+        assert {tuple(d) for d in again} <= {tuple(d) for d in sides[side]}
+    assert 0.6 < len(sides["train"]) / 800 < 0.8
+    assert 0.1 < len(sides["valid"]) / 800 < 0.3
+    assert sum(map(len, sides.values())) == 800
+    assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob("*.journal"))
+
+
+@pytest.mark.parametrize("split", [None, [0.5, 0.5]], ids=["whole", "split"])
+def test_texts_without_tokens_are_counted(tmp_path: Path, make_tokenizer: Callable[..., Path], split: list[float] | None) -> None:
+    """A tokenizer may normalize a text away; a document of an eos token alone would be noise."""
+    folder = make_tokenizer()
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["normalizer"] = {"type": "Strip", "strip_left": True, "strip_right": True}
+    path.write_text(json.dumps(content))
+    texts = [text for i in range(20) for text in (f"text {i}", " " * (i + 1))]
+    summary = preprocess([write_jsonl(tmp_path / "a.jsonl", texts)], folder, tmp_path / "out", split=split, progress=False)
+    assert summary.skipped == {"no tokens in its text": 20}
+    for prefix, (low, high) in zip(summary.outputs, ((0, 0.5), (0.5, 1)) if split else ((0, 1),), strict=True):
+        chosen = [text for text in texts[::2] if low <= xxh3_64_intdigest(text.encode()) / 2**64 < high]
+        assert documents(IndexedDataset(prefix)) == expected(folder, chosen)
+
+
+@pytest.mark.parametrize("split", [[1.0], [0.9, 0.2], [1.5, -0.5], [0.4, 0.3, 0.2, 0.1], [float("nan"), 1.0]])
+def test_shares_that_make_no_sense_are_refused(tmp_path: Path, tokenizer_folder: Path, split: list[float]) -> None:
+    with pytest.raises(ValueError, match="--split .*two or three shares"):
+        run([write_jsonl(tmp_path / "a.jsonl", TEXTS)], tokenizer_folder, tmp_path / "a", split=split)
+
+
+def test_a_side_without_a_share_is_not_written_and_one_without_documents_refused(tmp_path: Path, tokenizer_folder: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", ["only one"])
+    summary = preprocess([source], tokenizer_folder, tmp_path / "a", split=[0.0, 1.0], progress=False)
+    assert summary.outputs == [f"{tmp_path}/a-valid"]
+    assert sorted(path.name for path in tmp_path.glob("a-*")) == ["a-valid.bin", "a-valid.idx", "a-valid.meta.json"]
+    with pytest.raises(ValueError, match=r"--split leaves .*b-(train|valid) none of 1 documents"):
+        preprocess([source], tokenizer_folder, tmp_path / "b", split=[0.5, 0.5], progress=False)
+    assert not list(tmp_path.glob("b*"))
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 9])
+@pytest.mark.parametrize("split", [None, [0.6, 0.4]], ids=["whole", "split"])
+def test_shards_merged_are_the_whole(tmp_path: Path, tokenizer_folder: Path, count: int, split: list[float] | None) -> None:
+    """Byte for byte, even with more shards than records."""
+    texts = ["short", "x" * 3000, *(f"text {i}" for i in range(9))]
+    inputs = [write_jsonl(tmp_path / "a.jsonl", texts), write_jsonl(tmp_path / "b.jsonl", ["", "last"])]
+    whole = preprocess(inputs, tokenizer_folder, tmp_path / "whole", split=split, progress=False)
+    for number in range(count):
+        preprocess(inputs, tokenizer_folder, tmp_path / "part", split=split, shard=(number, count), progress=False)
+    for prefix in whole.outputs:
+        part = prefix.replace("whole", "part")
+        assert Path(shard_prefix(part, count - 1, count) + ".idx").exists()
+        merge([f"{part}-*.idx"], f"{part}-merged", progress=False)
+        assert files(prefix, (".bin", ".idx")) == files(f"{part}-merged", (".bin", ".idx"))
+        metas = [IndexedDataset(name).meta for name in (prefix, f"{part}-merged")]
+        assert metas[0] is not None and metas[1] is not None
+        assert dataclasses.replace(metas[0], made_by=None) == metas[1]
+    assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob("*.journal"))
+
+
+def test_options_that_make_no_sense_together_are_refused(tmp_path: Path, tokenizer_folder: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    for shard in ((4, 4), (-1, 4), (0, 0)):
+        with pytest.raises(ValueError, match="--shard"):
+            run([source], tokenizer_folder, tmp_path / "a", shard=shard)
+    with pytest.raises(ValueError, match="merge --shuffle-documents"):
+        run([source], tokenizer_folder, tmp_path / "a", shard=(0, 2), shuffle_seed=1)
+
+
+def test_shuffled_documents(tmp_path: Path, tokenizer_folder: Path) -> None:
+    texts = [f"text {i}" for i in range(50)]
+    summary, dataset = run([write_jsonl(tmp_path / "a.jsonl", texts)], tokenizer_folder, tmp_path / "out", shuffle_seed=3)
+    order = sorted(range(50), key=lambda number: hash64(3, number))
+    assert documents(dataset) == expected(tokenizer_folder, [texts[number] for number in order])
+    assert summary.outputs == [str(tmp_path / "out")]
+    assert sorted(path.name for path in tmp_path.glob("out*")) == ["out.bin", "out.idx", "out.meta.json"]
+
+
+def test_what_is_done_is_not_done_again(tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [*TEXTS, ""])
+    for options in ({}, {"split": [0.5, 0.5]}, {"shuffle_seed": 1}, {"split": [0.5, 0.5], "shuffle_seed": 1}):
+        output = tmp_path / f"out{len(options)}{len(str(options))}"
+
+        def go(output: Path = output, options: dict[str, Any] = options, **more: Any) -> pipeline.Summary:  # type: ignore[assignment]
+            return preprocess([source], tokenizer_folder, output, progress=False, **{**options, **more})
+
+        first = go()
+        times = [Path(f"{prefix}.idx").stat().st_mtime_ns for prefix in first.outputs]
+        again = go()
+        assert again.done_before and "already done" in str(again)
+        assert dataclasses.replace(again, examples=first.examples) == first
+        assert times == [Path(f"{prefix}.idx").stat().st_mtime_ns for prefix in first.outputs]
+        for more in ({"force": True}, {"append_eod": False}, {"strict": True}, {}):
+            assert not go(**more).done_before
+    source.write_text(source.read_text() + '{"text": "more"}\n')
+    assert not go().done_before
+    for suffix in (".bin", ".meta.json"):
+        path = Path(f"{first.outputs[0]}{suffix}")
+        path.write_bytes(path.read_bytes()[:-2])
+        assert not go().done_before
+        assert go().done_before
+
+
+def test_memory_is_bounded_and_torch_not_imported(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """Ten times the input takes the same memory: chunks, not files, are held."""
+    source = write_jsonl(tmp_path / "a.jsonl", ["hello world, the user says\n" * 400] * 400)  # 4.4 MB
+    source.write_bytes(source.read_bytes() * 3)
+    code = (
+        "import resource, sys\n"
+        "from megatron_llm.data.prepare.preprocess import preprocess\n"
+        "preprocess(sys.argv[3:], sys.argv[1], sys.argv[2], progress=False)\n"
+        "heavy = {'torch', 'transformers', 'datasets'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)\n"
+    )
+    peaks = []
+    for copies in (1, 10):
+        command = [sys.executable, "-c", code, tokenizer_folder, tmp_path / f"out{copies}", *[source] * copies]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout))
+    assert peaks[1] < peaks[0] + 60, f"{peaks} MB for {source.stat().st_size} bytes once and ten times"
+
+
+@pytest.mark.slow
+def test_a_document_of_50_mb(tmp_path: Path, tokenizer_folder: Path) -> None:
+    text = "hello world, the user says 😀 é\n" * 1_500_000
+    source = write_jsonl(tmp_path / "a.jsonl", ["first", text, "last"])
+    _, dataset = run([source], tokenizer_folder, tmp_path / "out")
+    piece = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json")).encode("hello world, the user says 😀 é\n").ids
+    assert dataset.documents == 3
+    assert np.array_equal(dataset.document(1)[:-1].reshape(-1, len(piece)), np.tile(piece, (1_500_000, 1)))
+
+
+LINES = st.one_of(
+    st.sampled_from([b"", b" \t", b"not json", b"[1]", b"{}", b'{"text": 3}', b'{"text": null}', b'{"text": ""}', b'{"text"']),
+    st.sampled_from([b'{"text": "\\ud800"}', b'{"text": "\xff"}', b'{"text": "a\\u0000b"}', b'{"text": "nul\x00raw"}']),
+    st.sampled_from([b'{"text": "\\ud83d\\ude00"}', '{"text": "\U000323b0\U0001ccfa\u0378"}'.encode(), b"\xef\xbb\xbf{}"]),
+    st.sampled_from([b'{"text": "<|im_start|>user<|endoftext|>"}', b'{"text": "<|im_end|>"}']),
+    st.text(max_size=20).map(lambda text: json.dumps({"text": text}).encode()),
+    st.text(max_size=20).map(lambda text: json.dumps({"text": text}, ensure_ascii=False).encode("utf-8", "surrogatepass")),
+    st.binary(max_size=12).map(lambda raw: raw.replace(b"\n", b"")),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    lines=st.lists(LINES, min_size=1, max_size=8),
+    bom=st.booleans(),
+    crlf=st.booleans(),
+    end=st.booleans(),
+    size=st.integers(1, 80),
+)
+def test_nothing_is_lost(
+    tmp_path_factory: pytest.TempPathFactory,
+    tokenizer_folder: Path,
+    lines: list[bytes],
+    bom: bool,
+    crlf: bool,
+    end: bool,
+    size: int,
+) -> None:
+    """Every line that is not blank is a document with the ids of `tokenizers`, or counted: by Python's json, one by one."""
+    folder = tmp_path_factory.mktemp("d")
+    newline = b"\r\n" if crlf else b"\n"
+    source = folder / "a.jsonl"
+    source.write_bytes(b"\xef\xbb\xbf" * bom + newline.join([*lines, b'{"text": "good"}']) + newline * end)
+    reference = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+    wanted, skipped = [], 0
+    content = source.read_bytes()
+    for line in (content[3:] if content.startswith(b"\xef\xbb\xbf") else content).split(b"\n"):
+        if not line.strip(b" \t\r\n"):
+            continue
+        try:
+            text = json.loads(line.decode())["text"]
+            ids = reference.encode(text.encode().decode(), add_special_tokens=False).ids if text else []
+        except (ValueError, KeyError, TypeError, AttributeError):
+            ids = []
+        if ids:
+            wanted.append([*ids, reference.token_to_id("<|im_end|>")])
+        else:
+            skipped += 1
+    with pytest.MonkeyPatch.context() as patch:
+        small_chunks(patch, size)
+        summary, dataset = run([source], tokenizer_folder, folder / "out")
+    assert documents(dataset) == wanted
+    assert summary.skipped.total() == skipped
+    assert summary.bytes == len(content)

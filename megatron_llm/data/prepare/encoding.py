@@ -1,0 +1,192 @@
+"""From texts to ids: exactly those of the tokenizer's own library, most of them computed by a faster one.
+
+The own library is the reference: `tokenizers`, `sentencepiece` or `tiktoken`. gigatoken computes the same ids about fifty
+times faster where `guard.py` lets it; the other texts go to the reference, and a sample of what gigatoken computed is
+compared with it. Called by `preprocess.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_llm.data.prepare.guard import Guard, NotExact, check_versions, convert_model, find_cut, find_guard
+from megatron_llm.data.prepare.references import HuggingFaceReference, Ids, Reference, SentencePieceReference, TiktokenReference
+from megatron_llm.data.tokenizer import load_encoder, load_sentencepiece, tokenizer_kind
+
+Offsets = npt.NDArray[np.int64]
+
+CHECKED = 1000  # one document in so many is compared with the reference
+FIRST_CHECKED = 4  # and these, so that a short run is checked too
+EXCERPT = 1 << 16  # characters of a document that are compared
+CACHE_BYTES = 256 << 20
+CACHE_LOOK = 16 << 20  # characters between two looks at the memory
+
+
+class TextTokenizer(Protocol):
+    """Turns texts into ids."""
+
+    how: str
+
+    def encode(self, texts: Sequence[str], where: Callable[[int], str]) -> tuple[Ids, Offsets]:
+        """Flat ids of all texts back to back, and where each text's begin: int64 [len(texts) + 1].
+
+        No bos or eos is added; special tokens spelled out in a text are matched. `where(i)` names text i in the error of
+        the sampled check, a ValueError.
+        """
+        ...
+
+
+def open_tokenizer(path: str | Path, fast: bool = True, threads: bool = True) -> TextTokenizer:
+    """The tokenizer of a folder or file, see `data/tokenizer.py`. Raises ValueError if it is none.
+
+    fast: may use gigatoken. threads: may use all cores; False in a process that is one of several workers.
+    """
+    if not threads:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the library's only switch
+    kind = tokenizer_kind(path)
+    if kind == "tiktoken":
+        return ReferenceTokenizer(TiktokenReference(path, threads))
+    reference, config = _open_huggingface(path) if kind == "huggingface" else _open_sentencepiece(path, threads)
+    if not fast:
+        return ReferenceTokenizer(reference)
+    try:
+        if isinstance(config, NotExact):
+            raise config
+        check_versions("gigatoken", reference.name)
+        return FastTokenizer(reference, find_guard(config), Gigatoken(config, threads))
+    except NotExact as reason:
+        return ReferenceTokenizer(reference, reason)
+
+
+def _open_huggingface(path: str | Path) -> tuple[Reference, dict[str, Any]]:
+    encoder = load_encoder(path)
+    config = json.loads(encoder.to_str())  # as the library understood the file, with every default written out
+    return HuggingFaceReference(encoder, find_cut(config)), config
+
+
+def _open_sentencepiece(path: str | Path, threads: bool) -> tuple[Reference, dict[str, Any] | NotExact]:
+    processor = load_sentencepiece(path)
+    try:
+        config = convert_model(path, processor)
+    except NotExact as reason:
+        return SentencePieceReference(processor, None, threads), reason
+    return SentencePieceReference(processor, find_cut(config), threads), config
+
+
+class Gigatoken:
+    """The fast library, made from a tokenizer.json. Raises NotExact if it does not take that.
+
+    It remembers every word it has met and forgets none, ten bytes for each of text that never repeats. So it is made anew
+    when the process has grown by `CACHE_BYTES`.
+    """
+
+    def __init__(self, config: dict[str, Any], threads: bool) -> None:
+        self._serialized, self._threads = json.dumps(config), threads
+        try:
+            self._load()
+        except Exception as error:  # its errors have no class in common
+            raise NotExact(f"gigatoken refuses it: {error}") from error
+
+    def _load(self) -> None:
+        import gigatoken
+
+        self._tokenizer = gigatoken.Tokenizer.from_json(self._serialized)
+        self._characters, self._resident = 0, _resident_bytes()
+
+    def encode(self, texts: list[str]) -> tuple[Ids, Offsets]:
+        """Flat ids and int64 [len(texts) + 1] offsets, the library's own arrays."""
+        self._characters += sum(map(len, texts))
+        if self._characters > CACHE_LOOK:
+            self._characters = 0
+            if _resident_bytes() > self._resident + CACHE_BYTES:
+                self._load()
+        layout = self._tokenizer.encode_batch(texts, parallel=self._threads).layout
+        return layout.content.data, layout.offsets.data
+
+
+def _resident_bytes() -> int:
+    """Memory of this process that is in use now; 0 where that cannot be told, which is everywhere but on Linux."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+
+
+class ReferenceTokenizer:
+    """Everything by the tokenizer's own library. `reason`: why nothing faster, for the log."""
+
+    def __init__(self, reference: Reference, reason: NotExact | None = None) -> None:
+        self._reference = reference
+        self.how = f"{reference.name}, because {reason}" if reason else reference.name
+
+    def encode(self, texts: Sequence[str], where: Callable[[int], str]) -> tuple[Ids, Offsets]:
+        ids = self._reference.encode(texts)
+        return np.concatenate(ids) if ids else np.empty(0, np.uint32), _offsets([len(part) for part in ids])
+
+
+class FastTokenizer:
+    """By gigatoken what the guard lets through, the rest by the reference, and a sample by both."""
+
+    def __init__(self, reference: Reference, guard: Guard, fast: Gigatoken) -> None:
+        self._reference, self._guard, self._fast = reference, guard, fast
+        self._first = FIRST_CHECKED
+        self.how = f"gigatoken, checked against {reference.name} on 1 document in {CHECKED:,}"
+
+    def encode(self, texts: Sequence[str], where: Callable[[int], str]) -> tuple[Ids, Offsets]:
+        refused = self._guard.refused(texts)
+        allowed = list(texts)
+        for index in refused:
+            allowed[index] = ""
+        ids, offsets = self._fast.encode(allowed)
+        self._check(allowed, ids, offsets, where)
+        return _replace(ids, offsets, refused, self._reference.encode([texts[index] for index in refused]))
+
+    def _check(self, texts: Sequence[str], ids: Ids, offsets: Offsets, where: Callable[[int], str]) -> None:
+        """Compares a sample with the reference. It is drawn by the batch's content, so that a repeated run draws it again."""
+        drawn = np.random.default_rng(zlib.crc32(offsets.tobytes())).random(len(texts)) < 1 / CHECKED
+        drawn[: self._first] = True
+        self._first = max(0, self._first - len(texts))
+        for index in np.flatnonzero(drawn).tolist():
+            text, computed, start = texts[index], ids[offsets[index] : offsets[index + 1]], 0
+            if len(text) > EXCERPT:  # somewhere in the text, encoded on its own by both
+                start = int(offsets[index]) % (len(text) - EXCERPT)
+                text = text[start : start + EXCERPT]
+                computed, _ = self._fast.encode([text])
+            (expected,) = self._reference.encode([text])
+            if not np.array_equal(computed, expected):
+                raise ValueError(f"{where(index)}: {self._difference(computed, expected, start, len(text))}")
+
+    def _difference(self, computed: Ids, expected: Ids, start: int, characters: int) -> str:
+        shorter = min(len(computed), len(expected))
+        first = int(np.append(computed[:shorter] != expected[:shorter], True).argmax())
+        both = [f"{ids[first]} of {len(ids):,}" if first < len(ids) else f"none of {len(ids):,}" for ids in (computed, expected)]
+        return (
+            f"in characters {start:,} to {start + characters:,}, token {first:,} is {both[0]} by gigatoken but {both[1]} by "
+            f"{self._reference.name}; use --no-fast, which is slower and always right, and report the document"
+        )
+
+
+def _offsets(lengths: Sequence[int] | Offsets) -> Offsets:
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
+def _replace(ids: Ids, offsets: Offsets, indices: Sequence[int], parts: Sequence[Ids]) -> tuple[Ids, Offsets]:
+    """The flat ids with the ids of some texts, which have none so far, put in."""
+    if not indices:
+        return ids, offsets
+    lengths = np.diff(offsets)
+    pieces: list[Ids] = []
+    done = 0
+    for index, part in zip(indices, parts, strict=True):
+        pieces += [ids[done : offsets[index]], part]
+        done = int(offsets[index])
+        lengths[index] = len(part)
+    return np.concatenate([*pieces, ids[done:]]), _offsets(lengths)

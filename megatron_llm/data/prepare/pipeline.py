@@ -1,0 +1,328 @@
+"""The pipeline of `preprocess` and `preprocess-chat`: read, encode, write; interrupted at any moment, it continues.
+
+One process reads and writes in order; an encoder works on chunks in between, on its own threads or in other processes. The
+files do not depend on which, nor on interruptions: every ten seconds what was written is forced to disk and noted in a
+journal, and what lies behind the last note is cut off and made again. What is not taken is counted by reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from megatron_llm.data.indexed import DatasetMeta, IndexedDataset, IntArray
+from megatron_llm.data.prepare.chunks import Chunk, InputFile, Position, Skipped
+from megatron_llm.data.prepare.inputs import read_chunks
+from megatron_llm.data.writer import IndexedWriter, Journal, publish, remove_staged
+
+EXAMPLES = 20  # skipped records shown by name; all are counted
+JOURNAL_SECONDS = 10.0
+JOURNAL_BYTES = 1 << 30
+WAITING_BYTES = 256 << 20  # input that may wait for other processes, or be on its way back
+
+
+@dataclass
+class Encoded:
+    """Documents back to back: ids [n], tokens of each [d], role bytes [n] or None, and the records that gave none.
+
+    `sides`: number of the output that each document goes to, uint8 [d]; None: the only one.
+    """
+
+    tokens: IntArray
+    lengths: IntArray
+    skipped: list[Skipped]
+    roles: npt.NDArray[np.uint8] | None = None
+    sides: npt.NDArray[np.uint8] | None = None
+
+
+class Encoder(Protocol):
+    """Turns chunks into documents. Sent to other processes as it is made; `load` then gets what cannot be sent."""
+
+    def load(self, threads: bool) -> str:
+        """Get ready, for many threads or one; says in a few words what does the work."""
+
+    def encode(self, chunk: Chunk) -> Encoded: ...
+
+
+@dataclass
+class Summary:
+    """What a command did, over all its runs. `bytes` are input bytes after decompression; `seconds` are of this run."""
+
+    outputs: list[str]
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    examples: list[str] = field(default_factory=list)
+    how: str = field(default="", compare=False)
+    seconds: float = field(default=0.0, compare=False)
+    new_bytes: int = field(default=0, compare=False)
+
+    @property
+    def done_before(self) -> bool:
+        """Whether there was nothing to do."""
+        return not self.seconds
+
+    def __str__(self) -> str:
+        lines = [f"{', '.join(self.outputs)}: {self.documents:,} documents, {self.tokens:,} tokens from {self.bytes:,} bytes"]
+        if self.done_before:
+            lines[0] += "; already done (--force does it again)"
+        else:
+            lines.append(f"{self.seconds:.1f} s, {self.new_bytes / 1e6 / self.seconds:.1f} MB/s with {self.how}")
+        if self.skipped:
+            lines.append(f"skipped {self.skipped.total():,} records:")
+            lines += [f"  {count:,}: {reason}" for reason, count in self.skipped.most_common()]
+        if self.examples:
+            lines.append("first of them:" if self.skipped.total() > len(self.examples) else "namely:")
+            lines += [f"  {example}" for example in self.examples]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """One command: what to read, encode and write. `name` is the user's --output; `outputs` are the prefixes to write.
+
+    `columns` is what to read of tables, None: all. `meta.made_by` is the digest of all that determines the files.
+    `kept_empty`: outputs without documents are no mistake.
+    """
+
+    name: str
+    outputs: Sequence[str]
+    inputs: list[InputFile]
+    encoder: Encoder
+    meta: DatasetMeta
+    dtype: np.dtype[Any]
+    columns: Sequence[str] | None = None
+    roles: bool = False
+    kept_empty: bool = False
+    workers: int = 1
+    strict: bool = False
+    progress: bool = True
+    journal_seconds: float = JOURNAL_SECONDS
+
+    @property
+    def journal(self) -> str:
+        return f"{self.name}.journal"
+
+    def run(self, start_over: bool = False) -> Summary:
+        """Write the outputs, going on where an earlier run was interrupted unless that is to be forgotten.
+
+        Raises ValueError for bad records with `strict`, if an output gets no document, or if another process does the same.
+        """
+        assert self.meta.made_by is not None
+        with closing(Journal(self.journal, self.meta.made_by)) as journal:
+            entry = None if start_over else journal.entry
+            if entry is None:
+                self._forget(journal)
+            finished = entry is not None and entry["finished"]
+            summary = _restored(self.outputs, entry) if entry and finished else self._write(journal, entry)
+            for prefix in self.outputs:
+                publish(prefix, roles=self.roles, meta=True)
+            journal.remove()
+        return summary
+
+    def _forget(self, journal: Journal) -> None:
+        """Remove the temporary files of an interrupted run that is not continued."""
+        old = journal.abandoned or journal.entry
+        if journal.abandoned:
+            print(f"{self.journal} is of other options or inputs: starting over", file=sys.stderr)
+        for name in old["outputs"] if old else ():
+            remove_staged(Path(self.journal).parent / Path(name).name)
+        journal.forget()
+
+    def _write(self, journal: Journal, entry: dict[str, Any] | None) -> Summary:
+        summary = _restored(self.outputs, entry) if entry else Summary(list(self.outputs))
+        counts = entry["outputs"] if entry else {}
+        start: Position | None = tuple(entry["position"]) if entry else None
+        with ExitStack() as stack:
+            writers = [
+                stack.enter_context(
+                    IndexedWriter(
+                        prefix,
+                        self.dtype,
+                        self.meta,
+                        self.roles,
+                        allow_empty=self.kept_empty,
+                        resume=counts.get(Path(prefix).name),
+                    )
+                )
+                for prefix in self.outputs
+            ]
+            bar = stack.enter_context(self._bar(entry["disk_bytes"] if entry else 0))
+
+            def save(finished: bool = False) -> None:
+                outputs = {Path(writer.prefix).name: writer.checkpoint() for writer in writers}
+                content = {"outputs": outputs, "position": start, "disk_bytes": bar.n, "summary": vars(summary)}
+                journal.save({**content, "finished": finished})
+
+            saved, saved_bytes = time.monotonic(), summary.bytes
+            chunks = read_chunks(self.inputs, start, columns=self.columns)
+            for chunk, encoded in _encode_all(self.encoder, chunks, self.workers, summary):
+                _add(encoded, writers)
+                self._count(summary, encoded)
+                summary.bytes += chunk.input_bytes
+                summary.new_bytes += chunk.input_bytes
+                start = chunk.end
+                bar.update(chunk.disk_bytes)
+                if time.monotonic() - saved >= self.journal_seconds or summary.bytes - saved_bytes >= JOURNAL_BYTES:
+                    save()
+                    saved, saved_bytes = time.monotonic(), summary.bytes
+            summary.documents, summary.tokens = sum(w.documents for w in writers), sum(w.tokens for w in writers)
+            self._check_outputs(summary, writers)
+            for writer in writers:
+                writer.meta = replace(self.meta, input_bytes=summary.bytes, skipped=dict(sorted(summary.skipped.items())))
+                writer.finish()
+            save(finished=True)
+        return summary
+
+    def _count(self, summary: Summary, encoded: Encoded) -> None:
+        """Account for what was skipped. Raises ValueError with `strict`."""
+        for skipped in encoded.skipped:
+            if self.strict and skipped.bad:
+                raise ValueError(f"{skipped.where}: {skipped.reason}")
+            summary.skipped[skipped.reason] += 1
+            if len(summary.examples) < EXAMPLES:
+                summary.examples.append(f"{skipped.where}: {skipped.reason}")
+
+    def _check_outputs(self, summary: Summary, writers: Sequence[IndexedWriter]) -> None:
+        if self.kept_empty:
+            return
+        if not summary.documents:
+            raise ValueError(f"no document could be used, nothing was written\n{summary}")
+        for writer in writers:
+            if not writer.documents:
+                raise ValueError(
+                    f"--split leaves {writer.prefix} none of {summary.documents:,} documents; give it a larger share"
+                )
+
+    def _bar(self, done: int) -> tqdm[Any]:
+        return tqdm(
+            total=sum(file.end - file.start for file in self.inputs),
+            initial=done,
+            unit="B",
+            unit_scale=True,
+            desc="tokenize",
+            mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file needs no animation
+            disable=not self.progress,
+        )
+
+
+def digest(**parts: Any) -> str:
+    """sha256 of values that JSON can hold: what tells one command from another."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def made_by(prefix: str | Path, command: str | None) -> bool:
+    """Whether this data set is there, whole, and the work of the command with this digest."""
+    try:
+        meta = IndexedDataset(prefix).meta
+    except ValueError:
+        return False
+    return meta is not None and meta.made_by == command
+
+
+def summary_of(outputs: Sequence[str]) -> Summary:
+    """What finished outputs of one command say about it."""
+    metas = [meta for prefix in outputs if (meta := IndexedDataset(prefix).meta) is not None]
+    return Summary(
+        list(outputs),
+        documents=sum(meta.documents for meta in metas),
+        tokens=sum(meta.tokens for meta in metas),
+        bytes=metas[0].input_bytes,
+        skipped=Counter(metas[0].skipped),
+    )
+
+
+def _restored(outputs: Sequence[str], entry: dict[str, Any]) -> Summary:
+    """The summary of a journal's entry."""
+    content = dict(entry["summary"], outputs=list(outputs), new_bytes=0)
+    return Summary(**{**content, "skipped": Counter(content["skipped"])})
+
+
+def _add(encoded: Encoded, writers: Sequence[IndexedWriter]) -> None:
+    """Give each writer its documents."""
+    if encoded.sides is None:
+        writers[0].add_documents(encoded.tokens, encoded.lengths, encoded.roles)
+        return
+    assert encoded.roles is None
+    for side, writer in enumerate(writers):
+        chosen = encoded.sides == side
+        writer.add_documents(encoded.tokens[np.repeat(chosen, encoded.lengths)], encoded.lengths[chosen])
+
+
+def _encode_all(encoder: Encoder, chunks: Iterator[Chunk], workers: int, summary: Summary) -> Iterator[tuple[Chunk, Encoded]]:
+    """Chunks, without their records, and what became of them, in order. Only a few are read ahead."""
+    if workers == 1:  # the encoder's own threads use all cores
+        summary.how = encoder.load(threads=True)
+        for chunk in chunks:
+            yield replace(chunk, records=()), encoder.encode(chunk)
+        return
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (encoder,))
+    pending: deque[tuple[Chunk, Future[Encoded]]] = deque()
+    waiting = 0
+    try:
+        summary.how = f"{workers} processes of {pool.submit(_load_in_worker).result()}"
+        for chunk in chunks:
+            pending.append((replace(chunk, records=()), pool.submit(_encode_in_worker, chunk)))
+            waiting += chunk.input_bytes
+            while len(pending) > 2 * workers or (waiting > WAITING_BYTES and pending):
+                done, future = pending.popleft()
+                waiting -= done.input_bytes
+                yield done, future.result()
+        for done, future in pending:
+            yield done, future.result()
+    except BrokenProcessPool as error:
+        raise ValueError("a worker process died, most likely for lack of memory; try fewer --workers") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_worker: dict[str, Any] = {}
+
+
+def _start_worker(encoder: Encoder) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the library's only switch: one thread a worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process answers it and ends the pool
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _worker["encoder"] = encoder
+
+
+def _end_with_parent() -> None:
+    """A killed parent cannot tell its workers, which would wait for it for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+def _load_in_worker() -> str:
+    """Load the encoder if this process has not; errors reach the parent as they do from `encode`."""
+    if "how" not in _worker:
+        _worker["how"] = _worker["encoder"].load(threads=False)
+    how: str = _worker["how"]
+    return how
+
+
+def _encode_in_worker(chunk: Chunk) -> Encoded:
+    _load_in_worker()
+    encoded: Encoded = _worker["encoder"].encode(chunk)
+    return encoded
