@@ -127,7 +127,9 @@ def measure_ours(prefix: str) -> dict[str, float]:
     stream.batch([0])
     figures = {"start_seconds": time.perf_counter() - start}
     assert not problems, problems
-    rows = PretrainRows(IndexedDataset(prefix, 65000), SEQUENCE, 1234, shuffled=True, isolation=True, masked=True)
+    dataset = IndexedDataset(prefix, 65000)
+    dataset.expect_random_reads()
+    rows = PretrainRows(dataset, SEQUENCE, 1234, shuffled=True, isolation=True, masked=True)
     figures |= time_rows(rows.row, rows.rows_per_epoch, "row")
     figures |= time_rows(lambda row: stream.batch([row]), rows.rows_per_epoch, "batch")
     return {**figures, "memory_mb": anonymous_memory() - before, "cache_mb": 0.0, "rows": rows.rows_per_epoch}

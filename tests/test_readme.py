@@ -1,4 +1,4 @@
-"""The README's commands, run as written, in a folder that holds what the README says it holds."""
+"""The commands of the README and of docs/data.md, run as written, in a folder that holds what the README says it holds."""
 
 from __future__ import annotations
 
@@ -16,8 +16,19 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTED_ELSEWHERE = ("make ", "pip install")  # the Makefile's targets are what runs this test, or have tests of their own
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+def blocks(language: str, page: str = "README.md") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def run_commands(page: str, folder: Path, at_least: int) -> None:
+    """Run every command of a page in `folder`, in order; each must succeed."""
+    commands = [line.split("  #")[0].strip() for block in blocks("", page) for line in block.splitlines() if line.strip()]
+    mine = [command for command in commands if not command.startswith(TESTED_ELSEWHERE)]
+    assert len(mine) >= at_least and all(command.startswith(("megatron-llm ", "torchrun ")) for command in mine)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for command in mine:
+        done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, f"$ {command}\n{done.stdout}\n{done.stderr}"
 
 
 def prepare(folder: Path) -> None:
@@ -55,16 +66,32 @@ def prepare(folder: Path) -> None:
 @pytest.mark.slow
 def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
     prepare(tmp_path)
-    commands = [line.split("  #")[0].strip() for block in blocks("") for line in block.splitlines() if line.strip()]
-    mine = [command for command in commands if not command.startswith(TESTED_ELSEWHERE)]
-    assert len(mine) >= 10 and all(command.startswith(("megatron-llm ", "torchrun ")) for command in mine)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    for command in mine:
-        # The three runs share a folder: each continues the one before it in another layout.
-        done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, f"$ {command}\n{done.stdout}\n{done.stderr}"
+    run_commands("README.md", tmp_path, at_least=10)  # the runs share a folder: each continues the one before in another layout
     assert json.loads((tmp_path / "runs/demo/status.json").read_text()) == {"outcome": "done", "step": 12}
     assert (tmp_path / "hf/demo/tokenizer.json").is_file()
+
+
+@pytest.mark.slow
+def test_every_command_of_the_data_page_runs(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    run_commands("docs/data.md", tmp_path, at_least=8)
+    for prefix in ("data/text", "data/split-train", "data/split-valid", "data/joined"):
+        assert (tmp_path / f"{prefix}.idx").is_file()
+    assert (tmp_path / "data/joined.bin").read_bytes() == (tmp_path / "data/text.bin").read_bytes()
+    assert (tmp_path / "data/text.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "dedup.json").read_text())
+
+    (shown,) = blocks("yaml", "docs/data.md")
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text()) | yaml.safe_load(shown)
+    config["training"] |= {"steps": 2, "eval_every": 2}
+    config["logging"]["run_dir"] = "runs/data"
+    config["parallel"] = {}
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "megatron_llm", "train", "data.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    last = json.loads((tmp_path / "runs/data/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["valid_loss/held_out"] > 0
 
 
 def test_the_readmes_configuration_is_valid() -> None:

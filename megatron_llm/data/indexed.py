@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import mmap
 import struct
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,8 @@ class IndexedDataset:
         """
         self.prefix = str(prefix)
         self._vocab_size = vocab_size
+        self._maps: dict[str, mmap.mmap] = {}  # by suffix
+        self._random = False
         for suffix in (".idx", ".bin"):
             if not Path(self.prefix + suffix).is_file():
                 raise ValueError(f"{self.prefix}{suffix} does not exist; {self._missing_hint()}")
@@ -117,9 +120,28 @@ class IndexedDataset:
         if length < 0 or start < 0 or start % self.dtype.itemsize:
             at = self._pointers_at + 8 * (len(self._pointers) - 1)
             raise self._damaged(at, f"the last sequence has {length} tokens from byte {start} of the .bin on")
-        self.tokens: IntArray = _map(path, self.dtype, 0, expected // self.dtype.itemsize)
+        self.tokens: IntArray = self._array(".bin", self.dtype, 0, expected // self.dtype.itemsize)
         self.roles = self._read_roles(Path(self.prefix + ".roles.bin"))
         self.meta = self._read_meta(Path(self.prefix + ".meta.json"))
+
+    def _array(self, suffix: str, dtype: np.dtype[Any], offset: int, count: int) -> npt.NDArray[Any]:
+        """Read-only array of `count` items in one of the files, mapped into memory; an empty file cannot be mapped."""
+        if not count:
+            return np.empty(0, dtype)
+        if suffix not in self._maps:
+            with open(self.prefix + suffix, "rb") as file:
+                self._maps[suffix] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return np.frombuffer(self._maps[suffix], dtype, count, offset)
+
+    def expect_random_reads(self) -> None:
+        """Tell the kernel that the next reads are far apart.
+
+        Else it reads on after each of them, megabytes on some machines, which takes time and pushes useful pages out of
+        its cache.
+        """
+        self._random = True
+        for file in self._maps.values():
+            file.madvise(mmap.MADV_RANDOM)
 
     def _missing_hint(self) -> str:
         """Users often give the file instead of the prefix, or have not preprocessed."""
@@ -150,10 +172,10 @@ class IndexedDataset:
                 f"{path} has {size} bytes, but its header (bytes 18-33) promises {sequences} sequences and {indices} document "
                 f"indices, which take {end}; the file is {'truncated' if size < end else 'damaged'}"
             )
-        self._lengths = _map(path, np.dtype("<i4"), HEADER.size, sequences)
+        self._lengths = self._array(".idx", np.dtype("<i4"), HEADER.size, sequences)
         self._pointers_at, self._documents_at = pointers_at, documents_at
-        self._pointers = _map(path, np.dtype("<i8"), pointers_at, sequences)
-        self._document_indices = _map(path, np.dtype("<i8"), documents_at, indices)
+        self._pointers = self._array(".idx", np.dtype("<i8"), pointers_at, sequences)
+        self._document_indices = self._array(".idx", np.dtype("<i8"), documents_at, indices)
         # The header has 34 bytes, so these arrays are not aligned, and `np.searchsorted` would copy all of them first.
         # `bisect` reads the same memory in place.
         self._pointers_view = self._pointers.view(np.uint8).data.cast("q")
@@ -167,7 +189,7 @@ class IndexedDataset:
             return None
         if path.stat().st_size != len(self.tokens):
             raise ValueError(f"{path} has {path.stat().st_size} bytes for {len(self.tokens)} tokens; preprocess again")
-        return _map(path, np.dtype(np.uint8), 0, len(self.tokens))
+        return self._array(".roles.bin", np.dtype(np.uint8), 0, len(self.tokens))
 
     def _read_meta(self, path: Path) -> DatasetMeta | None:
         if not path.is_file():
@@ -249,6 +271,11 @@ class IndexedDataset:
 
         Raises ValueError naming file and byte of an id that is negative or not below `vocab_size`.
         """
+        if self._random and start < len(self.tokens):
+            # Without reading on, each page would be fetched by itself.
+            first, end = (place * self.dtype.itemsize for place in (start, min(start + count, len(self.tokens))))
+            first -= first % mmap.PAGESIZE
+            self._maps[".bin"].madvise(mmap.MADV_WILLNEED, first, end - first)
         ids = self.tokens[start : start + count].astype(np.int64)
         limit = 1 << 63 if self._vocab_size is None else self._vocab_size
         unsigned = ids.view(np.uint64)  # a negative id is a huge one, so one comparison finds both
@@ -304,11 +331,3 @@ class IndexedDataset:
             steps = np.diff(self._document_indices[first : first + BLOCK + 1])
             if (steps < 0).any():
                 raise ValueError(f"{self.prefix}.idx: document {first + int(np.argmax(steps < 0))} ends before it starts")
-
-
-def _map(path: Path, dtype: np.dtype[Any], offset: int, count: int) -> npt.NDArray[Any]:
-    """Read-only memory map of `count` items; an empty file cannot be mapped.
-
-    A plain array over the map: indexing a `np.memmap` costs microseconds.
-    """
-    return np.memmap(path, dtype, "r", offset, (count,)).view(np.ndarray) if count else np.empty(0, dtype)

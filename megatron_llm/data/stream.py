@@ -108,10 +108,12 @@ def build_train_stream(config: Config) -> TokenStream:
     if not data.train:
         raise ValueError("data.train lists no data set")
     assert config.training.steps >= 0, "training.steps: -1 is resolved before anything else"
-    sources = {
-        f"{index}. {_name(source)}" if len(data.train) > 1 else _name(source): _train_rows(config, index, _open(config, source))
-        for index, source in enumerate(data.train)
-    }
+    sources = {}
+    for index, source in enumerate(data.train):
+        dataset = _open(config, source)
+        sources[f"{index}. {_name(source)}" if len(data.train) > 1 else _name(source)] = _train_rows(config, index, dataset)
+        if data.order != "file":
+            dataset.expect_random_reads()
     weights = _weights(config, list(sources.values()))
     planned = _planned_rows(config)
     as_megatron = data.order == "megatron" and len(sources) > 1

@@ -225,6 +225,16 @@ def test_ids_outside_the_vocabulary_are_named_with_their_byte(tmp_path: Path, mo
     assert IndexedDataset(tmp_path / "a").read(0, 20).max() < 20
 
 
+def test_random_reads_are_the_same_reads(tmp_path: Path) -> None:
+    """Over many pages, at both ends, and with nothing to read."""
+    ids = np.random.default_rng(0).integers(0, 1000, 50_000)
+    write(tmp_path / "a", [ids.tolist()], np.int32)
+    dataset = IndexedDataset(tmp_path / "a", vocab_size=1000)
+    dataset.expect_random_reads()
+    for start, count in ((0, 50_000), (0, 0), (49_990, 20), (50_000, 5), (1023, 2), (12_345, 4097)):
+        assert np.array_equal(dataset.read(start, count), ids[start : start + count])
+
+
 def test_places_beyond_2_to_the_31(tmp_path: Path) -> None:
     """Five sequences, the data in the last; the file is sparse and takes no disk."""
     length = 2**31 - 1
@@ -238,6 +248,7 @@ def test_places_beyond_2_to_the_31(tmp_path: Path) -> None:
         file.seek(2 * (tokens - 12))
         file.write(np.arange(1, 13, dtype="<u2").tobytes())
     dataset = IndexedDataset(tmp_path / "a", vocab_size=12)
+    dataset.expect_random_reads()
     assert len(dataset.tokens) == tokens > 2**32
     assert dataset.document(3).tolist() == [6, 7, 8, 9]
     assert dataset.document_offsets().tolist() == [pointer // 2 for pointer in pointers] + [tokens]

@@ -191,7 +191,7 @@ class _Shuffle:
             return
         self._order.seek(ENTRY.itemsize * document)
         entries = np.frombuffer(self._order.read(ENTRY.itemsize * (document_end - document)), ENTRY)
-        order = np.argsort(hash_numbers(self._seed, entries["number"]), kind="stable")  # equal hashes stay in their order
+        order = np.argsort(hash_numbers(self._seed, entries["number"]))  # a bijection: no two are equal
         sequences = sequence + np.concatenate(([0], np.cumsum(entries["sequences"])))
         tokens = token + np.concatenate(([0], np.cumsum(entries["tokens"])))
         assert (sequences[-1], tokens[-1]) == (sequence_end, token_end)

@@ -105,6 +105,24 @@ def test_documents_that_differ_in_numbers_only_stay(tmp_path: Path) -> None:
     assert sorted(numbers) == sorted([re.findall(r"\d+", text) for text in reports] + [[]])
 
 
+def test_tables_of_other_numbers_are_not_alike(tmp_path: Path) -> None:
+    words = prose(5, 150)
+    texts = [
+        " ".join(f"{word} {first + n}" for n, word in enumerate([title, *words])) for title, first in (("rain", 0), ("snow", 300))
+    ]
+    run([write_jsonl(tmp_path / "a.jsonl", texts)], tmp_path / "out")
+    assert kept_texts(tmp_path / "out") == texts
+
+
+def test_seed_and_ngram_reach_the_signatures(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", ["one two three four five six seven"])
+    signatures = set()
+    for number, options in enumerate(({}, {"seed": 2}, {"ngram": 3}, {"ngram": 8})):
+        run([source], tmp_path / f"{number}", **options)
+        signatures.add((tmp_path / f"{number}.work/near/signatures/bucket_000/00000.minhash.sig").read_bytes())
+    assert len(signatures) == 4 and b"" in signatures, "seven words have no n-gram of eight"
+
+
 @pytest.mark.parametrize("tasks", [3, 7])
 def test_the_number_of_tasks_changes_nothing(tmp_path: Path, corpus: list[str], tasks: int) -> None:
     inputs = [write_jsonl(tmp_path / f"{number}.jsonl", corpus[number::7]) for number in range(7)]

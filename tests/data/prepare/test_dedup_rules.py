@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
+from datatrove.data import Document
 from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupSignature
 from datatrove.utils.hashing import HashConfig
 from hypothesis import given, settings
@@ -24,7 +26,7 @@ from megatron_llm.data.prepare.dedup_rules import (
     text_digest,
     words_and_numbers,
 )
-from megatron_llm.data.prepare.dedup_steps import Signatures, Words
+from megatron_llm.data.prepare.dedup_steps import FindExact, Signatures, Words
 
 
 @pytest.mark.parametrize(
@@ -73,6 +75,24 @@ def test_exact_duplicates_are_those_of_a_dict(texts: list[str], shuffle: object)
     digests = np.frombuffer(b"".join(text_digest(texts[at]) for at in order), ">u8").reshape(-1, 2).astype(np.uint64)
     removed, kept = exact_duplicates(digests, np.array(order, np.uint64))
     assert list(zip(removed.tolist(), kept.tolist(), strict=True)) == expected
+
+
+def test_both_halves_of_a_digest_count() -> None:
+    digests = np.array([[1, 1], [1, 2], [2, 2], [1, 1], [2, 1]], np.uint64)
+    removed, kept = exact_duplicates(digests, np.arange(5, dtype=np.uint64))
+    assert (removed.tolist(), kept.tolist()) == ([3], [0])
+
+
+@pytest.mark.parametrize("parts", [1, 3, 5])
+def test_the_parts_of_the_range_of_digests_leave_nothing_out(tmp_path: Path, parts: int) -> None:
+    edges = {min(max((part << 64) // parts + step, 0), 2**64 - 1) for part in range(parts + 1) for step in (-1, 0, 1)}
+    for task in range(2):
+        halves = np.array(sorted(edges), np.uint64)
+        np.save(tmp_path / f"{task:05d}.npy", np.array([halves, halves, position(task, range(len(edges)))]))
+    for part in range(parts):
+        FindExact(tmp_path, tmp_path / "found").run(None, part, parts)
+    found = np.concatenate([np.load(path) for path in sorted((tmp_path / "found").iterdir())], axis=1)
+    assert found.T.tolist() == [[int(position(1, n)), int(position(0, n))] for n in range(len(edges))]
 
 
 Member = tuple[int, int, int, int]  # cluster, length, words, numbers
@@ -153,12 +173,23 @@ def test_similarity_outside_of_0_and_1(similarity: float) -> None:
         signature_for(similarity)
 
 
-def test_signatures_in_pieces_are_those_of_datatrove(tmp_path: object) -> None:
+def test_signatures_in_pieces_are_those_of_datatrove(tmp_path: Path) -> None:
     config = MinhashConfig(num_buckets=3, hashes_per_bucket=4, hash_config=HashConfig(hash_fc="sha1"))
     ours, theirs = Signatures(str(tmp_path), config, Words()), MinhashDedupSignature(str(tmp_path), config)
     shingles = np.random.default_rng(0).integers(0, 2**63, (150_000, 1), np.uint64)
     for count in (1, 65_536, 65_537, 150_000):
         assert ours.get_signature(shingles[:count]) == theirs.get_signature(shingles[:count])
+
+
+def test_a_late_writer_does_not_reach_the_signatures(tmp_path: Path) -> None:
+    path = tmp_path / "bucket_000/00000.minhash.sig"
+    path.parent.mkdir()
+    with path.open("wb") as late:
+        config = MinhashConfig(num_buckets=1, hash_config=HashConfig(hash_fc="sha1"))
+        Signatures(str(tmp_path), config, Words()).run(iter([Document(text="one two three four five six", id="0")]))
+        written = path.read_bytes()
+        late.write(b"of an interrupted task" * 50)
+    assert written and path.read_bytes() == written
 
 
 def test_words() -> None:

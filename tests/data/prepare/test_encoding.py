@@ -16,7 +16,7 @@ import sentencepiece
 import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from megatron_llm.data.prepare import encoding, references
 from megatron_llm.data.prepare.encoding import FastTokenizer, Gigatoken, TextTokenizer, open_tokenizer
@@ -87,6 +87,8 @@ def test_settings_of_tokenizer_json_are_ignored(tmp_path: Path) -> None:
     """Truncation, padding and a post-processor that adds tokens."""
     encoder = Tokenizer.from_str(json.dumps(make("gpt2")))
     plain = encoder.encode("the " * 50, add_special_tokens=False).ids
+    encoder.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 4780), ("</s>", 4781)])
+    assert len(encoder.encode("the").ids) == len(encoder.encode("the", add_special_tokens=False).ids) + 2
     encoder.enable_truncation(5)
     encoder.enable_padding(length=300)
     folder = save(json.loads(encoder.to_str()), tmp_path)
@@ -127,17 +129,19 @@ def models_(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-FAST_MODELS = ("llama", "no_prefix", "control")
+HOW = {"user": "sentencepiece, because it has user-defined pieces", "nfkc": "sentencepiece, because of its normalizer"}
+HOW |= dict.fromkeys(("llama", "no_prefix", "control"), "gigatoken, checked against sentencepiece")
+HOW |= dict.fromkeys(("no_bytes", "unigram"), "sentencepiece, because only ")
 
 
-@pytest.mark.parametrize("name", [*FAST_MODELS, "user", "nfkc", "no_bytes", "unigram"])
+@pytest.mark.parametrize("name", HOW)
 def test_ids_are_those_of_sentencepiece(name: str, models_: Path) -> None:
     path = models_ / f"{name}.model"
     texts = random_texts(4_000, seed=6, more=["<s>", "<ctl>", "<user>", "the", " ", "\n\n", "self", "return"])
     expected = sentencepiece.SentencePieceProcessor(model_file=str(path)).encode(texts)
     for fast in (True, False):
         tokenizer = open_tokenizer(path, fast)
-        assert tokenizer.how.startswith("gigatoken, checked") == (fast and name in FAST_MODELS), tokenizer.how
+        assert tokenizer.how.startswith(HOW[name]) if fast else tokenizer.how == "sentencepiece"
         assert encode(tokenizer, texts) == expected
 
 
@@ -207,7 +211,7 @@ def test_long_texts_go_to_the_reference_in_parts(family: str, folders: dict[str,
 
 
 def test_the_cache_is_emptied_when_the_process_has_grown(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    resident = iter([1000, 1000 + 256, 1000 + 257, 5000, 5000])
+    resident = iter([1000, 1000 + 256, 1000 + 257, 5000, 5000 + 256])
     monkeypatch.setattr(encoding, "_resident_bytes", lambda: next(resident))
     monkeypatch.setattr(encoding, "CACHE_BYTES", 256)
     monkeypatch.setattr(encoding, "CACHE_LOOK", 10)
@@ -217,9 +221,10 @@ def test_the_cache_is_emptied_when_the_process_has_grown(folders: dict[str, Path
     fast.encode(["the the"])  # looks: not more than 256
     assert fast._tokenizer is first
     ids, _ = fast.encode(["the the the"])  # looks: 257
-    assert fast._tokenizer is not first
     assert ids.tolist() == by_tokenizers(folders["gpt2"], ["the the the"])[0]
-    assert next(resident) == 5000  # the base was read anew
+    second = fast._tokenizer
+    fast.encode(["the the the"])  # looks: 256 more than after it was made anew
+    assert second is not first and fast._tokenizer is second and next(resident, None) is None
 
 
 # ---- the sampled check

@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     st.data(),
     st.sampled_from(ALL),
 )
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 def test_lines(folder: Path, lines: list[bytes], data: st.DataObject, compression: str) -> None:
     """Against splitting at line feeds; a carriage return before one is white space to JSON."""
     ends = [data.draw(st.sampled_from([b"\n", b"\r\n"])) for _ in lines]
@@ -53,7 +53,7 @@ def test_lines(folder: Path, lines: list[bytes], data: st.DataObject, compressio
 
 
 @given(st.lists(OBJECT, min_size=1, max_size=6), st.data(), st.sampled_from(["", ".zst", ".gz"]))
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 def test_arrays(folder: Path, objects: list[Any], data: st.DataObject, compression: str) -> None:
     indent, ascii_ = data.draw(st.sampled_from([None, 0, 2])), data.draw(st.booleans())
     content = json.dumps(objects, indent=indent, ensure_ascii=ascii_).encode()
@@ -66,7 +66,7 @@ def test_arrays(folder: Path, objects: list[Any], data: st.DataObject, compressi
 
 
 @given(st.lists(OBJECT, min_size=1, max_size=6), st.data(), st.sampled_from(["", ".xz"]))
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 def test_values_one_after_the_other(folder: Path, objects: list[Any], data: st.DataObject, compression: str) -> None:
     """Printed over several lines, one a line, several on a line, or with the line ends of another age."""
     objects = [{"first": 0}, *objects]
@@ -135,7 +135,7 @@ FIELD = st.text(st.characters(codec="utf-8") | st.sampled_from('",\t\n\r\x00\x85
 
 
 @given(st.lists(st.tuples(FIELD, FIELD), max_size=8), st.data(), st.sampled_from([".csv", ".tsv", ".csv.gz", ".tsv.bz2"]))
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=120)
 def test_csv(folder: Path, rows: list[tuple[str, str]], data: st.DataObject, suffix: str) -> None:
     """What Python's csv module wrote, with any line end."""
     out = io.StringIO(newline="")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from megatron_llm.data.prepare.guard import NFC, UNICODE_17, NotExact, check_versions, code_points, find_cut, find_guard
+from megatron_llm.data.prepare.guard import BLOCK, NFC, UNICODE_17, NotExact, check_versions, code_points, find_cut, find_guard
 from tests.data.prepare.made_tokenizers import BYTE_LEVEL, FAMILIES, LLAMA3, PIECES, SPACES, added, make
 
 TEMPLATES = {"!%s?": [*BYTE_LEVEL, "llama2", "mistral"], "a%sa1": [*BYTE_LEVEL], "a%s\u0327\u0301\u0316!": ["gpt2 nfc", "qwen2"]}
@@ -60,7 +61,7 @@ def assert_exact(config: dict[str, Any], texts: list[str]) -> None:
     """Equal on all texts that the guard lets through."""
     refused = set(find_guard(config).refused(texts))
     allowed = [text for index, text in enumerate(texts) if index not in refused]
-    assert len(allowed) > len(texts) / 2
+    assert len(allowed) > len(texts) / 3
     fast, expected = ids_of_both(config, allowed)
     different = [(text, f, e) for text, f, e in zip(allowed, fast, expected, strict=True) if f != e]
     assert not different, (len(different), min(different, key=lambda entry: len(entry[0])))
@@ -75,12 +76,12 @@ def scan(family: str, template: str, points: Sequence[int]) -> None:
 ALL = [(family, template) for template, families in TEMPLATES.items() for family in families]
 
 
-@pytest.mark.parametrize(("family", "template"), ALL)
-def test_code_points_around_the_guarded_and_thinly_elsewhere(family: str, template: str) -> None:
-    table = code_points(UNICODE_17, NFC)
-    edges = np.flatnonzero(table[1:] != table[:-1])
-    near = {int(edge) + step for edge in edges for step in range(-3, 5)}
-    scan(family, template, sorted((near | set(range(0, 0x110000, 89))) - set(range(0xD800, 0xE000))))
+@pytest.mark.parametrize(("family", "template"), [case for case in ALL if case[0] in BYTE_LEVEL and case[1] != "a%sa1"])
+def test_code_points_that_may_be_new_and_thinly_all_others(family: str, template: str) -> None:
+    """New for one of the libraries is only what this Python does not know, or what the guard knows."""
+    unknown = {point for point in range(0x20000) if unicodedata.category(chr(point)) == "Cn"}
+    guarded = set(np.flatnonzero(code_points(UNICODE_17, NFC)).tolist())
+    scan(family, template, sorted((unknown | guarded | set(range(0, 0x110000, 89))) - set(range(0xD800, 0xE000))))
 
 
 @pytest.mark.slow
@@ -94,6 +95,12 @@ def test_the_guard_is_needed(family: str) -> None:
     """Were the libraries' tables equal one day, the guard could go; and these vocabularies do show a difference."""
     fast, expected = ids_of_both(make(family), ["!\U000323b0?", "a\u088fa"])
     assert all(f != e for f, e in zip(fast, expected, strict=True))
+
+
+def test_long_texts_are_guarded_to_their_end() -> None:
+    guard = find_guard(make("gpt2"))
+    texts = ["é" * length + last for length in (BLOCK - 1, BLOCK, 2 * BLOCK) for last in ("é", "\U000323b0")]
+    assert guard.refused(texts) == [1, 3, 5]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -155,7 +162,7 @@ def test_tokenizers_that_are_not_on_the_list() -> None:
         "normalized token under NFC": make("qwen2", [normalized]),
         "normalized token under Replace": make("gemma", [normalized]),
         "overlapping raw and normalized tokens": make("gpt2", [added("th"), normalized]),
-        "partly overlapping": make("gpt2", [added("<the"), normalized, added("hex")]),
+        "partly overlapping": make("gpt2", [normalized, added("hex")]),
         "empty token": make("gpt2", [{**added("x"), "content": ""}]) | {"added_tokens": [{**added(""), "id": 9}]},
     }
     for name, config in wrong.items():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_llm.data.prepare.inputs import describe_inputs, find_inputs, read_chunks, shard_inputs
@@ -147,7 +147,8 @@ KINDS = ["a.jsonl", "b.jsonl", "c.jsonl.gz", "d.txt", "e.csv", "f.json"]
     st.lists(st.tuples(st.lists(LINE, max_size=9), st.booleans(), st.sampled_from(KINDS)), min_size=1, max_size=4),
     st.integers(1, 6),
 )
-@settings(deadline=None, max_examples=200)
+@example([([b"a"], True, "a.jsonl"), ([], False, "d.txt")], 3)  # a file without bytes, but a record, at the very end
+@settings(deadline=None, max_examples=150)
 def test_shards_are_the_input(folder: Path, contents: list[tuple[list[bytes], bool, str]], count: int) -> None:
     """Every record is in one shard, in order, and named by its line or place; and going on works in every shard."""
     paths = []

@@ -54,8 +54,8 @@ def test_merged_equals_written_at_once(tmp_path_factory: pytest.TempPathFactory,
             merge(prefixes, folder / "out", progress=False)
         return
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "COPY_BYTES", 64)
         if by_hand:
-            patch.setattr(module, "COPY_BYTES", 64)
             patch.setattr(os, "copy_file_range", lambda *arguments: 0)
         merge(prefixes, folder / "out", progress=False)
     write(folder / "whole", documents)
