@@ -51,6 +51,10 @@ quickstart: $(STAMP)
 
 bench: $(STAMP)
 	$(PY) benchmarks/train_vs_transformers.py
+	$(PY) benchmarks/preprocess.py
+	$(PY) benchmarks/tokenizer_speed.py
+	$(PY) benchmarks/open_rows.py
+	$(PY) benchmarks/packing.py
 
 clean:
 	rm -rf .venv build runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

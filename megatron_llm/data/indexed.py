@@ -94,6 +94,7 @@ class IndexedDataset:
     Attributes:
         tokens: all token ids [N], memory-mapped. roles: uint8 [N] memory-mapped, None without `.roles.bin`.
         meta: the description, None without `.meta.json`. documents: number of documents.
+        sequence_lengths, sequence_pointers: int32 tokens and int64 byte offset in `.bin` of each sequence, memory-mapped.
     """
 
     def __init__(self, prefix: str | Path, vocab_size: int | None = None):
@@ -110,15 +111,18 @@ class IndexedDataset:
                 raise ValueError(f"{self.prefix}{suffix} does not exist; {self._missing_hint()}")
         self._read_index(Path(self.prefix + ".idx"))
         path = Path(self.prefix + ".bin")
-        length, start = (int(self._lengths[-1]), int(self._pointers[-1])) if len(self._pointers) else (0, 0)
+        length, start = (
+            (int(self.sequence_lengths[-1]), int(self.sequence_pointers[-1])) if len(self.sequence_pointers) else (0, 0)
+        )
         expected = start + length * self.dtype.itemsize
         if path.stat().st_size != expected:
             raise ValueError(
                 f"{path} has {path.stat().st_size} bytes, but {self.prefix}.idx describes {expected} "
-                f"({len(self._lengths)} sequences of {self.dtype.name}); the file is truncated or belongs to another index"
+                f"({len(self.sequence_lengths)} sequences of {self.dtype.name}); "
+                f"the file is truncated or belongs to another index"
             )
         if length < 0 or start < 0 or start % self.dtype.itemsize:
-            at = self._pointers_at + 8 * (len(self._pointers) - 1)
+            at = self._pointers_at + 8 * (len(self.sequence_pointers) - 1)
             raise self._damaged(at, f"the last sequence has {length} tokens from byte {start} of the .bin on")
         self.tokens: IntArray = self._array(".bin", self.dtype, 0, expected // self.dtype.itemsize)
         self.roles = self._read_roles(Path(self.prefix + ".roles.bin"))
@@ -172,13 +176,13 @@ class IndexedDataset:
                 f"{path} has {size} bytes, but its header (bytes 18-33) promises {sequences} sequences and {indices} document "
                 f"indices, which take {end}; the file is {'truncated' if size < end else 'damaged'}"
             )
-        self._lengths = self._array(".idx", np.dtype("<i4"), HEADER.size, sequences)
+        self.sequence_lengths = self._array(".idx", np.dtype("<i4"), HEADER.size, sequences)
         self._pointers_at, self._documents_at = pointers_at, documents_at
-        self._pointers = self._array(".idx", np.dtype("<i8"), pointers_at, sequences)
+        self.sequence_pointers = self._array(".idx", np.dtype("<i8"), pointers_at, sequences)
         self._document_indices = self._array(".idx", np.dtype("<i8"), documents_at, indices)
         # The header has 34 bytes, so these arrays are not aligned, and `np.searchsorted` would copy all of them first.
         # `bisect` reads the same memory in place.
-        self._pointers_view = self._pointers.view(np.uint8).data.cast("q")
+        self._pointers_view = self.sequence_pointers.view(np.uint8).data.cast("q")
         self._document_indices_view = self._document_indices.view(np.uint8).data.cast("q")
         if indices == 0 or int(self._document_indices[0]) != 0 or int(self._document_indices[-1]) != sequences:
             raise ValueError(f"{path}: document indices at byte {documents_at} do not run from 0 to {sequences}")
@@ -208,15 +212,15 @@ class IndexedDataset:
     def _document_start(self, document: int) -> int:
         """Token offset of a document; of the end for `document == documents`."""
         sequence = self._document_indices_view[document]
-        if sequence == len(self._pointers):
+        if sequence == len(self.sequence_pointers):
             return len(self.tokens)
-        if not 0 <= sequence < len(self._pointers):
+        if not 0 <= sequence < len(self.sequence_pointers):
             at = self._documents_at + 8 * document
-            raise self._damaged(at, f"document {document} starts at sequence {sequence} of {len(self._pointers)}")
+            raise self._damaged(at, f"document {document} starts at sequence {sequence} of {len(self.sequence_pointers)}")
         start, rest = divmod(self._pointers_view[sequence], self.dtype.itemsize)
         if rest or not 0 <= start <= len(self.tokens):
             at = self._pointers_at + 8 * sequence
-            raise self._damaged(at, f"sequence {sequence} starts at byte {self._pointers[sequence]} of the .bin")
+            raise self._damaged(at, f"sequence {sequence} starts at byte {self.sequence_pointers[sequence]} of the .bin")
         return start
 
     def boundaries(self, start: int, end: int) -> npt.NDArray[np.int64]:
@@ -231,7 +235,7 @@ class IndexedDataset:
         sequences = self._document_indices[low:high] - first
         if not 0 <= sequences.min() <= sequences.max() < last - first:
             raise self._damaged(self._documents_at + 8 * low, f"documents {low} to {high} do not follow each other")
-        places = self._pointers[first:last][sequences] // size
+        places = self.sequence_pointers[first:last][sequences] // size
         steps = places[1:] - places[:-1]
         if not start < places[0] <= places[-1] < end or (steps < 0).any():
             raise self._damaged(self._pointers_at + 8 * first, f"sequences {first} to {last} do not follow each other")
@@ -241,13 +245,13 @@ class IndexedDataset:
     def document_offsets(self) -> npt.NDArray[np.int64]:
         """Token offset of every document's start, then the number of tokens: int64 [documents + 1]. Reads the whole index."""
         offsets = np.empty(self.documents + 1, np.int64)
-        end = len(self._pointers)
+        end = len(self.sequence_pointers)
         for first in range(0, self.documents + 1, BLOCK):
             sequences = self._document_indices[first : first + BLOCK]
             low, high = int(sequences[0]), int(sequences[-1])
             if (np.diff(sequences) < 0).any() or low < 0 or high > end:
                 raise self._damaged(self._documents_at + 8 * first, f"documents from {first} on do not follow each other")
-            starts = np.append(self._pointers[low : high + 1], len(self.tokens) * self.dtype.itemsize)
+            starts = np.append(self.sequence_pointers[low : high + 1], len(self.tokens) * self.dtype.itemsize)
             if (starts % self.dtype.itemsize).any():
                 raise self._damaged(self._pointers_at + 8 * low, f"some sequence from {low} on starts within a token")
             offsets[first : first + BLOCK] = starts[sequences - low] // self.dtype.itemsize
@@ -315,16 +319,16 @@ class IndexedDataset:
     def verify(self) -> None:
         """Read the whole index. Raises ValueError if sequences are not back to back or documents run backwards."""
         itemsize, expected = self.dtype.itemsize, 0
-        for first in range(0, len(self._lengths), BLOCK):
-            lengths = np.asarray(self._lengths[first : first + BLOCK], np.int64)
+        for first in range(0, len(self.sequence_lengths), BLOCK):
+            lengths = np.asarray(self.sequence_lengths[first : first + BLOCK], np.int64)
             starts = expected + np.concatenate(([0], np.cumsum(lengths * itemsize)))
-            wrong = (lengths < 0) | (self._pointers[first : first + BLOCK] != starts[:-1])
+            wrong = (lengths < 0) | (self.sequence_pointers[first : first + BLOCK] != starts[:-1])
             if wrong.any():
                 number = first + int(np.argmax(wrong))
                 at = self._pointers_at + 8 * number
                 raise ValueError(
-                    f"{self.prefix}.idx: sequence {number} (byte {at}) starts at byte {self._pointers[number]} of the .bin, "
-                    f"expected {starts[number - first]}: sequences must lie back to back"
+                    f"{self.prefix}.idx: sequence {number} (byte {at}) starts at byte {self.sequence_pointers[number]} "
+                    f"of the .bin, expected {starts[number - first]}: sequences must lie back to back"
                 )
             expected = int(starts[-1])
         for first in range(0, self.documents, BLOCK):

@@ -54,15 +54,18 @@ class MegatronRows:
         epochs: how often the split is read. rows_per_epoch: full rows in one reading of it, at least 1.
     """
 
-    def __init__(self, dataset: IndexedDataset, sequence_length: int, seed: int, samples: int, split: str, isolation: bool):
-        """`split`: shares of training, validation and test, such as "969,30,1". `isolation`: as in `PretrainRows`, where a
-        segment is a sequence of the file or the piece of it that lies in the row. The index is built for the first row.
+    def __init__(
+        self, dataset: IndexedDataset, sequence_length: int, seed: int, samples: int, split: str, isolation: bool, masked: bool
+    ):
+        """`split`: shares of training, validation and test, such as "969,30,1". `isolation`, `masked`: as in `PretrainRows`,
+        where a segment is a sequence of the file or the piece of it that lies in the row. The index is built for the first row.
 
         Raises ValueError for a malformed split, and if the training split has no tokens.
         """
         assert samples > 0
-        self._dataset, self._length, self._seed, self._isolation = dataset, sequence_length, seed, isolation
-        self._lengths, self._pointers = dataset._lengths, dataset._pointers
+        self._dataset, self._length, self._seed = dataset, sequence_length, seed
+        self._isolation, self._masked = isolation, masked
+        self._lengths, self._pointers = dataset.sequence_lengths, dataset.sequence_pointers
         self._sequences = _training_sequences(split, len(self._lengths), dataset.prefix)
         tokens = int(self._lengths[: self._sequences].sum(dtype=np.int64))
         if tokens <= 0:
@@ -129,9 +132,10 @@ class MegatronRows:
         window = np.concatenate([self._dataset.read(begin, count) for begin, count in pieces])
         weights = np.ones(self._length, np.float32)
         starts = np.zeros(1, np.int64)
-        if self._isolation:
-            inside = np.unique(np.cumsum(counts[:-1]))  # an empty sequence starts where the next one does
+        inside = np.unique(np.cumsum(counts[:-1]))  # an empty sequence starts where the next one does
+        if self._masked:
             weights[inside - 1] = 0
+        if self._isolation:
             starts = np.concatenate((starts, inside[inside < self._length]))
         return Row(window[:-1], window[1:], weights, starts)
 

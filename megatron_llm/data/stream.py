@@ -116,8 +116,7 @@ def build_train_stream(config: Config) -> TokenStream:
             dataset.expect_random_reads()
     weights = _weights(config, list(sources.values()))
     planned = _planned_rows(config)
-    as_megatron = data.order == "megatron" and len(sources) > 1
-    blend: Blend | MegatronBlend = MegatronBlend(weights, planned) if as_megatron else Blend(weights)
+    blend: Blend | MegatronBlend = MegatronBlend(weights, planned) if _blends_as_megatron(config) else Blend(weights)
     return TokenStream(sources, blend, length, planned_rows=planned)
 
 
@@ -206,11 +205,6 @@ def _setting_problems(config: Config) -> list[str]:
             problems.append("data.order: megatron is for data.kind pretrain with packing concat; change it to shuffled")
         if any(source.epochs is not None for source in data.train):
             problems.append("data.order: megatron blends by weight; replace epochs in data.train by weight")
-        if _masked(config) != isolation:
-            problems.append(
-                f"data.boundary_loss: {data.boundary_loss} does not go with data.order megatron, "
-                "which masks with training.document_isolation and trains without; remove it"
-            )
     if not data.train:
         problems.append("data.train: lists no data set; give at least one {path: PREFIX}, or set data.kind: synthetic")
     for name, count in Counter(_name(source) for source in data.valid).items():
@@ -283,6 +277,12 @@ def _weights(config: Config, sources: Sequence[RowSource]) -> list[float]:
     ]
 
 
+def _blends_as_megatron(config: Config) -> bool:
+    """Whether Megatron would make a blend: of several sources, and of one that has a weight, which then gets its margin."""
+    data = config.data
+    return data.order == "megatron" and (len(data.train) > 1 or data.train[0].weight is not None)
+
+
 def _planned_rows(config: Config) -> int:
     return max(1, config.training.steps) * config.training.global_batch_size  # a run of 0 steps has a stream, too
 
@@ -296,10 +296,10 @@ def _train_rows(config: Config, index: int, dataset: IndexedDataset) -> RowSourc
     data, training = config.data, config.training
     if data.order == "megatron":
         samples = _planned_rows(config)
-        if len(data.train) > 1:
+        if _blends_as_megatron(config):
             samples = source_samples([source.weight or 1.0 for source in data.train], samples)[index]
         split, isolation = data.megatron_split, training.document_isolation
-        return MegatronRows(dataset, training.sequence_length, training.seed, samples, split, isolation)
+        return MegatronRows(dataset, training.sequence_length, training.seed, samples, split, isolation, _masked(config))
     seed = hash64(training.seed, index)
     return _rows(config, _kind(config, data.train[index]), dataset, seed, data.order == "shuffled", data.train_on)
 

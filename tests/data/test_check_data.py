@@ -80,10 +80,6 @@ def test_settings_that_make_no_sense_are_refused(tmp_path: Path) -> None:
         assert any("data.order: megatron is for data.kind pretrain with packing concat" in problem for problem in problems)
     (problem,) = check_data(make_config(order="megatron", train=[{"path": path, "epochs": 2}]))
     assert "data.order: megatron blends by weight" in problem
-    for setting, isolation in (("masked", False), ("trained", True)):
-        training = {"document_isolation": isolation}
-        (problem,) = check_data(make_config(order="megatron", train=[{"path": path}], boundary_loss=setting, training=training))
-        assert f"boundary_loss: {setting} does not go with data.order megatron" in problem
     (problem,) = check_data(make_config(order="megatron", megatron_split="1;2", train=[{"path": path}]))
     assert problem.startswith("data.train.0.path: data.megatron_split: '1;2'")
     (problem,) = check_data(make_config())

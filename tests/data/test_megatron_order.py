@@ -65,7 +65,7 @@ def write_sequences(prefix: Path, lengths: Sequence[int], first: int = 0) -> Pat
 
 def assert_same_rows(prefix: Path, samples: int, length: int, seed: int, split: str) -> MegatronRows:
     expected = megatron([prefix], None, samples, length, seed, split)
-    rows = MegatronRows(IndexedDataset(prefix), length, seed, samples, split, isolation=False)
+    rows = MegatronRows(IndexedDataset(prefix), length, seed, samples, split, isolation=False, masked=False)
     assert rows.samples == len(expected)
     for number in range(rows.samples):
         row, sample = rows.row(number), expected[number]
@@ -119,7 +119,7 @@ def test_sequences_beyond_one_block(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_isolation(tmp_path_factory: pytest.TempPathFactory, lengths: list[int], length: int, samples: int) -> None:
     """A segment is a run of consecutive tokens of one sequence, and no token predicts the next segment's first one."""
     prefix = write_sequences(tmp_path_factory.mktemp("m") / "a", lengths)
-    rows = MegatronRows(IndexedDataset(prefix), length, 7, samples, "1,0,0", isolation=True)
+    rows = MegatronRows(IndexedDataset(prefix), length, 7, samples, "1,0,0", isolation=True, masked=True)
     for number in range(rows.samples):
         row = rows.row(number)
         window = np.append(row.tokens, row.labels[-1])
@@ -149,7 +149,7 @@ def test_blends(
         reject()
     blend, asked = MegatronBlend(weights, size), source_samples(weights, size)
     sources = [
-        MegatronRows(IndexedDataset(prefix), length, seed, samples, "1,0,0", isolation=False)
+        MegatronRows(IndexedDataset(prefix), length, seed, samples, "1,0,0", isolation=False, masked=False)
         for prefix, samples in zip(prefixes, asked, strict=True)
     ]
     assert [source.samples for source in sources] == [len(dataset) for dataset in expected.datasets]
@@ -182,7 +182,9 @@ def test_long_blends_with_ties(weights: list[float], size: int) -> None:
 
 
 def test_rows_end_where_the_order_ends(tmp_path: Path) -> None:
-    rows = MegatronRows(IndexedDataset(write_sequences(tmp_path / "a", [30, 30])), 8, 1, 5, "1,0,0", isolation=False)
+    rows = MegatronRows(
+        IndexedDataset(write_sequences(tmp_path / "a", [30, 30])), 8, 1, 5, "1,0,0", isolation=False, masked=False
+    )
     assert rows.samples == 7  # what one epoch holds
     for number in (-1, 7):
         with pytest.raises(ValueError, match=rf"row {number} of .*made for 7 rows"):
@@ -197,14 +199,14 @@ def test_rows_end_where_the_order_ends(tmp_path: Path) -> None:
 def test_a_malformed_split_is_refused(tmp_path: Path, split: str) -> None:
     dataset = IndexedDataset(write_sequences(tmp_path / "a", [30, 30]))
     with pytest.raises(ValueError, match=r"data\.megatron_split: .* such as 969,30,1"):
-        MegatronRows(dataset, 8, 1, 5, split, isolation=False)
+        MegatronRows(dataset, 8, 1, 5, split, isolation=False, masked=False)
 
 
 @pytest.mark.parametrize(("split", "sequences"), [("0,1", 0), ("1,9", 0), ("1,2", 1)])
 def test_a_training_split_without_tokens_is_refused(tmp_path: Path, split: str, sequences: int) -> None:
     dataset = IndexedDataset(write_sequences(tmp_path / "a", [0, 9, 9, 9]))
     with pytest.raises(ValueError, match=rf"the first {sequences} of 4 sequences, which have no tokens"):
-        MegatronRows(dataset, 8, 1, 5, split, isolation=False)
+        MegatronRows(dataset, 8, 1, 5, split, isolation=False, masked=False)
 
 
 def test_a_damaged_index_is_named(tmp_path: Path) -> None:
@@ -213,7 +215,7 @@ def test_a_damaged_index_is_named(tmp_path: Path) -> None:
     content[34 + 12 + 8 : 34 + 12 + 16] = (40).to_bytes(8, "little")  # sequence 1 starts at byte 40 instead of 36
     (tmp_path / "a.idx").write_bytes(content)
     with pytest.raises(ValueError, match=r"a\.idx: sequence 1 \(byte 54\)"):
-        MegatronRows(IndexedDataset(prefix), 8, 1, 2, "1,0,0", isolation=False).row(0)
+        MegatronRows(IndexedDataset(prefix), 8, 1, 2, "1,0,0", isolation=False, masked=False).row(0)
 
 
 def test_too_many_sources() -> None:

@@ -321,17 +321,23 @@ def test_megatron_order_of_one_source(tmp_path: Path) -> None:
     path = write_pretrain(tmp_path / "a", DOCUMENTS)
     valid = [{"path": path, "name": "v"}]
     training = {"steps": 15, "global_batch_size": 3}
-    for split, isolation in (("1,0,0", True), ("8,1,1", False)):
+    for split, isolation, loss, masked in (
+        ("1,0,0", True, "auto", True),
+        ("8,1,1", False, "auto", False),
+        ("1,0,0", False, "masked", True),
+        ("1,0,0", True, "trained", False),
+    ):
         config = make_config(
             train=[{"path": path}],
             valid=valid,
             order="megatron",
             megatron_split=split,
+            boundary_loss=loss,
             training={**training, "document_isolation": isolation},
         )
         assert check_data(config) == []
         stream = build_train_stream(config)
-        expected = MegatronRows(IndexedDataset(path), 8, 5, 45, split, isolation)
+        expected = MegatronRows(IndexedDataset(path), 8, 5, 45, split, isolation, masked)
         for number in range(45):
             row, batch = expected.row(number), stream.batch([number])
             assert batch.tokens_T.tolist() == row.tokens.tolist()
@@ -350,10 +356,20 @@ def test_megatron_order_of_a_blend(tmp_path: Path) -> None:
     assert check_data(config) == []
     stream = build_train_stream(config)
     samples = source_samples(weights, 60)
-    rows = [MegatronRows(IndexedDataset(path), 8, 5, n, "1,0,0", True) for path, n in zip(paths, samples, strict=True)]
+    rows = [MegatronRows(IndexedDataset(path), 8, 5, n, "1,0,0", True, True) for path, n in zip(paths, samples, strict=True)]
     blend = MegatronBlend(weights, 60)
     for number in range(60):
         source, within = blend(number)
         assert stream.batch([number]).tokens_T.tolist() == rows[source].row(within).tokens.tolist()
     with pytest.raises(ValueError, match="60"):
         stream.batch([60])
+
+
+def test_megatron_order_of_one_source_with_a_weight_is_a_blend(tmp_path: Path) -> None:
+    """Megatron takes its margin of samples then, which can change the number of epochs and with it the order."""
+    path = write_pretrain(tmp_path / "a", DOCUMENTS)
+    stream = build_train_stream(make_config(train=[{"path": path, "weight": 2}], order="megatron", training={"steps": 100}))
+    rows = MegatronRows(IndexedDataset(path), 8, 5, 201, "1,0,0", True, True)
+    assert source_samples([2], 200) == [201]
+    for number in range(200):
+        assert stream.batch([number]).tokens_T.tolist() == rows.row(number).tokens.tolist()

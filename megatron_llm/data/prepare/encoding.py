@@ -23,9 +23,9 @@ from megatron_llm.data.tokenizer import load_encoder, load_sentencepiece, tokeni
 
 Offsets = npt.NDArray[np.int64]
 
-CHECKED = 1000  # one document in so many is compared with the reference
+CHECKED = 2000  # one document in so many is compared with the reference
 FIRST_CHECKED = 4  # and these, so that a short run is checked too
-EXCERPT = 1 << 16  # characters of a document that are compared
+EXCERPT = 1 << 14  # characters of a document that are compared
 CACHE_BYTES = 256 << 20
 CACHE_LOOK = 16 << 20  # characters between two looks at the memory
 
