@@ -25,9 +25,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pydantic
-
-from megatron_llm.config import sentences
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -78,6 +75,10 @@ class DatasetMeta:
     @classmethod
     def read(cls, path: Path) -> DatasetMeta:
         """Raises ValueError naming the file if it is not such a JSON object. Unknown keys are left to newer versions."""
+        import pydantic  # only here: a tenth of a second, which a command that writes need not wait for
+
+        from megatron_llm.config import sentences
+
         try:
             return pydantic.TypeAdapter(cls).validate_json(path.read_bytes())
         except pydantic.ValidationError as error:
