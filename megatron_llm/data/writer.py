@@ -95,6 +95,12 @@ class StagedFiles:
             remove_staged(self.prefix)
 
 
+def check_prefix(prefix: str | Path) -> None:
+    """Raises ValueError for a prefix of files that would have no name before the suffix, and be hidden."""
+    if os.path.basename(prefix) in ("", ".", ".."):
+        raise ValueError(f"--output {str(prefix)!r} ends without a name for the files; give a prefix, like FOLDER/NAME")
+
+
 def publish(prefix: str | Path, *, roles: bool, meta: bool) -> None:
     """Put finished temporary files in place of the data set, if any, that has this name. If interrupted, call it again.
 

@@ -24,6 +24,7 @@ from megatron_llm.data.prepare.inputs import describe_inputs, find_inputs
 from megatron_llm.data.prepare.pipeline import JOURNAL_SECONDS, Encoded, Pipeline, Summary, digest
 from megatron_llm.data.prepare.preprocess import carry_out
 from megatron_llm.data.tokenizer import describe, load_pretrained
+from megatron_llm.data.writer import check_prefix
 
 FORMAT_VERSION = 1  # to be raised when the same input should give other files
 
@@ -57,6 +58,7 @@ def preprocess_chat(
     the run. Work that is done already is not done again but with `force`; interrupted work is continued. Raises ValueError for
     bad records with `strict`, for unusable input files or tokenizer folders, or if no conversation is left.
     """
+    check_prefix(output)
     if workers < 1:
         raise ValueError(f"--workers {workers}: at least 1 is needed")
     files = find_inputs(inputs)

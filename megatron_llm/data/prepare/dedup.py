@@ -102,7 +102,8 @@ def deduplicate(
     same arguments, it goes on where it was interrupted; when all is done it only returns the report. With `slurm` the stages
     are submitted as jobs, and None is returned until they have ended.
 
-    Raises ValueError for unusable input or options, for a work folder of another run, and without datatrove.
+    Raises ValueError for unusable input or options, if no record has a text, for a work folder of another run, and without
+    datatrove.
     """
     _require_datatrove()
     from megatron_llm.data.prepare.inputs import describe_inputs, find_inputs
@@ -119,7 +120,15 @@ def deduplicate(
         _run_here(stages, work, workers or len(os.sched_getaffinity(0)), progress)
     elif not _submit(stages, work, slurm, workers or -1):
         return None
-    return _report(work, report)
+    content = _report(work, report)
+    count = content["documents"]
+    if 0 < count["in"] == count["skipped"]:
+        reasons = ", ".join(f"{number:,} x {reason}" for reason, number in content["skipped"].items())
+        raise ValueError(
+            f"all {count['in']:,} records were skipped: {reasons}; see {content['skipped_list']}. "
+            f"To try another --text-key, remove {work} and {output} or name another output"
+        )
+    return content
 
 
 def _report(work: Path, copy: str | Path | None) -> dict[str, Any]:
@@ -143,7 +152,7 @@ def _require_datatrove() -> None:
 
 
 def _check_files(files: Sequence[InputFile]) -> None:
-    wrong = [file.path for file in files if file.format not in FORMATS]
+    wrong = [file.path for file in files if file.format not in FORMATS or file.format == "parquet" and file.compression]
     if wrong:
         raise ValueError(
             f"{', '.join(wrong)}: deduplication reads .jsonl (also compressed) and .parquet, which it can write back unchanged"

@@ -41,12 +41,15 @@ _READERS: dict[str, Callable[[Job], Iterator[Chunk]]] = {
 }
 
 
+ABOUT = ("README", "LICENSE")  # files about a data set, not of it
+
+
 def find_inputs(inputs: Sequence[str | Path]) -> list[InputFile]:
     """The files that `inputs` name, in order: files, globs, folders, folders that `datasets` saved, and hub:OWNER/NAME.
 
     A glob gives its matches sorted, a folder everything in it and below it, sorted by name, but for names that begin with a dot
-    or an underscore (markers such as `_SUCCESS`). A saved data set is a folder and is read as its `state.json` says; where it
-    has several splits, one must be named. What is named twice is read twice.
+    or an underscore (markers such as `_SUCCESS`) and for README and LICENSE. A saved data set is a folder and is read as its
+    `state.json` says; where it has several splits, one must be named. What is named twice is read twice.
 
     Raises ValueError with everything that is missing, unreadable or of an unknown kind, in folders as well.
     """
@@ -90,7 +93,7 @@ def shard_inputs(files: list[InputFile], number: int, count: int) -> list[InputF
 
 
 def _is_divisible(file: InputFile) -> bool:
-    return file.format in ("parquet", "arrow", "hub") or file.format == "lines" and not file.compression
+    return file.format in ("lines", "parquet", "arrow", "hub") and not file.compression
 
 
 def describe_inputs(files: list[InputFile]) -> list[list[str | int]]:
@@ -169,7 +172,7 @@ def _folder(path: Path, problems: list[str], above: frozenset[str] = frozenset()
         return
     unknown, found = [], False
     for entry in sorted(path.iterdir()):
-        if entry.name.startswith((".", "_")):
+        if entry.name.startswith((".", "_")) or entry.name.upper().startswith(ABOUT):
             continue
         found = True
         if entry.is_dir():
@@ -211,8 +214,6 @@ def _file(path: str) -> InputFile:
     if format_ is None:
         known = ", ".join(f".{suffix}" for suffix in FORMATS)
         raise ValueError(f"{path} has an unknown suffix; known: {known}, and .{', .'.join(DECOMPRESSORS)} behind them")
-    if compression and format_ in ("parquet", "arrow"):
-        raise ValueError(f"{path}: {format_} files are read from many places, which {compression} prevents; decompress it first")
     if not os.access(path, os.R_OK):
         raise ValueError(f"{path} may not be read by this user")
     status = os.stat(path)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from megatron_llm.data.indexed import BLOCK, HEADER, DatasetMeta, IndexedDataset, IntArray
 from megatron_llm.data.prepare.shuffle import SourceFiles, shuffle_dataset
-from megatron_llm.data.writer import StagedFiles, publish, remove_dataset
+from megatron_llm.data.writer import StagedFiles, check_prefix, publish, remove_dataset
 
 COPY_BYTES = 1 << 28
 _SHARD_NAME = re.compile(r"-\d{5}-of-\d{5}$")
@@ -39,6 +39,7 @@ def merge(prefixes: Sequence[str | Path], output: str | Path, *, shuffle_seed: i
     against it: missing or damaged data sets and shards, different tokenizers, chat with other data. Interrupted, it
     leaves no data set, and the same command starts again.
     """
+    check_prefix(output)
     found = find_datasets(prefixes)
     if any(Path(prefix).resolve() == Path(output).resolve() for prefix in found):
         raise ValueError(f"{output} is one of the data sets to be merged; give another --output")
@@ -77,7 +78,12 @@ def _in_order(sources: list[IndexedDataset]) -> list[IndexedDataset]:
         shard = source.meta.shard if source.meta else None
         key = (_SHARD_NAME.sub("", source.prefix), shard[1]) if shard else (source.prefix, 0)
         sets.setdefault(key, []).append(source)
-    problems = []
+    bases = {name for name, _ in sets}
+    problems = [
+        f"{name} and {other} are two sides of a split, of which only one is for training; merge each for itself"
+        for name in sorted(bases)
+        if name.endswith("-train") and (other := f"{name.removesuffix('train')}valid") in bases
+    ]
     for (name, count), members in sets.items():
         if count == 0:
             continue

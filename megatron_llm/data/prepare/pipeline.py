@@ -88,13 +88,18 @@ class Summary:
             lines[0] += "; already done (--force does it again)"
         else:
             lines.append(f"{self.seconds:.1f} s, {self.new_bytes / 1e6 / self.seconds:.1f} MB/s with {self.how}")
+        return "\n".join(lines + self.skipped_lines())
+
+    def skipped_lines(self) -> list[str]:
+        """How many records were skipped for which reason, and the first of them; nothing if there were none."""
+        lines = []
         if self.skipped:
             lines.append(f"skipped {self.skipped.total():,} records:")
             lines += [f"  {count:,}: {reason}" for reason, count in self.skipped.most_common()]
         if self.examples:
             lines.append("first of them:" if self.skipped.total() > len(self.examples) else "namely:")
             lines += [f"  {example}" for example in self.examples]
-        return "\n".join(lines)
+        return lines
 
 
 @dataclass(frozen=True)
@@ -207,7 +212,7 @@ class Pipeline:
         if self.kept_empty:
             return
         if not summary.documents:
-            raise ValueError(f"no document could be used, nothing was written\n{summary}")
+            raise ValueError("\n".join(["no document could be used, nothing was written", *summary.skipped_lines()]))
         for writer in writers:
             if not writer.documents:
                 raise ValueError(

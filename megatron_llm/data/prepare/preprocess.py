@@ -23,7 +23,7 @@ from megatron_llm.data.prepare.merge import shard_prefix
 from megatron_llm.data.prepare.pipeline import JOURNAL_SECONDS, Encoded, Pipeline, Summary, digest, made_by, summary_of
 from megatron_llm.data.prepare.shuffle import shuffle_dataset
 from megatron_llm.data.tokenizer import describe
-from megatron_llm.data.writer import remove_dataset
+from megatron_llm.data.writer import check_prefix, remove_dataset
 
 FORMAT_VERSION = 1  # to be raised when the same input and options should give other files
 SIDES = ("train", "valid", "test")
@@ -96,6 +96,7 @@ def preprocess(
     Raises ValueError for options, inputs or tokenizers that cannot be used, for bad records with `strict`, or if an output
     gets no document (a shard may). Files of an earlier run are replaced only when all went well.
     """
+    check_prefix(output)
     _check_options(workers, split, shard, shuffle_seed)
     files = find_inputs(inputs)
     meta = describe(tokenizer, "pretrain")
@@ -158,6 +159,8 @@ def carry_out(pipeline: Pipeline, force: bool, finals: Sequence[str] = (), shuff
 def _check_options(workers: int, split: Sequence[float] | None, shard: tuple[int, int] | None, seed: int | None) -> None:
     if workers < 1:
         raise ValueError(f"--workers {workers}: at least 1 is needed")
+    if shard is not None and shard[1] < 1:
+        raise ValueError(f"--shard {shard[0]}/{shard[1]}: at least one shard is needed")
     if shard is not None and not 0 <= shard[0] < shard[1]:
         raise ValueError(f"--shard {shard[0]}/{shard[1]}: shards of {shard[1]} are numbered from 0 to {shard[1] - 1}")
     if shard is not None and seed is not None:

@@ -1,19 +1,22 @@
 """Readers of tables: parquet, arrow, and data sets of the Hugging Face hub. Rows come as dicts.
 
 A table on disk is a number of pieces (row groups of parquet, record batches of arrow), and a part of a file is some of its
-pieces: piece k of n counts as beginning at byte size * k / n. Rows of the hub are counted the same way. `inputs.py` calls the
-readers.
+pieces: piece k of n counts as beginning at byte size * k / n. Rows of the hub are counted the same way. A table that is
+compressed as a whole is decompressed to a temporary file first, for it is read from many places. `inputs.py` calls the readers.
 """
 
 from __future__ import annotations
 
 import mmap
+import os
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any
+from typing import IO, Any
 
 from megatron_llm.data.prepare.chunks import Chunk, InputFile, Job, Skipped
+from megatron_llm.data.prepare.streams import ByteStream
 
 HUB_PREFIX = "hub:"
 _HUB = re.compile(r"hub:(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[^/:@]+))?(@(?P<revision>[^:]+))?(:(?P<split>[^:]+))?")
@@ -27,11 +30,33 @@ Pieces = Iterator[tuple[int, Callable[[], Iterable[Any]]]]
 
 def read_table(job: Job) -> Iterator[Chunk]:
     """Rows of a parquet or arrow file. Raises ValueError naming the file and the place if it is damaged."""
+    with open(job.file.path, "rb") if not job.file.compression else _decompressed(job) as source:
+        yield from _read_table(job, source)
+
+
+def _decompressed(job: Job) -> IO[bytes]:
+    """A temporary file with the content, which has no name and is gone when this process is."""
+    target = tempfile.TemporaryFile()  # noqa: SIM115
+    try:
+        with ByteStream(job.file) as stream:
+            while block := stream.read(job.chunk_bytes):
+                target.write(block)
+        target.flush()
+    except OSError as error:
+        target.close()
+        raise ValueError(f"{job.file.path} cannot be decompressed to {tempfile.gettempdir()}: {error}") from error
+    except ValueError:
+        target.close()
+        raise
+    return target
+
+
+def _read_table(job: Job, source: IO[bytes]) -> Iterator[Chunk]:
     import pyarrow as pa
 
     file, first, last = job.file, 0, 0
     try:
-        count, pieces = _parquet(job) if file.format == "parquet" else _arrow(job)
+        count, pieces = _parquet(job, source) if file.format == "parquet" else _arrow(job, source)
         for number, (rows, batches) in enumerate(pieces):
             first, last = last, last + rows
             start, end = (file.size * part // count for part in (number, number + 1))
@@ -50,10 +75,15 @@ def _resume_row(job: Job) -> int:
     return job.at[0] if job.at else 0
 
 
-def _parquet(job: Job) -> tuple[int, Pieces]:
+def _parquet(job: Job, source: IO[bytes]) -> tuple[int, Pieces]:
     import pyarrow.parquet as pq
 
-    file = pq.ParquetFile(job.file.path, buffer_size=_READ_BYTES, pre_buffer=False, page_checksum_verification=True)
+    file = pq.ParquetFile(
+        source if job.file.compression else job.file.path,
+        buffer_size=_READ_BYTES,
+        pre_buffer=False,
+        page_checksum_verification=True,
+    )
     job.check_columns(file.schema_arrow.names)
     columns = None if job.columns is None else list(job.columns)
 
@@ -66,7 +96,7 @@ def _parquet(job: Job) -> tuple[int, Pieces]:
     return file.num_row_groups, pieces()
 
 
-def _arrow(job: Job) -> tuple[int, Pieces]:
+def _arrow(job: Job, source: IO[bytes]) -> tuple[int, Pieces]:
     """The file format, or the stream format that `datasets` writes.
 
     The file is mapped, so that batches that are left out cost nothing, and its pages are given back after each batch, or the
@@ -74,18 +104,17 @@ def _arrow(job: Job) -> tuple[int, Pieces]:
     """
     import pyarrow as pa
 
-    with open(job.file.path, "rb") as file:
-        if not job.file.size:
-            raise pa.ArrowInvalid("it is empty")
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    source = pa.py_buffer(mapped)
+    if not os.fstat(source.fileno()).st_size:
+        raise pa.ArrowInvalid("it is empty")
+    mapped = mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ)
+    content = pa.py_buffer(mapped)
     if mapped[:6] == b"ARROW1":
-        reader = pa.ipc.open_file(source)
+        reader = pa.ipc.open_file(content)
         count = reader.num_record_batches
         batches = map(reader.get_batch, range(count))
     else:
-        reader = batches = pa.ipc.open_stream(source)
-        messages = pa.ipc.MessageReader.open_stream(source)
+        reader = batches = pa.ipc.open_stream(content)
+        messages = pa.ipc.MessageReader.open_stream(content)
         count = sum(message.type == "record batch" for message in messages)
     job.check_columns(reader.schema.names)
 

@@ -156,3 +156,8 @@ def test_template_errors_are_refused(tmp_path: Path, make_tokenizer: Callable[..
     folder = make_tokenizer(chat_template="{{ raise_exception('roles must alternate') }}")
     with pytest.raises(ValueError, match="the chat template refuses it: roles must alternate"):
         run(tmp_path, folder, [{"messages": CONVERSATIONS[0]}], strict=True)
+
+
+def test_an_output_without_a_name_is_refused(tmp_path: Path, tokenizer_folder: Path) -> None:
+    with pytest.raises(ValueError, match="ends without a name for the files"):
+        preprocess_chat([tmp_path / "a.jsonl"], tokenizer_folder, f"{tmp_path}/", progress=False)

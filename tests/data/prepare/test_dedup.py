@@ -303,10 +303,18 @@ def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> No
         DedupOptions(**options)
 
 
-def test_inputs_that_cannot_be_written_back_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("text\nx\n")
-    with pytest.raises(ValueError, match=r"a\.csv.*\.jsonl .*and \.parquet"):
-        run([tmp_path / "a.csv"], tmp_path / "out")
+@pytest.mark.parametrize("name", ["a.csv", "a.parquet.gz"])
+def test_inputs_that_cannot_be_written_back_are_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("text\nx\n")
+    with pytest.raises(ValueError, match=rf"{name}: deduplication reads \.jsonl .*and \.parquet"):
+        run([tmp_path / name], tmp_path / "out")
+
+
+def test_records_without_one_text_are_no_result(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", ["a", "b"])
+    for _ in range(2):  # the second one finds the finished report
+        with pytest.raises(ValueError, match=r"all 2 records were skipped: 2 x no key 'body'.*remove .*out\.work and .*out"):
+            run([source], tmp_path / "out", text_key="body")
 
 
 def test_a_damaged_file_is_an_error(tmp_path: Path) -> None:

@@ -141,6 +141,8 @@ def test_what_is_given_twice_or_written_over_is_refused(tmp_path: Path) -> None:
     for output in (tmp_path / "b", tmp_path / "x" / ".." / "b"):
         with pytest.raises(ValueError, match="is one of the data sets to be merged"):
             merge([tmp_path / "a", tmp_path / "b"], output)
+    with pytest.raises(ValueError, match="--output '.*/' ends without a name for the files"):
+        merge([tmp_path / "a", tmp_path / "b"], f"{tmp_path}/new/")
     with pytest.raises(ValueError, match=r"nothing\.idx does not exist"):
         merge([tmp_path / "nothing"], tmp_path / "out")
     assert (read(tmp_path / "a"), read(tmp_path / "b")) == ([[1]], [[2]])
@@ -206,3 +208,13 @@ def test_damaged_sources_are_refused_and_leave_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"b\.idx has sequence modes"):
         merge([tmp_path / "a", tmp_path / "b"], tmp_path / "out", progress=False)
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_the_sides_of_a_split_are_not_joined(tmp_path: Path, sharded: bool) -> None:
+    """A glob that takes both would put the validation documents into training."""
+    for side in ("train", "valid"):
+        base = tmp_path / f"x-{side}"
+        write_shard(base, 0, 1, [[1, 2]]) if sharded else write(base, [[1, 2]])
+    with pytest.raises(ValueError, match="x-train and .*x-valid are two sides of a split"):
+        merge([tmp_path / "x-*"], tmp_path / "out", progress=False)

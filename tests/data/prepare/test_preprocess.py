@@ -169,11 +169,21 @@ def test_unusable_input_is_named(tmp_path: Path, tokenizer_folder: Path) -> None
     damaged.write_bytes(gzip.compress(b'{"text": "x"}\n' * 1000)[:-9])
     with pytest.raises(ValueError, match=r"a\.jsonl\.gz is damaged"):
         run([damaged], tokenizer_folder, tmp_path / "out")
-    with pytest.raises(ValueError, match="no document could be used"):
+    with pytest.raises(ValueError) as error:
         run([write_jsonl(tmp_path / "b.jsonl", ["", ""])], tokenizer_folder, tmp_path / "out")
+    assert "no document could be used" in str(error.value) and "  2: empty text" in str(error.value)
+    assert "already done" not in str(error.value)
     with pytest.raises(ValueError, match="--workers 0"):
         run([write_jsonl(tmp_path / "b.jsonl", ["a"])], tokenizer_folder, tmp_path / "out", workers=0)
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("output", ["", "folder/", "folder/."])
+def test_an_output_without_a_name_is_refused(tmp_path: Path, tokenizer_folder: Path, output: str) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", ["a"])
+    with pytest.raises(ValueError, match=r"--output '.*' ends without a name for the files"):
+        preprocess([source], tokenizer_folder, output and f"{tmp_path}/{output}", progress=False)
+    assert list(tmp_path.iterdir()) == [source]
 
 
 def test_unusable_tokenizers_are_refused(tmp_path: Path, make_tokenizer: Callable[..., Path]) -> None:
@@ -301,6 +311,8 @@ def test_options_that_make_no_sense_together_are_refused(tmp_path: Path, tokeniz
     for shard in ((4, 4), (-1, 4), (0, 0)):
         with pytest.raises(ValueError, match="--shard"):
             run([source], tokenizer_folder, tmp_path / "a", shard=shard)
+    with pytest.raises(ValueError, match="--shard 0/0: at least one shard is needed"):
+        run([source], tokenizer_folder, tmp_path / "a", shard=(0, 0))
     with pytest.raises(ValueError, match="merge --shuffle-documents"):
         run([source], tokenizer_folder, tmp_path / "a", shard=(0, 2), shuffle_seed=1)
 

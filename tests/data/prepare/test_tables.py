@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_llm.data.prepare.inputs import describe_inputs, find_inputs, read_chunks, shard_inputs
-from tests.data.prepare.reading import check_resume, named, read, records, skipped
+from tests.data.prepare.reading import COMPRESS, check_resume, named, read, records, skipped, write
 
 datasets.disable_progress_bars()
 
@@ -69,6 +69,23 @@ def test_rows(folder: Path, rows: list[dict[str, Any]], group: int, name: str, c
     check_resume(parts[-1], chunk_bytes=40)
     texts = [row for chunk in read(path, columns=["text"]) for row in chunk.records]
     assert texts == [{"text": row["text"]} for row in rows]
+
+
+@pytest.mark.parametrize("compression", COMPRESS)
+@pytest.mark.parametrize("name", WRITERS)
+def test_tables_that_are_compressed_as_a_whole(tmp_path: Path, name: str, compression: str) -> None:
+    rows = [{"text": f"row {number}"} for number in range(50)]
+    WRITERS[name](pa.Table.from_pylist(rows), tmp_path / "plain", 7)
+    path = write(tmp_path / f"a.{name}.{compression}", (tmp_path / "plain").read_bytes())
+    chunks = read(path)
+    assert named(chunks) == [(f"{path} row {number}", row) for number, row in enumerate(rows, 1)]
+    assert sum(chunk.disk_bytes for chunk in chunks) == path.stat().st_size
+    check_resume(find_inputs([path]), chunk_bytes=40)
+    parts = [shard_inputs(find_inputs([path, path]), number, 3) for number in range(3)]
+    assert records([chunk for part in parts for chunk in read_chunks(part)]) == rows * 2
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=rf"a\.{name}\.{compression} is damaged"):
+        read(path)
 
 
 @pytest.mark.parametrize("name", WRITERS)
