@@ -13,6 +13,7 @@ transformers is imported only where nothing else knows the answer, because it br
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -89,12 +90,8 @@ def load_encoder(path: str | Path) -> Any:
     file = path / "tokenizer.json" if path.is_dir() else path
     encoder: Any
     if file.is_file():
-        from tokenizers import Tokenizer
-
-        try:
-            encoder = Tokenizer.from_file(str(file))
-        except Exception as error:  # tokenizers raises plain Exception
-            raise ValueError(f"{file} cannot be read: {error}") from error
+        status = file.stat()
+        encoder = _read_encoder(str(file), status.st_mtime_ns, status.st_size)
     else:
         encoder = getattr(load_pretrained(path), "backend_tokenizer", None)
         if encoder is None:
@@ -102,6 +99,17 @@ def load_encoder(path: str | Path) -> Any:
     encoder.no_truncation()
     encoder.no_padding()
     return encoder
+
+
+@functools.lru_cache(maxsize=1)
+def _read_encoder(file: str, mtime_ns: int, size: int) -> Any:
+    """Kept as long as the file is the same: a command describes its tokenizer and then uses it, and large ones load slowly."""
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(file)
+    except Exception as error:  # tokenizers raises plain Exception
+        raise ValueError(f"{file} cannot be read: {error}") from error
 
 
 def load_sentencepiece(path: str | Path) -> Any:
