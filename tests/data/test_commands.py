@@ -66,10 +66,12 @@ def test_shards_merge_and_what_is_done_is_said(
     arguments = ("--input", source, "--tokenizer", tokenizer_folder, "--split", "0.5,0.5", "--dtype", "int32", "--output")
     for shard in ("0/2", "1/2"):
         assert call(preprocess, *arguments, prefix, "--shard", shard) == 0
-    assert call(merge, f"{prefix}-train-*.idx", f"{prefix}-valid-*.idx", "--output", prefix, "--shuffle-documents", 7) == 0
-    assert f"{prefix}: 20 documents" in capsys.readouterr().out
-    dataset = IndexedDataset(prefix)
-    assert (dataset.documents, dataset.dtype) == (20, np.int32)
+    sides = [f"{prefix}-train", f"{prefix}-valid"]
+    for side in sides:
+        assert call(merge, f"{side}-*.idx", "--output", side, "--shuffle-documents", 7) == 0
+        assert f"{side}: {IndexedDataset(side).documents} documents" in capsys.readouterr().out
+        assert IndexedDataset(side).dtype == np.int32
+    assert sum(IndexedDataset(side).documents for side in sides) == 20
     assert call(preprocess, *arguments, prefix, "--shard", "1/2") == 0
     assert "already done" in capsys.readouterr().out
     assert call(preprocess, *arguments, prefix, "--shard", "1/2", "--force", "--no-fast", "--strict") == 0

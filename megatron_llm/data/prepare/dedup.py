@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 FORMATS = ("lines", "parquet")  # records that can be written back as they were
 MAX_TASKS = 1000  # by default; SLURM's usual limit of an array of jobs is 1001
 
+POLL_SECONDS = 0.2  # between two looks at the workers
+
 
 @dataclass(frozen=True)
 class Slurm:
@@ -246,10 +248,9 @@ def _run_here(stages: Sequence[Stage], work: Path, workers: int, progress: bool)
     multiprocess.set_forkserver_preload(["megatron_llm.data.prepare.dedup_output"])  # else each worker of each stage imports it
     for number, stage in enumerate(stages):
         folder = _log_folder(work, number, stage)
-        executor = LocalPipelineExecutor(
-            stage.pipeline, tasks=stage.tasks, workers=min(workers, stage.tasks), logging_dir=str(folder)
-        )
-        with _quiet(work / "logs/output.log") as terminal, _watched(stage, folder, terminal if progress else None):
+        at_once = min(workers, stage.tasks)
+        executor = LocalPipelineExecutor(stage.pipeline, tasks=stage.tasks, workers=at_once, logging_dir=str(folder))
+        with _quiet(work / "logs/output.log") as terminal, _watched(stage, at_once, folder, terminal if progress else None):
             executor.run()
 
 
@@ -276,10 +277,12 @@ def _quiet(log: Path) -> Iterator[TextIO]:
 
 
 @contextlib.contextmanager
-def _watched(stage: Stage, logs: Path, terminal: TextIO | None) -> Iterator[None]:
+def _watched(stage: Stage, at_once: int, logs: Path, terminal: TextIO | None) -> Iterator[None]:
     """Show how many tasks of the stage are done, and raise RuntimeError if a worker process is killed.
 
-    The pool that datatrove uses would wait for the lost task for ever. The main thread, which waits, is interrupted.
+    The pool that datatrove uses puts another in the place of a lost one, and waits for the lost task for ever. The main thread,
+    which waits, is interrupted. Processes are numbered as they are made, first the one of datatrove's queues, then the pool's:
+    so one with a higher number tells of a loss that nobody saw.
     """
     import multiprocess
     from tqdm import tqdm
@@ -287,6 +290,7 @@ def _watched(stage: Stage, logs: Path, terminal: TextIO | None) -> Iterator[None
     ended, killed = threading.Event(), threading.Event()
     workers: set[Any] = set()
     regular = (None, 0, -signal.SIGTERM)  # running, left, ended by the pool
+    last = _number(multiprocess.Process()) + 1 + at_once
     bar = tqdm(total=stage.tasks, desc=stage.name, unit="task", file=terminal, disable=terminal is None)
 
     def show() -> None:
@@ -294,10 +298,10 @@ def _watched(stage: Stage, logs: Path, terminal: TextIO | None) -> Iterator[None
             bar.update(done)
 
     def watch() -> None:
-        while not ended.wait(0.2):
+        while not ended.wait(POLL_SECONDS):
             show()
             workers.update(child for child in multiprocess.active_children() if "PoolWorker" in child.name)
-            if any(worker.exitcode not in regular for worker in workers):
+            if any(worker.exitcode not in regular or _number(worker) > last for worker in workers):
                 killed.set()
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
                 return
@@ -318,6 +322,11 @@ def _watched(stage: Stage, logs: Path, terminal: TextIO | None) -> Iterator[None
         thread.join()
         show()
         bar.close()
+
+
+def _number(process: Any) -> int:
+    """Its place among all processes that this one has made: they are called Something-1, Something-2, ..."""
+    return int(process.name.rpartition("-")[2])
 
 
 def _submit(stages: Sequence[Stage], work: Path, slurm: Slurm, workers: int) -> bool:

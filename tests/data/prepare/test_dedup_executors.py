@@ -26,7 +26,12 @@ class Killed(PipelineStep):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_processes_give_the_same_and_a_killed_one_is_no_hang(tmp_path: Path) -> None:
+@pytest.mark.parametrize("poll_seconds", [0.2, 4.0])
+def test_processes_give_the_same_and_a_killed_one_is_no_hang(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, poll_seconds: float
+) -> None:
+    """Also if a worker comes and goes between two looks at the workers."""
+    monkeypatch.setattr(dedup, "POLL_SECONDS", poll_seconds)
     inputs = [write_jsonl(tmp_path / f"{number}.jsonl", ["same", f"other {number}"]) for number in range(3)]
     deduplicate(inputs, tmp_path / "out", DedupOptions(near=False), workers=2, progress=False)
     assert kept_texts(tmp_path / "out") == ["same", "other 0", "other 1", "other 2"]
