@@ -1,6 +1,6 @@
 """The pipeline of `preprocess` and `preprocess-chat`: read, encode, write; interrupted at any moment, it continues.
 
-One process reads and writes in order; an encoder works on chunks in between, on its own threads or in other processes. The
+One thread reads and writes in order; an encoder works on chunks meanwhile, in another thread or in other processes. The
 files do not depend on which, nor on interruptions: every ten seconds what was written is forced to disk and noted in a
 journal, and what lies behind the last note is cut off and made again. What is not taken is counted by reason.
 """
@@ -17,10 +17,11 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Protocol
@@ -276,18 +277,19 @@ def _add(encoded: Encoded, writers: Sequence[IndexedWriter]) -> None:
 
 def _encode_all(encoder: Encoder, chunks: Iterator[Chunk], workers: int, summary: Summary) -> Iterator[tuple[Chunk, Encoded]]:
     """Chunks, without their records, and what became of them, in order. Only a few are read ahead."""
-    if workers == 1:  # the encoder's own threads use all cores
-        summary.how = encoder.load(threads=True)
-        for chunk in chunks:
-            yield replace(chunk, records=()), encoder.encode(chunk)
-        return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (encoder,))
+    pool: Executor
+    if workers == 1:  # the encoder's own threads use all cores; this one reads and writes meanwhile
+        pool, load, encode = ThreadPoolExecutor(1), partial(encoder.load, threads=True), encoder.encode
+    else:
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (encoder,))
+        load, encode = _load_in_worker, _encode_in_worker
     pending: deque[tuple[Chunk, Future[Encoded]]] = deque()
     waiting = 0
     try:
-        summary.how = f"{workers} processes of {pool.submit(_load_in_worker).result()}"
+        how = pool.submit(load).result()
+        summary.how = f"{workers} processes of {how}" if workers > 1 else how
         for chunk in chunks:
-            pending.append((replace(chunk, records=()), pool.submit(_encode_in_worker, chunk)))
+            pending.append((replace(chunk, records=()), pool.submit(encode, chunk)))
             waiting += chunk.input_bytes
             while len(pending) > 2 * workers or (waiting > WAITING_BYTES and pending):
                 done, future = pending.popleft()
