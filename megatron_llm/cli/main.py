@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import resource
 import sys
 import traceback
 from types import ModuleType
@@ -43,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     made. Any other exception is a defect or a fault of the machine and keeps its traceback.
     """
     args = build_parser().parse_args(argv)
+    _allow_many_files()
     try:
         return int(_module(args.command).run(args))
     except ValueError as error:
@@ -58,6 +60,12 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _allow_many_files() -> None:
+    """Hundreds of data sets are open at once in a merge or a blend; the usual soft limit of 1,024 files is for few."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _reports(error: ValueError) -> bool:

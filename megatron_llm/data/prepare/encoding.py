@@ -14,18 +14,29 @@ import types
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_llm.data.prepare.guard import Guard, NotExact, check_versions, convert_model, find_cut, find_guard
-from megatron_llm.data.prepare.references import HuggingFaceReference, Ids, Reference, SentencePieceReference, TiktokenReference
+from megatron_llm.data.prepare.guard import Cut, Guard, NotExact, check_versions, convert_model, find_cut, find_guard
+from megatron_llm.data.prepare.references import (
+    HuggingFaceReference,
+    Ids,
+    Reference,
+    Refused,
+    SentencePieceReference,
+    TiktokenReference,
+)
 from megatron_llm.data.tokenizer import load_encoder, load_sentencepiece, tokenizer_kind
 
 Offsets = npt.NDArray[np.int64]
 
+MAX_TEXT_BYTES = 64 << 20  # of UTF-8
+PART = 1 << 20  # characters of the parts that longer texts are cut into
+LONGEST_PART = 8 << 20  # bytes of UTF-8; `tokenizers` then needs a gigabyte
 CHECKED = 2000  # one document in so many is compared with the reference
 FIRST_CHECKED = 4  # and these, so that a short run is checked too
 EXCERPT = 1 << 14  # characters of a document that are compared
@@ -33,18 +44,58 @@ CACHE_BYTES = 256 << 20
 CACHE_LOOK = 16 << 20  # characters between two looks at the memory
 
 
-class TextTokenizer(Protocol):
-    """Turns texts into ids."""
+class PartTokenizer(Protocol):
+    """Turns texts that are not too long into ids."""
 
     how: str
+
+    def encode(self, texts: Sequence[str], where: Callable[[int], str]) -> tuple[Ids, Offsets]:
+        """As `TextTokenizer.encode`."""
+        ...
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """Turns texts into ids, in bounded memory: long texts are cut where that changes nothing, if `cut` knows how.
+
+    `longest`: bytes of UTF-8 that a part without such a place may have; None: any number.
+    """
+
+    parts: PartTokenizer
+    cut: Cut | None = None
+    longest: int | None = LONGEST_PART
+
+    @property
+    def how(self) -> str:
+        """What does the work, in a few words."""
+        return self.parts.how
 
     def encode(self, texts: Sequence[str], where: Callable[[int], str]) -> tuple[Ids, Offsets]:
         """Flat ids of all texts back to back, and where each text's begin: int64 [len(texts) + 1].
 
         No bos or eos is added; special tokens spelled out in a text are matched. `where(i)` names text i in the error of
-        the sampled check, a ValueError.
+        the sampled check, a ValueError. Raises Refused for a text that cannot be tokenized in bounded memory.
         """
-        ...
+        if all(len(text) <= PART for text in texts):
+            return self.parts.encode(texts, where)
+        parts = [(index, part) for index, text in enumerate(texts) for part in self._cut(index, text)]
+        owners = [index for index, _ in parts]
+        try:
+            ids, offsets = self.parts.encode([part for _, part in parts], lambda part: f"a part of {where(owners[part])}")
+        except Refused as refused:
+            raise Refused(owners[refused.index], str(refused)) from refused
+        return ids, offsets[np.searchsorted(owners, np.arange(len(texts) + 1))]
+
+    def _cut(self, index: int, text: str) -> Sequence[str]:
+        """The parts of text `index`."""
+        if len(text) <= PART:
+            return (text,)
+        if len(text.encode()) > MAX_TEXT_BYTES:
+            raise Refused(index, f"more than {MAX_TEXT_BYTES:,} bytes of text, the most that is tokenized")
+        parts = list(self.cut.parts(text, PART)) if self.cut else [text]
+        if self.longest is not None and any(len(part) > PART and len(part.encode()) > self.longest for part in parts):
+            raise Refused(index, f"over {self.longest:,} bytes without a place where they may be cut for this tokenizer")
+        return parts
 
 
 def open_tokenizer(path: str | Path, fast: bool = True, threads: bool = True) -> TextTokenizer:
@@ -56,32 +107,35 @@ def open_tokenizer(path: str | Path, fast: bool = True, threads: bool = True) ->
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the library's only switch
     kind = tokenizer_kind(path)
     if kind == "tiktoken":
-        return ReferenceTokenizer(TiktokenReference(path, threads))
-    reference, config = _open_huggingface(path) if kind == "huggingface" else _open_sentencepiece(path, threads)
+        return TextTokenizer(ReferenceTokenizer(TiktokenReference(path, threads)), longest=None)  # it needs little memory
+    reference, serialized = _open_huggingface(path) if kind == "huggingface" else _open_sentencepiece(path, threads)
+    if isinstance(serialized, NotExact):
+        return TextTokenizer(ReferenceTokenizer(reference, serialized if fast else None))
+    config = json.loads(serialized)
+    cut = find_cut(config)
     if not fast:
-        return ReferenceTokenizer(reference)
+        return TextTokenizer(ReferenceTokenizer(reference), cut)
     try:
-        if isinstance(config, NotExact):
-            raise config
         check_versions("gigatoken", reference.name)
-        return FastTokenizer(reference, find_guard(config), Gigatoken(config, threads))
+        return TextTokenizer(FastTokenizer(reference, find_guard(config), Gigatoken(serialized, threads)), cut)
     except NotExact as reason:
-        return ReferenceTokenizer(reference, reason)
+        return TextTokenizer(ReferenceTokenizer(reference, reason), cut)
 
 
-def _open_huggingface(path: str | Path) -> tuple[Reference, dict[str, Any]]:
+def _open_huggingface(path: str | Path) -> tuple[Reference, str]:
+    """The reference, and the tokenizer.json as the library understood it, with every default written out."""
     encoder = load_encoder(path)
-    config = json.loads(encoder.to_str())  # as the library understood the file, with every default written out
-    return HuggingFaceReference(encoder, find_cut(config)), config
+    return HuggingFaceReference(encoder), encoder.to_str()
 
 
-def _open_sentencepiece(path: str | Path, threads: bool) -> tuple[Reference, dict[str, Any] | NotExact]:
+def _open_sentencepiece(path: str | Path, threads: bool) -> tuple[Reference, str | NotExact]:
+    """The reference, and the tokenizer.json that stands for the model or why there is none."""
     processor = load_sentencepiece(path)
+    reference = SentencePieceReference(processor, threads)
     try:
-        config = convert_model(path, processor)
+        return reference, json.dumps(convert_model(path, processor))
     except NotExact as reason:
-        return SentencePieceReference(processor, None, threads), reason
-    return SentencePieceReference(processor, find_cut(config), threads), config
+        return reference, reason
 
 
 class Gigatoken:
@@ -91,8 +145,8 @@ class Gigatoken:
     when the process has grown by `CACHE_BYTES`.
     """
 
-    def __init__(self, config: dict[str, Any], threads: bool) -> None:
-        self._serialized, self._threads = json.dumps(config), threads
+    def __init__(self, serialized: str, threads: bool) -> None:
+        self._serialized, self._threads = serialized, threads
         try:
             self._load()
         except Exception as error:  # its errors have no class in common

@@ -65,6 +65,9 @@ _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 BYTE_CHARACTERS = {chr(byte) for byte in _PRINTABLE} | {chr(0x100 + index) for index in range(256 - len(_PRINTABLE))}
 BYTE_PIECES = {f"<0x{byte:02X}>" for byte in range(256)}
 
+# Letters and digits that all tables agree on, and what no regex takes into one match with those before it.
+LETTERS = "0-9A-Za-z\u4e00-\u9fa5\u3041-\u3094\u30a1-\u30fa\uac00-\ud7a3"
+STOPS = '\n\t ,;:.!?()[]{}<>=+*/|&#%$"-。、，！？'
 WORD_BREAK = re.compile("[A-Za-z] [A-Za-z]")
 SPACED = re.compile(r"\S | \S|^ $")  # an added token that could lie across such a place
 
@@ -227,20 +230,20 @@ def _overlap(first: str, second: str) -> bool:
 
 @dataclass(frozen=True)
 class Cut:
-    """How a text is cut between two ASCII letters with one space between them, so that its parts have the ids of the whole.
+    """Where a text is cut so that its parts have the ids of the whole: behind the first character of what `place` matches.
 
-    The words before and after are then apart in every tokenizer on the list. `drop_space`: the part after the cut starts
-    after the space, because the tokenizer puts one before every text.
+    `drop_space`: the part after the cut starts behind the space there, because the tokenizer puts one before every text.
     """
 
-    drop_space: bool
+    place: re.Pattern[str]
+    drop_space: bool = False
 
     def parts(self, text: str, size: int) -> Iterator[str]:
         """The text in parts of `size` characters, longer only where no place for a cut is found."""
         start = 0
-        while len(text) - start > size and (place := WORD_BREAK.search(text, start + size)) is not None:
-            yield text[start : place.start() + 1]
-            start = place.start() + 1 + self.drop_space
+        while len(text) - start > size and (found := self.place.search(text, start + size)) is not None:
+            yield text[start : found.start() + 1]
+            start = found.start() + 1 + self.drop_space
         yield text[start:]
 
 
@@ -250,12 +253,23 @@ def find_cut(config: dict[str, Any]) -> Cut | None:
         byte_level = _is_byte_level(config)
     except NotExact:
         return None
-    if any(token["rstrip"] or SPACED.search(token["content"]) for token in config["added_tokens"]):
+    tokens = config["added_tokens"]
+    if any(token["rstrip"] for token in tokens) or (config["normalizer"] and any(token["normalized"] for token in tokens)):
         return None
-    if any(token["normalized"] for token in config["added_tokens"]) and config["normalizer"]:
+    if byte_level:
+        return _cut_after_word([token["content"] for token in tokens])
+    if any(SPACED.search(token["content"]) for token in tokens):
         return None
-    if not byte_level and (
-        SPACE not in config["model"]["vocab"] or any(SPACE in p.lstrip(SPACE) for p in config["model"]["vocab"])
-    ):
+    vocabulary = config["model"]["vocab"]
+    if SPACE not in vocabulary or any(SPACE in piece.lstrip(SPACE) for piece in vocabulary):
         return None
-    return Cut(drop_space=config["normalizer"] == LLAMA_NORMALIZER)
+    return Cut(WORD_BREAK, drop_space=config["normalizer"] == LLAMA_NORMALIZER)
+
+
+def _cut_after_word(added: Sequence[str]) -> Cut | None:
+    """Between a letter or digit and one of `STOPS`, where every regex on the list ends a match, whatever follows.
+
+    Not at a stop that may lie there inside an added token.
+    """
+    stops = [stop for stop in STOPS if not any(re.search(f"[{LETTERS}]{re.escape(stop)}", token) for token in added)]
+    return Cut(re.compile(f"[{LETTERS}][{re.escape(''.join(stops))}]")) if stops else None

@@ -19,14 +19,14 @@ from megatron_llm.data.indexed import token_dtype
 from megatron_llm.data.prepare.chunks import Chunk, Skipped, chunk_texts
 from megatron_llm.data.prepare.encoding import open_tokenizer
 from megatron_llm.data.prepare.inputs import describe_inputs, find_inputs, shard_inputs
-from megatron_llm.data.prepare.merge import shard_prefix
+from megatron_llm.data.prepare.merge import SIDES, shard_prefix
 from megatron_llm.data.prepare.pipeline import JOURNAL_SECONDS, Encoded, Pipeline, Summary, digest, made_by, summary_of
+from megatron_llm.data.prepare.references import Refused
 from megatron_llm.data.prepare.shuffle import shuffle_dataset
 from megatron_llm.data.tokenizer import describe
 from megatron_llm.data.writer import check_prefix, remove_dataset
 
 FORMAT_VERSION = 1  # to be raised when the same input and options should give other files
-SIDES = ("train", "valid", "test")
 
 
 @dataclass
@@ -48,9 +48,16 @@ class TextEncoder:
 
     def encode(self, chunk: Chunk) -> Encoded:
         texts, indices, skipped = chunk_texts(chunk, self.text_key)
-        tokens, offsets = self._tokenizer.encode(texts, lambda number: chunk.where(indices[number]))
+        while True:
+            try:
+                tokens, offsets = self._tokenizer.encode(texts, lambda number: chunk.where(indices[number]))
+                break
+            except Refused as refused:
+                skipped.append(Skipped(chunk.where(indices[refused.index]), str(refused)))
+                del texts[refused.index], indices[refused.index]
         lengths = np.diff(offsets)
         sides = self._sides(texts) if self.bounds else None
+        del texts  # before the ids are copied: of one huge document both are large
         there = lengths > 0
         if not there.all():
             for number in np.flatnonzero(~there).tolist():
@@ -100,12 +107,14 @@ def preprocess(
     _check_options(workers, split, shard, shuffle_seed)
     files = find_inputs(inputs)
     meta = describe(tokenizer, "pretrain")
+    width = _dtype(dtype, meta.vocab_size)
     if append_eod and meta.eos_id is None:
         raise ValueError(f"{tokenizer} names no eos token to end documents with; set one there, or use --no-append-eod")
     meta = replace(meta, eod_id=meta.eos_id if append_eod else None, shard=shard)
     if shard is not None:
+        whole = [[Path(file.path).name, file.size, file.rows] for file in files]  # paths may differ from machine to machine
+        meta = replace(meta, part_of=digest(inputs=whole, dtype=width.name, options=[text_key, split]))
         files = shard_inputs(files, *shard)
-    width = _dtype(dtype, meta.vocab_size)
     command = digest(
         version=FORMAT_VERSION,
         inputs=describe_inputs(files),
@@ -194,4 +203,4 @@ def _outputs(output: str, split: Sequence[float] | None, shard: tuple[int, int] 
 def _bounds(split: Sequence[float]) -> list[int]:
     """Where the 64-bit hashes of the next side begin, for all sides with a share but the first."""
     shares = [share for share in split if share > 0]
-    return [int(bound * 2**64) for bound in accumulate(shares[:-1])]
+    return [min(int(bound * 2**64), 2**64 - 1) for bound in accumulate(shares[:-1])]

@@ -1,7 +1,7 @@
 """Tokenizers by their own libraries: what "the ids of a text" means. Slow, always right, and bounded in memory.
 
 `tokenizers` and `sentencepiece` need about a hundred bytes for each character they are working on, so they get a megabyte at
-a time, and a text that is longer is cut where `guard.py` knows that cutting changes nothing. Called by `encoding.py`.
+a time; `encoding.py`, which calls this, cuts texts that are longer.
 """
 
 from __future__ import annotations
@@ -16,12 +16,19 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from megatron_llm.data.prepare.guard import Cut
 from megatron_llm.data.tokenizer import load_tiktoken
 
 Ids = npt.NDArray[np.uint32]
 
 BATCH = 1 << 20  # characters
+
+
+class Refused(ValueError):
+    """Text `index` of those given cannot be tokenized; the message says why."""
+
+    def __init__(self, index: int, reason: str) -> None:
+        super().__init__(reason)
+        self.index = index
 
 
 class Reference(Protocol):
@@ -30,7 +37,10 @@ class Reference(Protocol):
     name: str
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
-        """The ids of each text: special tokens spelled out are matched as the library does, no bos or eos is added."""
+        """The ids of each text: special tokens spelled out are matched as the library does, no bos or eos is added.
+
+        Raises Refused.
+        """
         ...
 
 
@@ -39,11 +49,11 @@ class HuggingFaceReference:
 
     name = "tokenizers"
 
-    def __init__(self, encoder: Any, cut: Cut | None) -> None:
-        self._encoder, self._cut = encoder, cut
+    def __init__(self, encoder: Any) -> None:
+        self._encoder = encoder
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
-        return _encode_in_parts(texts, self._cut, self._encode_batch)
+        return _encode_in_batches(texts, self._encode_batch)
 
     def _encode_batch(self, batch: list[str]) -> list[Any]:
         return [encoding.ids for encoding in self._encoder.encode_batch_fast(batch, add_special_tokens=False)]
@@ -54,12 +64,11 @@ class SentencePieceReference:
 
     name = "sentencepiece"
 
-    def __init__(self, processor: Any, cut: Cut | None, threads: bool) -> None:
-        self._processor, self._cut = processor, cut
-        self._threads = -1 if threads else 1
+    def __init__(self, processor: Any, threads: bool) -> None:
+        self._encode = partial(processor.encode, num_threads=-1 if threads else 1)
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
-        return _encode_in_parts(texts, self._cut, partial(self._processor.encode, num_threads=self._threads))
+        return _encode_in_batches(texts, self._encode)
 
 
 class TiktokenReference:
@@ -68,36 +77,36 @@ class TiktokenReference:
     name = "tiktoken"
 
     def __init__(self, path: str | Path, threads: bool) -> None:
-        encoding, _ = load_tiktoken(path)
-        self._encode = partial(encoding.encode_to_numpy, allowed_special="all")
+        self._encoding, _ = load_tiktoken(path)
         self._threads = (os.cpu_count() or 1) if threads else 1
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
         if self._threads == 1:
-            return [self._encode(text) for text in texts]
+            return list(map(self._encode, range(len(texts)), texts))
         with ThreadPoolExecutor(self._threads) as pool:
-            return list(pool.map(self._encode, texts))
+            return list(pool.map(self._encode, range(len(texts)), texts))
+
+    def _encode(self, index: int, text: str) -> Ids:
+        try:
+            ids: Ids = self._encoding.encode_to_numpy(text, allowed_special="all")
+        except ValueError as error:  # its regex engine gives up on a million spaces
+            raise Refused(index, f"tiktoken cannot tokenize it: {error}") from error
+        return ids
 
 
-def _encode_in_parts(texts: Sequence[str], cut: Cut | None, encode: Any) -> list[Ids]:
+def _encode_in_batches(texts: Sequence[str], encode: Any) -> list[Ids]:
     """`encode(list of texts) -> list of lists of ids`, called with about `BATCH` characters at a time."""
-    ids: list[list[Ids]] = [[] for _ in texts]
-    for batch in _batches(
-        (index, part) for index, text in enumerate(texts) for part in (cut.parts(text, BATCH) if cut else [text])
-    ):
-        for (index, _), part_ids in zip(batch, encode([part for _, part in batch]), strict=True):
-            ids[index].append(np.asarray(part_ids, np.uint32))
-    return [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in ids]
+    return [np.asarray(ids, np.uint32) for batch in _batches(texts) for ids in encode(batch)]
 
 
-def _batches(parts: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
-    batch: list[tuple[int, str]] = []
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
     size = 0
-    for index, part in parts:
-        if batch and size + len(part) > BATCH:
+    for text in texts:
+        if batch and size + len(text) > BATCH:
             yield batch
             batch, size = [], 0
-        batch.append((index, part))
-        size += len(part)
+        batch.append(text)
+        size += len(text)
     if batch:
         yield batch

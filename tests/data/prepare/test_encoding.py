@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from megatron_llm.data.prepare import encoding, references
 from megatron_llm.data.prepare.encoding import FastTokenizer, Gigatoken, TextTokenizer, open_tokenizer
+from megatron_llm.data.prepare.references import Refused
 from tests.data.prepare.made_tokenizers import FAMILIES, LIKE_LLAMA, LLAMA3, SPECIAL, added, make, save, train_model
 from tests.data.prepare.test_guard import ALPHABET, random_texts
 
@@ -186,28 +188,60 @@ def test_ids_are_those_of_tiktoken(threads: bool, tmp_path: Path, monkeypatch: p
     (tmp_path / "made.tiktoken.json").write_text(json.dumps({"pattern": LLAMA3, "special_tokens": special}))
     oracle = tiktoken.Encoding("made", pat_str=LLAMA3, mergeable_ranks=ranks, special_tokens=special)
     texts = random_texts(2_000, seed=7, more=SPECIAL)
-    assert encode(open_tokenizer(path, threads=threads), texts) == [oracle.encode(text, allowed_special="all") for text in texts]
+    tokenizer = open_tokenizer(path, threads=threads)
+    assert encode(tokenizer, texts) == [oracle.encode(text, allowed_special="all") for text in texts]
+    with pytest.raises(Refused, match="tiktoken cannot tokenize it: ") as refused:  # its regex engine has a limit
+        tokenizer.encode(["the", " " * 1_100_000 + "a", "he"], where)
+    assert refused.value.index == 1
 
 
 # ---- long texts and memory
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama2", "mistral"])
-def test_long_texts_go_to_the_reference_in_parts(family: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_texts_are_tokenized_in_parts(family: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     text = "".join(random_texts(300, seed=8)) + " the the a " * 200 + NEW + "he a" * 50
-    expected = by_tokenizers(folders[family], [text, "the", text])
+    expected = by_tokenizers(folders[family], ["the", text, "", text])
     monkeypatch.setattr(references, "BATCH", 100)
-    sizes = []
-    original = references.HuggingFaceReference._encode_batch
+    monkeypatch.setattr(encoding, "PART", 100)
+    sizes: list[int] = []
 
-    def spy(self: Any, batch: list[str]) -> list[Any]:
-        sizes.append(sum(map(len, batch)))
-        return original(self, batch)
+    def watch(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
 
-    monkeypatch.setattr(references.HuggingFaceReference, "_encode_batch", spy)
-    for fast in (True, False):
-        assert encode(open_tokenizer(folders[family], fast), [text, "the", text]) == expected
+        def spy(self: Any, batch: list[str]) -> Any:
+            sizes.append(max(map(len, batch)) if owner is Gigatoken else sum(map(len, batch)))
+            return original(self, batch)
+
+        monkeypatch.setattr(owner, name, spy)
+
+    watch(references.HuggingFaceReference, "_encode_batch")
+    assert encode(open_tokenizer(folders[family], fast=False), ["the", text, "", text]) == expected
     assert len(sizes) > 20 and np.median(sizes) < 150
+    sizes.clear()
+    watch(Gigatoken, "encode")
+    tokenizer = open_tokenizer(folders[family])
+    assert isinstance(tokenizer.parts, FastTokenizer)
+    assert encode(tokenizer, ["the", text, "", text]) == expected
+    assert max(sizes) < len(text) / 2, "no library gets the whole"
+
+
+def test_texts_too_long_to_cut_are_refused(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "PART", 10)
+    tokenizer = replace(open_tokenizer(folders["gpt2"]), longest=100)
+    for texts in (["a", "x" * 101], ["a", "é" * 51], ["a", "x" * 101 + " the he " * 50]):
+        with pytest.raises(Refused, match="over 100 bytes without a place") as refused:
+            tokenizer.encode(texts, where)
+        assert refused.value.index == 1
+    fitting = ["x" * 100, "é" * 50, "the he " * 50]
+    assert encode(tokenizer, fitting) == by_tokenizers(folders["gpt2"], fitting)
+    uncut = replace(tokenizer, cut=None)
+    with pytest.raises(Refused):
+        uncut.encode(["the he " * 50], where)
+    assert encode(replace(uncut, longest=None), ["x" * 101]) == by_tokenizers(folders["gpt2"], ["x" * 101])
+    monkeypatch.setattr(encoding, "MAX_TEXT_BYTES", 50)
+    with pytest.raises(Refused, match="more than 50 bytes of text"):
+        tokenizer.encode(["é" * 26], where)
 
 
 def test_the_cache_is_emptied_when_the_process_has_grown(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +249,7 @@ def test_the_cache_is_emptied_when_the_process_has_grown(folders: dict[str, Path
     monkeypatch.setattr(encoding, "_resident_bytes", lambda: next(resident))
     monkeypatch.setattr(encoding, "CACHE_BYTES", 256)
     monkeypatch.setattr(encoding, "CACHE_LOOK", 10)
-    fast = Gigatoken(make("gpt2"), threads=True)
+    fast = Gigatoken(json.dumps(make("gpt2")), threads=True)
     first = fast._tokenizer
     fast.encode(["the the"])  # too little for a look
     fast.encode(["the the"])  # looks: not more than 256
@@ -242,10 +276,10 @@ class Broken:
         return np.concatenate([np.empty(0, np.uint32), *parts]), np.cumsum([0, *map(len, parts)])
 
 
-def broken(folder: Path, change: Any) -> FastTokenizer:
+def broken(folder: Path, change: Any) -> TextTokenizer:
     tokenizer = open_tokenizer(folder)
-    assert isinstance(tokenizer, FastTokenizer)
-    tokenizer._fast = Broken(tokenizer._fast, change)  # type: ignore[assignment]
+    assert isinstance(tokenizer.parts, FastTokenizer)
+    tokenizer.parts._fast = Broken(tokenizer.parts._fast, change)  # type: ignore[assignment]
     return tokenizer
 
 
@@ -274,9 +308,9 @@ def test_the_sample_is_a_two_thousandth_and_the_same_in_every_run(folders: dict[
     def sampled() -> list[int]:
         tokenizer = open_tokenizer(folders["gpt2"])
         asked: list[str] = []
-        assert isinstance(tokenizer, FastTokenizer)
-        original = tokenizer._reference.encode
-        tokenizer._reference.encode = lambda part: (asked.extend(part), original(part))[1]  # type: ignore[method-assign]
+        assert isinstance(tokenizer.parts, FastTokenizer)
+        original = tokenizer.parts._reference.encode
+        tokenizer.parts._reference.encode = lambda part: (asked.extend(part), original(part))[1]  # type: ignore[method-assign]
         encode(tokenizer, texts[:2])
         encode(tokenizer, texts)
         return [texts.index(text) for text in asked]

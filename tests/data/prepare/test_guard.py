@@ -13,8 +13,18 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from megatron_llm.data.prepare.guard import BLOCK, NFC, UNICODE_17, NotExact, check_versions, code_points, find_cut, find_guard
-from tests.data.prepare.made_tokenizers import BYTE_LEVEL, FAMILIES, LLAMA3, PIECES, SPACES, added, make
+from megatron_llm.data.prepare.guard import (
+    BLOCK,
+    NFC,
+    STOPS,
+    UNICODE_17,
+    NotExact,
+    check_versions,
+    code_points,
+    find_cut,
+    find_guard,
+)
+from tests.data.prepare.made_tokenizers import BYTE_LEVEL, FAMILIES, LLAMA3, PIECES, SPACES, SPECIAL, added, make
 
 TEMPLATES = {"!%s?": [*BYTE_LEVEL, "llama2", "mistral"], "a%sa1": [*BYTE_LEVEL], "a%s\u0327\u0301\u0316!": ["gpt2 nfc", "qwen2"]}
 ALPHABET = (
@@ -177,25 +187,44 @@ def test_regexes_are_taken_as_they_are_spelled() -> None:
     assert LLAMA3 in json.loads(json.dumps(make("llama3")))["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
 
 
+# Added tokens that begin or end where a text may be cut, or lie across such a place.
+AWKWARD = [
+    list(map(added, SPECIAL)),
+    [added("a b"), added("1,"), added("t.x"), added(" b"), added(", "), added("he")],
+    [added("<s>", lstrip=True), added("b", single_word=True), added("\n\n"), added("文。a"), added("a\nb", normalized=True)],
+]
+
+
+@pytest.mark.parametrize("tokens", AWKWARD, ids=["special", "across", "options"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_cut_texts_have_the_ids_of_the_whole(family: str) -> None:
-    config = make(family)
+def test_cut_texts_have_the_ids_of_the_whole(family: str, tokens: list[dict[str, Any]]) -> None:
+    config = make(family, tokens)
     encoder, cut = Tokenizer.from_str(json.dumps(config)), find_cut(config)
-    assert cut is not None
-    words = ["the", "a", "Is", "the's", "e<s>", "<s>the", "x\n", "  ", "é", "1", "he", "'s", "t."]
+    if cut is None:
+        assert tokens is not AWKWARD[0] and (family not in BYTE_LEVEL or config["normalizer"])
+        return
+    words = ["the", "a", "Is", "the's", "e<s>", "<s>the", "x\n", "é", "1", "he", "'s", "t.", "  "]
+    words += [token["content"] for token in tokens]
+    words += [*'\n\t ,;:.!?()[]{}<>=+*/|&#%$"-。、文字か\u0301\u0338\u3099\u00a0', "12345", "\r\n", "\n\n", "HTTPServer", "한글"]
     source = random.Random(5)
-    for _ in range(300):
-        text = " ".join(source.choice(words) for _ in range(40)) + source.choice(["", " ", " a"])
+    cuts = 0
+    for _ in range(600):
+        text = source.choice(["", " "]).join(source.choice(words) for _ in range(40)) + source.choice(["", " ", " a"])
         parts = list(cut.parts(text, source.randint(1, 30)))
-        assert len(parts) > 1 and (cut.drop_space or "".join(parts) == text)
+        cuts += len(parts) - 1
+        assert cut.drop_space or "".join(parts) == text
         ids = [id_ for part in parts for id_ in encoder.encode(part, add_special_tokens=False).ids]
         assert ids == encoder.encode(text, add_special_tokens=False).ids, (text, parts)
+    assert cuts > 100
 
 
 def test_texts_that_cannot_be_cut() -> None:
     for token in (added("a b"), added("b "), added(" b"), added(" "), added("b", rstrip=True)):
-        assert find_cut(make("gpt2", [token])) is None, token
-    assert find_cut(make("gpt2", [added("  "), added("<a>")])) is not None
+        assert find_cut(make("llama2", [token])) is None, token
+    assert find_cut(make("llama2", [added("  "), added("<a>")])) is not None
+    assert find_cut(make("gpt2", [added("b", rstrip=True)])) is None
+    assert find_cut(make("qwen2", [added("b", normalized=True)])) is None
+    assert find_cut(make("gpt2", [added("".join(f"a{stop}" for stop in STOPS))])) is None
     crossing = make("llama2")
     crossing["model"]["vocab"]["a▁b"] = 9999
     assert find_cut(crossing) is None

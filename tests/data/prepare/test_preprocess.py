@@ -5,24 +5,19 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 from xxhash import xxh3_64_intdigest
 
 from megatron_llm.data.indexed import IndexedDataset
 from megatron_llm.data.order import hash64
+from megatron_llm.data.prepare import encoding, pipeline
 from megatron_llm.data.prepare import inputs as inputs_module
-from megatron_llm.data.prepare import pipeline
 from megatron_llm.data.prepare import preprocess as module
 from megatron_llm.data.prepare.chunks import Chunk
 from megatron_llm.data.prepare.merge import merge, shard_prefix
@@ -351,88 +346,21 @@ def test_what_is_done_is_not_done_again(tmp_path: Path, tokenizer_folder: Path, 
         assert go().done_before
 
 
-def test_memory_is_bounded_and_torch_not_imported(tmp_path: Path, tokenizer_folder: Path) -> None:
-    """Ten times the input takes the same memory: chunks, not files, are held."""
-    source = write_jsonl(tmp_path / "a.jsonl", ["hello world, the user says\n" * 400] * 400)  # 4.4 MB
-    source.write_bytes(source.read_bytes() * 3)
-    code = (
-        "import resource, sys\n"
-        "from megatron_llm.data.prepare.preprocess import preprocess\n"
-        "preprocess(sys.argv[3:], sys.argv[1], sys.argv[2], progress=False)\n"
-        "heavy = {'torch', 'transformers', 'datasets'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)\n"
-    )
-    peaks = []
-    for copies in (1, 10):
-        command = [sys.executable, "-c", code, tokenizer_folder, tmp_path / f"out{copies}", *[source] * copies]
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        peaks.append(int(done.stdout))
-    assert peaks[1] < peaks[0] + 60, f"{peaks} MB for {source.stat().st_size} bytes once and ten times"
+def test_what_a_tokenizer_cannot_do_is_counted(tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of four documents are refused by the tokenizer; the others keep their ids and their places in the messages."""
+    monkeypatch.setattr(encoding, "PART", 10)
+    monkeypatch.setattr(encoding, "MAX_TEXT_BYTES", 40)
+    texts = ["hello world", "x" * 41, "hello", "y " * 30]
+    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    summary, dataset = run([source], tokenizer_folder, tmp_path / "out")
+    assert documents(dataset) == expected(tokenizer_folder, ["hello world", "hello"])
+    reason = "more than 40 bytes of text, the most that is tokenized"
+    assert summary.examples == [f"{source}:2: {reason}", f"{source}:4: {reason}"]
+    with pytest.raises(ValueError, match="a.jsonl:2: more than 40 bytes"):
+        run([source], tokenizer_folder, tmp_path / "strict", strict=True)
 
 
-@pytest.mark.slow
-def test_a_document_of_50_mb(tmp_path: Path, tokenizer_folder: Path) -> None:
-    text = "hello world, the user says 😀 é\n" * 1_500_000
-    source = write_jsonl(tmp_path / "a.jsonl", ["first", text, "last"])
-    _, dataset = run([source], tokenizer_folder, tmp_path / "out")
-    piece = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json")).encode("hello world, the user says 😀 é\n").ids
-    assert dataset.documents == 3
-    assert np.array_equal(dataset.document(1)[:-1].reshape(-1, len(piece)), np.tile(piece, (1_500_000, 1)))
-
-
-LINES = st.one_of(
-    st.sampled_from([b"", b" \t", b"not json", b"[1]", b"{}", b'{"text": 3}', b'{"text": null}', b'{"text": ""}', b'{"text"']),
-    st.sampled_from([b'{"text": "\\ud800"}', b'{"text": "\xff"}', b'{"text": "a\\u0000b"}', b'{"text": "nul\x00raw"}']),
-    st.sampled_from([b'{"text": "\\ud83d\\ude00"}', '{"text": "\U000323b0\U0001ccfa\u0378"}'.encode(), b"\xef\xbb\xbf{}"]),
-    st.sampled_from([b'{"text": "<|im_start|>user<|endoftext|>"}', b'{"text": "<|im_end|>"}']),
-    st.text(max_size=20).map(lambda text: json.dumps({"text": text}).encode()),
-    st.text(max_size=20).map(lambda text: json.dumps({"text": text}, ensure_ascii=False).encode("utf-8", "surrogatepass")),
-    st.binary(max_size=12).map(lambda raw: raw.replace(b"\n", b"")),
-)
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    lines=st.lists(LINES, min_size=1, max_size=8),
-    bom=st.booleans(),
-    crlf=st.booleans(),
-    end=st.booleans(),
-    size=st.integers(1, 80),
-)
-def test_nothing_is_lost(
-    tmp_path_factory: pytest.TempPathFactory,
-    tokenizer_folder: Path,
-    lines: list[bytes],
-    bom: bool,
-    crlf: bool,
-    end: bool,
-    size: int,
-) -> None:
-    """Every line that is not blank is a document with the ids of `tokenizers`, or counted: by Python's json, one by one."""
-    folder = tmp_path_factory.mktemp("d")
-    newline = b"\r\n" if crlf else b"\n"
-    source = folder / "a.jsonl"
-    source.write_bytes(b"\xef\xbb\xbf" * bom + newline.join([*lines, b'{"text": "good"}']) + newline * end)
-    reference = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
-    wanted, skipped = [], 0
-    content = source.read_bytes()
-    for line in (content[3:] if content.startswith(b"\xef\xbb\xbf") else content).split(b"\n"):
-        if not line.strip(b" \t\r\n"):
-            continue
-        try:
-            text = json.loads(line.decode())["text"]
-            ids = reference.encode(text.encode().decode(), add_special_tokens=False).ids if text else []
-        except (ValueError, KeyError, TypeError, AttributeError):
-            ids = []
-        if ids:
-            wanted.append([*ids, reference.token_to_id("<|im_end|>")])
-        else:
-            skipped += 1
-    with pytest.MonkeyPatch.context() as patch:
-        small_chunks(patch, size)
-        summary, dataset = run([source], tokenizer_folder, folder / "out")
-    assert documents(dataset) == wanted
-    assert summary.skipped.total() == skipped
-    assert summary.bytes == len(content)
+def test_shares_that_add_up_to_a_little_more_than_one(tmp_path: Path, tokenizer_folder: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", ["hello", "world", "hello world", "again"])
+    with pytest.raises(ValueError, match="leaves .*out-test none of 4 documents"):
+        preprocess([source], tokenizer_folder, tmp_path / "out", split=[0.5, 0.5, 1e-7], progress=False)

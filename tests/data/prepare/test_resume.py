@@ -149,7 +149,7 @@ def test_work_is_continued_and_not_begun_again(tmp_path: Path, tokenizer_folder:
     assert (summary.documents, summary.skipped, summary.bytes) == (whole.documents, whole.skipped, whole.bytes)
     assert summary.examples == whole.examples
     assert summary.new_bytes < whole.bytes
-    assert chunks <= reader.chunks <= chunks + 3  # each one was read once, but cut elsewhere
+    assert chunks <= reader.chunks <= chunks + 3 * 3  # again only what was read ahead when it was interrupted
 
 
 @pytest.mark.parametrize("renames", range(6))
