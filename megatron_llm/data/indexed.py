@@ -53,7 +53,8 @@ class DatasetMeta:
         vocab_size: len(tokenizer). eod_id: id appended to every document, None if none was.
         documents, tokens, max_token_id: counts, and the largest id that occurs.
         made_by: digest of the command and its inputs, by which a repeated command knows that its work is done.
-        shard: (number, count) if this is one of several shards, which `merge` joins.
+        shard: (number, count) if this is one of several shards, which `merge` joins; part_of: digest of what they are cut
+            from, the same for all that belong together.
         input_bytes, skipped: bytes of input after decompression; records not taken, by reason.
     """
 
@@ -69,6 +70,7 @@ class DatasetMeta:
     max_token_id: int = -1
     made_by: str | None = None
     shard: tuple[int, int] | None = None
+    part_of: str | None = None
     input_bytes: int = 0
     skipped: dict[str, int] = dataclasses.field(default_factory=dict)
 
@@ -135,7 +137,10 @@ class IndexedDataset:
             return np.empty(0, dtype)
         if suffix not in self._maps:
             with open(self.prefix + suffix, "rb") as file:
-                self._maps[suffix] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                try:
+                    self._maps[suffix] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                except OSError as error:  # too many open files, mostly
+                    raise OSError(error.errno, error.strerror, file.name) from error
         return np.frombuffer(self._maps[suffix], dtype, count, offset)
 
     def expect_random_reads(self) -> None:

@@ -11,6 +11,9 @@ from __future__ import annotations
 import functools
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
+
 _MASK64: Final = (1 << 64) - 1
 _ROUNDS: Final = 8
 
@@ -29,6 +32,15 @@ def hash64(*numbers: int) -> int:
     for number in numbers:
         value = mix64(value ^ (number & _MASK64))
     return value
+
+
+def hash_numbers(seed: int, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+    """`hash64(seed, number)` for an array of numbers, uint64."""
+    value = numbers.astype(np.uint64) ^ np.uint64(hash64(seed))
+    value += np.uint64(0x9E3779B97F4A7C15)
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
 
 
 class Permutation:

@@ -257,9 +257,9 @@ def _share_problems(config: Config, weights: list[float]) -> list[str]:
         counts = round_weights(weights)
     except ValueError as error:
         return [f"data.train: {error}"]
-    problems = []
+    problems, total = [], sum(weights)
     for index, (count, weight) in enumerate(zip(counts, weights, strict=True)):
-        share = weight / sum(weights)
+        share = weight / total
         if abs(count / RESOLUTION - share) > LARGEST_ROUNDING * share:
             problems.append(
                 f"data.train.{index}: its share of the rows, {share:.3g}, would become {count}/{RESOLUTION} = "

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -124,6 +125,13 @@ def load_sentencepiece(path: str | Path) -> Any:
 
 def load_tiktoken(path: str | Path) -> tuple[Any, TiktokenSpec]:
     """The `tiktoken.Encoding` of a file, and what it was made with. Raises ValueError as `tiktoken_file.py` says."""
+    files = [file.stat() for file in (Path(path), spec_path(Path(path))) if file.is_file()]
+    return _read_tiktoken(str(path), *((status.st_mtime_ns, status.st_size) for status in files))
+
+
+@functools.lru_cache(maxsize=1)
+def _read_tiktoken(path: str, *versions: tuple[int, int]) -> tuple[Any, TiktokenSpec]:
+    """Kept as `_read_encoder` is."""
     from tiktoken import Encoding
 
     ranks = read_ranks(Path(path))
@@ -135,16 +143,34 @@ def load_tiktoken(path: str | Path) -> tuple[Any, TiktokenSpec]:
 
 
 def load_decoder(path: str | Path) -> Callable[[Sequence[int]], str]:
-    """A function from ids to text, special tokens spelled out. Raises ValueError as the loaders do."""
+    """A function from ids to text, special tokens spelled out, and ids that are none as `<id 100000>`.
+
+    Raises ValueError as the loaders do.
+    """
+    decode: Callable[[list[int]], str]
+    token: Callable[[int], Any]  # None or an error for an id that is none
     kind = tokenizer_kind(path)
     if kind == "sentencepiece":
         processor = load_sentencepiece(path)
-        return lambda ids: processor.decode(list(ids))
-    if kind == "tiktoken":
+        decode, token = processor.decode, processor.id_to_piece
+    elif kind == "tiktoken":
         encoding, _ = load_tiktoken(path)
-        return lambda ids: encoding.decode(list(ids))
-    encoder = load_encoder(path)
-    return lambda ids: encoder.decode(list(ids), skip_special_tokens=False)
+        decode, token = encoding.decode, encoding.decode_single_token_bytes
+    else:
+        encoder = load_encoder(path)
+        decode, token = functools.partial(encoder.decode, skip_special_tokens=False), encoder.id_to_token
+
+    def known(id_: int) -> bool:
+        try:
+            return token(id_) is not None
+        except (KeyError, IndexError, OverflowError):  # what each library has for too large, and for negative
+            return False
+
+    def text(ids: Sequence[int]) -> str:
+        runs = ((valid, list(run)) for valid, run in itertools.groupby(ids, known))
+        return "".join(decode(run) if valid else "".join(f"<id {id_}>" for id_ in run) for valid, run in runs)
+
+    return text
 
 
 def describe(path: str | Path, kind: str) -> DatasetMeta:

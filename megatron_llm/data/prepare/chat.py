@@ -1,7 +1,8 @@
 """Conversations to token files: ids exactly as the tokenizer's chat template gives them, and the role of every token.
 
 A record is `{"messages": [{"role": ..., "content": ...}, ...]}`; `"tools"` beside it is passed to the template, and a message
-with `"train": false` is marked as not to be trained. Roles come from rendering: the text of messages 0..i is the start of
+with `"train": false` is marked as not to be trained. In tables a field that is null is one that the record lacks: all rows of
+a table have all fields. Roles come from rendering: the text of messages 0..i is the start of
 the text of the whole conversation, so rendering prefixes tells where each message ends, and rendering one with the
 generation prompt tells where a reply starts. Tokens are mapped by the character offsets of one tokenization of the whole.
 Called by `cli/preprocess_chat.py`.
@@ -26,7 +27,7 @@ from megatron_llm.data.prepare.preprocess import carry_out
 from megatron_llm.data.tokenizer import describe, load_pretrained
 from megatron_llm.data.writer import check_prefix
 
-FORMAT_VERSION = 1  # to be raised when the same input should give other files
+FORMAT_VERSION = 2  # to be raised when the same input should give other files
 
 Message = dict[str, Any]
 Render = Callable[[Sequence[Message], bool], str]
@@ -118,7 +119,7 @@ class ChatEncoder:
         role_bytes = [np.empty(0, np.uint8)]
         for (index, text, spans), (tokens, offsets_n2) in zip(rendered, self._tokenize([r[1] for r in rendered]), strict=True):
             roles = token_roles(spans, text, offsets_n2, np.isin(tokens, self._special))
-            if ((roles & ROLE_MASK) == ROLES["assistant"]).any():
+            if ((roles & (ROLE_MASK | NOT_TRAINED)) == ROLES["assistant"]).any():
                 documents.append(tokens)
                 role_bytes.append(roles)
             else:
@@ -138,6 +139,8 @@ class ChatEncoder:
         import jinja2
 
         content = record_json(chunk, index)
+        if chunk.kind == "row":  # a message may well have a content of null, beside calls of tools
+            content = {key: _unpadded(value, kept="content" if key == "messages" else "") for key, value in content.items()}
         messages, tools = _messages(content), content.get("tools")
 
         def render(part: Sequence[Message], prompt: bool) -> str:
@@ -154,6 +157,18 @@ class ChatEncoder:
         return text, role_spans(render, messages, text)
 
 
+def _unpadded(value: Any, kept: str = "") -> Any:
+    """A value of a table without the nulls that fill up the fields of its structs; those of field `kept` stay.
+
+    A template would show them: the schema of one tool would name the arguments of all others.
+    """
+    if isinstance(value, list):
+        return [_unpadded(item, kept) for item in value]
+    if isinstance(value, dict):
+        return {key: _unpadded(item) for key, item in value.items() if item is not None or key == kept}
+    return value
+
+
 def _messages(content: dict[str, Any]) -> list[Message]:
     """The checked messages of a record. Raises ValueError."""
     messages = content.get("messages")
@@ -167,6 +182,9 @@ def _messages(content: dict[str, Any]) -> list[Message]:
             raise ValueError(f"unknown role {role!r}; known: system, user, assistant, tool")
         if not isinstance(text, str) and not (text is None and message.get("tool_calls")):
             raise ValueError(f"the content of a message of role {role!r} is not a string")
+        train = message.get("train")
+        if train is not None and not isinstance(train, bool):  # the string "false" would count as true
+            raise ValueError(f"'train' of a message is not true or false but {type(train).__name__}")
     return messages
 
 
@@ -197,7 +215,7 @@ def role_spans(render: Render, messages: Sequence[Message], full: str) -> list[S
         before = ROLES[messages[index - 1]["role"]] if index else ROLES["none"]
         if ends[index] is None and before != ROLES["assistant"]:
             spans.append(Span(done, start, before))
-        spans.append(Span(start, end, role if message.get("train", True) else role | NOT_TRAINED))
+        spans.append(Span(start, end, role | NOT_TRAINED if message.get("train") is False else role))
         done = end
     return spans
 

@@ -163,6 +163,8 @@ def _check_files(files: Sequence[InputFile]) -> None:
 
 def _claim(work: Path, output: Path, settings: dict[str, Any]) -> None:
     """Mark the work folder as belonging to these settings. Raises ValueError if it, or the output, belongs to something else."""
+    from megatron_llm.data.prepare.dedup_steps import write_json
+
     path = work / "settings.json"
     if path.exists():
         before = json.loads(path.read_text())
@@ -176,9 +178,7 @@ def _claim(work: Path, output: Path, settings: dict[str, Any]) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and {work} does not say that it is an unfinished result; name another output")
     work.mkdir(parents=True, exist_ok=True)
-    partial = work / ".partial-settings.json"
-    partial.write_text(json.dumps(settings, indent=2) + "\n")
-    os.replace(partial, path)
+    write_json(path, settings)
 
 
 def make_stages(files: Sequence[InputFile], options: DedupOptions, work: Path, output: Path) -> list[Stage]:

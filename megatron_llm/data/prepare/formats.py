@@ -12,7 +12,7 @@ import csv
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from megatron_llm.data.prepare.chunks import CHUNK_BYTES, Chunk, InputFile, Job, Kind, Skipped, Unit
@@ -32,18 +32,27 @@ Item = tuple[int, Any, str]
 def json_layout(file: InputFile) -> str:
     """How a `.json` file holds its records, by its first bytes: "array", "values" (one after the other) or "lines".
 
-    Values are what begins like an object whose first line is not one: printed over several lines, or several on a line.
+    Values are what begins like an object whose first line is not one: printed over several lines, or several on a line. Where
+    that object is broken, it may be just a bad line: a whole object on any line further down says so.
     """
     with ByteStream(file) as stream:
-        head = stream.read(CHUNK_BYTES).removeprefix(BOM).lstrip(_WHITE)
-    if head.startswith(b"["):
+        head = stream.read(CHUNK_BYTES).removeprefix(BOM).lstrip(_WHITE).decode(errors="replace")
+    if head.startswith("["):
         return "array"
-    if head.startswith(b"{"):
-        try:
-            json.loads(head.partition(b"\n")[0])
-        except (ValueError, RecursionError):
-            return "values"
-    return "lines"
+    first, *others = head.split("\n")
+    if not first.startswith("{") or _accepts(json.loads, first):
+        return "lines"
+    if _accepts(json.JSONDecoder().raw_decode, head):
+        return "values"
+    return "lines" if any(line.startswith("{") and _accepts(json.loads, line) for line in others) else "values"
+
+
+def _accepts(decode: Callable[[str], Any], text: str) -> bool:
+    try:
+        decode(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def read_lines(job: Job) -> Iterator[Chunk]:
@@ -142,11 +151,13 @@ class _Scanner:
     def cut(self, end: int, behind: int) -> Item:
         """The value up to offset `end`, without white space. The next one begins at `behind`."""
         stop = end - self._offset
-        value, size = self._data[self._begin : stop].strip(_WHITE), stop - self._begin + self._lost
+        value, size = self._data[self._begin : stop], stop - self._begin + self._lost
+        if self._offset + self._begin == 0:
+            value = value.removeprefix(BOM)
         self._begin, self._lost = behind - self._offset, 0
         if size > self._job.max_record_bytes:
             return behind, b"", self._job.too_large
-        return behind, value, ""
+        return behind, value.strip(_WHITE), ""
 
     def rest(self) -> Item:
         """What is left when there are no more tokens."""

@@ -17,6 +17,7 @@ from megatron_llm.data.prepare.chunks import CHUNK_BYTES, MAX_RECORD_BYTES, Chun
 from megatron_llm.data.prepare.formats import json_layout, read_csv, read_lines, read_text, read_values
 from megatron_llm.data.prepare.streams import DECOMPRESSORS
 from megatron_llm.data.prepare.tables import HUB_PREFIX, find_hub, read_hub, read_table
+from megatron_llm.data.writer import SUFFIXES
 
 FORMATS = {
     "jsonl": "lines",
@@ -41,21 +42,24 @@ _READERS: dict[str, Callable[[Job], Iterator[Chunk]]] = {
 }
 
 
-ABOUT = ("README", "LICENSE")  # files about a data set, not of it
+ABOUT = ("README", "LICENSE")  # texts about a data set, not of it, with any suffix
+# What a command is writing, or left when it was interrupted.
+UNFINISHED = (".journal", ".order.tmp", *(f"{suffix}.tmp" for suffix in SUFFIXES))
 
 
 def find_inputs(inputs: Sequence[str | Path]) -> list[InputFile]:
     """The files that `inputs` name, in order: files, globs, folders, folders that `datasets` saved, and hub:OWNER/NAME.
 
     A glob gives its matches sorted, a folder everything in it and below it, sorted by name, but for names that begin with a dot
-    or an underscore (markers such as `_SUCCESS`) and for README and LICENSE. A saved data set is a folder and is read as its
-    `state.json` says; where it has several splits, one must be named. What is named twice is read twice.
+    or an underscore (markers such as `_SUCCESS`) and for README and LICENSE. Neither gives the files of token data, for the
+    output may lie beside the input. A saved data set is a folder and is read as its `state.json` says; where it has several
+    splits, one must be named. What is named twice is read twice.
 
     Raises ValueError with everything that is missing, unreadable or of an unknown kind, in folders as well.
     """
     problems: list[str] = []
     files = [file for text in inputs for file in _find(str(text), problems)]
-    if not inputs:
+    if not files and not problems:
         problems.append("no input files")
     if problems:
         raise ValueError("; ".join(problems))
@@ -139,7 +143,7 @@ def _find(text: str, problems: list[str]) -> Iterator[InputFile]:
             yield _file(text)
         elif text.startswith(HUB_PREFIX):
             yield find_hub(text)
-        elif glob.has_magic(text) and (matches := sorted(glob.glob(text, recursive=True))):
+        elif glob.has_magic(text) and (matches := _matches(text)):
             folders = {Path(match) for match in matches if os.path.isdir(match)}
             for match in matches:
                 if folders.isdisjoint(Path(match).parents):  # else it comes with the folder
@@ -151,6 +155,25 @@ def _find(text: str, problems: list[str]) -> Iterator[InputFile]:
             )
     except ValueError as error:
         problems.append(str(error))
+
+
+def _matches(pattern: str) -> list[str]:
+    return [match for match in sorted(glob.glob(pattern, recursive=True)) if os.path.isdir(match) or not _is_output(match)]
+
+
+def _is_output(path: str) -> bool:
+    """Whether this is a file of token data, or of a command that makes some, and no input.
+
+    The `.idx` beside it decides, as other files may be named `.meta.json` too.
+    """
+    prefixes = [path.removesuffix(suffix) for suffix in SUFFIXES if path.endswith(suffix)]
+    prefixes += [prefix.removesuffix(".unshuffled") for prefix in prefixes]  # its own index is removed first
+    # In this order: another process may be putting its index in place.
+    return path.endswith(UNFINISHED) or any(os.path.exists(prefix + end) for prefix in prefixes for end in (".idx.tmp", ".idx"))
+
+
+def _is_about(path: Path) -> bool:
+    return path.name.upper().partition(".")[0] in ABOUT and _format(path.name)[0] in (None, "text") and path.is_file()
 
 
 def _folder(path: Path, problems: list[str], above: frozenset[str] = frozenset()) -> Iterator[InputFile]:
@@ -172,11 +195,13 @@ def _folder(path: Path, problems: list[str], above: frozenset[str] = frozenset()
         return
     unknown, found = [], False
     for entry in sorted(path.iterdir()):
-        if entry.name.startswith((".", "_")) or entry.name.upper().startswith(ABOUT):
+        if entry.name.startswith((".", "_")) or _is_about(entry):
             continue
         found = True
         if entry.is_dir():
             yield from _folder(entry, problems, above | {here})
+        elif _is_output(str(entry)):
+            continue
         elif _format(entry.name)[0]:
             yield from _find(str(entry), problems)
         else:

@@ -12,6 +12,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,6 +23,7 @@ from megatron_llm.data.indexed import BLOCK, HEADER, DatasetMeta, IndexedDataset
 from megatron_llm.data.prepare.shuffle import SourceFiles, shuffle_dataset
 from megatron_llm.data.writer import StagedFiles, check_prefix, publish, remove_dataset
 
+SIDES = ("train", "valid", "test")  # what the prefixes of a split end in
 COPY_BYTES = 1 << 28
 _SHARD_NAME = re.compile(r"-\d{5}-of-\d{5}$")
 
@@ -80,14 +82,17 @@ def _in_order(sources: list[IndexedDataset]) -> list[IndexedDataset]:
         sets.setdefault(key, []).append(source)
     bases = {name for name, _ in sets}
     problems = [
-        f"{name} and {other} are two sides of a split, of which only one is for training; merge each for itself"
-        for name in sorted(bases)
-        if name.endswith("-train") and (other := f"{name.removesuffix('train')}valid") in bases
+        f"{base}-{one} and {base}-{other} are two sides of a split, of which only one is for training; merge each for itself"
+        for one, other in combinations(SIDES, 2)
+        for base in sorted(name.removesuffix(f"-{one}") for name in bases if name.endswith(f"-{one}"))
+        if f"{base}-{other}" in bases
     ]
     for (name, count), members in sets.items():
         if count == 0:
             continue
         members.sort(key=_shard_number)
+        if len({member.meta.part_of for member in members if member.meta}) > 1:
+            problems.append(f"the shards of {name} were cut from different inputs or with different options; make them anew")
         numbers = Counter(map(_shard_number, members))
         missing = [shard_prefix(name, number, count) for number in range(count) if number not in numbers]
         if missing:
@@ -146,6 +151,7 @@ def merged_meta(sources: Sequence[IndexedDataset]) -> DatasetMeta | None:
         skipped=dict(sorted(skipped.items())),
         made_by=None,
         shard=None,
+        part_of=None,
     )
 
 

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing
@@ -38,7 +38,8 @@ from megatron_llm.data.writer import IndexedWriter, Journal, publish, remove_sta
 EXAMPLES = 20  # skipped records shown by name; all are counted
 JOURNAL_SECONDS = 10.0
 JOURNAL_BYTES = 1 << 30
-WAITING_BYTES = 256 << 20  # input that may wait for other processes, or be on its way back
+WAITING_BYTES = 32 << 20  # input a worker that may wait to be encoded, or on its way back,
+MAX_WAITING_BYTES = 256 << 20  # and of all workers together
 
 
 @dataclass
@@ -278,20 +279,21 @@ def _add(encoded: Encoded, writers: Sequence[IndexedWriter]) -> None:
 def _encode_all(encoder: Encoder, chunks: Iterator[Chunk], workers: int, summary: Summary) -> Iterator[tuple[Chunk, Encoded]]:
     """Chunks, without their records, and what became of them, in order. Only a few are read ahead."""
     pool: Executor
+    load: Callable[[], str]
     if workers == 1:  # the encoder's own threads use all cores; this one reads and writes meanwhile
         pool, load, encode = ThreadPoolExecutor(1), partial(encoder.load, threads=True), encoder.encode
     else:
         pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (encoder,))
         load, encode = _load_in_worker, _encode_in_worker
     pending: deque[tuple[Chunk, Future[Encoded]]] = deque()
-    waiting = 0
+    waiting, most = 0, min(workers * WAITING_BYTES, MAX_WAITING_BYTES)
     try:
         how = pool.submit(load).result()
         summary.how = f"{workers} processes of {how}" if workers > 1 else how
         for chunk in chunks:
             pending.append((replace(chunk, records=()), pool.submit(encode, chunk)))
             waiting += chunk.input_bytes
-            while len(pending) > 2 * workers or (waiting > WAITING_BYTES and pending):
+            while len(pending) > 2 * workers or (waiting > most and pending):
                 done, future = pending.popleft()
                 waiting -= done.input_bytes
                 yield done, future.result()

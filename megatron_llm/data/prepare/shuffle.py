@@ -20,7 +20,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from megatron_llm.data.indexed import HEADER, IndexedDataset
-from megatron_llm.data.order import hash64
+from megatron_llm.data.order import hash_numbers
 from megatron_llm.data.writer import StagedFiles, open_exclusive, publish
 
 BLOCK_BYTES = 16 << 20  # read at a time
@@ -31,15 +31,6 @@ DOCUMENT_BYTES = 64  # what a document takes in memory besides its tokens, rough
 ENTRY = np.dtype([("number", "<i8"), ("sequences", "<i8"), ("tokens", "<i8")])
 
 Int64 = npt.NDArray[np.int64]
-
-
-def hash_numbers(seed: int, numbers: Int64) -> npt.NDArray[np.uint64]:
-    """`data.order.hash64(seed, number)` for an array of numbers."""
-    value = numbers.astype(np.uint64) ^ np.uint64(hash64(seed))
-    value += np.uint64(0x9E3779B97F4A7C15)
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
 
 
 def shuffle_dataset(

@@ -22,6 +22,7 @@ HUB_PREFIX = "hub:"
 _HUB = re.compile(r"hub:(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[^/:@]+))?(@(?P<revision>[^:]+))?(:(?P<split>[^:]+))?")
 _HUB_ROWS = 256  # rows that are asked for at a time
 _PARQUET_ROWS = 8192  # at most at a time: values that repeat are stored once, so the size of a group may say little
+_ENCODED_ROWS = 256  # of a column that stores each value once, at a time: nothing says how large they are together
 _READ_BYTES = 1 << 20  # of a parquet column at a time; pyarrow would otherwise hold all of it
 
 Pieces = Iterator[tuple[int, Callable[[], Iterable[Any]]]]
@@ -145,12 +146,25 @@ def _chunks(job: Job, row: int, batches: Iterable[Any], disk_bytes: Callable[[in
     for batch in batches:
         known = min(max(_resume_row(job) - row, 0), batch.num_rows)
         row += known
-        for part in _parts(batch.slice(known), job.chunk_bytes):
-            records, skipped = _rows(job, part, row)
-            end = row + part.num_rows
-            read = disk_bytes(end) - disk_bytes(row)
-            yield Chunk(path, "row", "row", records, row + 1, row, part.nbytes, read, (job.number, end, end), skipped)
-            row = end
+        for plain in _decoded(batch.slice(known)):
+            for part in _parts(plain, job.chunk_bytes):
+                records, skipped = _rows(job, part, row)
+                end = row + part.num_rows
+                read = disk_bytes(end) - disk_bytes(row)
+                yield Chunk(path, "row", "row", records, row + 1, row, part.nbytes, read, (job.number, end, end), skipped)
+                row = end
+
+
+def _decoded(batch: Any) -> Iterator[Any]:
+    """The batch, or its parts without dictionaries (categoricals): the size of any slice would be that of the whole dictionary."""
+    import pyarrow as pa
+
+    if not any(map(pa.types.is_dictionary, batch.schema.types)):
+        yield batch
+        return
+    plain = [field.with_type(getattr(field.type, "value_type", field.type)) for field in batch.schema]
+    for first in range(0, batch.num_rows, _ENCODED_ROWS):
+        yield batch.slice(first, _ENCODED_ROWS).cast(pa.schema(plain))
 
 
 def _parts(batch: Any, size: int) -> Iterator[Any]:

@@ -16,6 +16,7 @@ from megatron_llm.data.indexed import DatasetMeta, IndexedDataset
 from megatron_llm.data.order import hash64
 from megatron_llm.data.prepare import merge as module
 from megatron_llm.data.prepare.merge import merge, shard_prefix
+from megatron_llm.data.prepare.preprocess import preprocess
 from megatron_llm.data.writer import IndexedWriter
 
 META = DatasetMeta(kind="pretrain", tokenizer="tok", tokenizer_fingerprint="f" * 64, vocab_size=1000, eod_id=2)
@@ -123,6 +124,26 @@ def test_missing_and_doubled_shards_are_named(tmp_path: Path) -> None:
         merge([tmp_path / "a-*"], tmp_path / "out")
 
 
+@pytest.mark.parametrize("change", ["a file more", "another key", "another split"])
+def test_shards_of_different_wholes_are_refused(tmp_path: Path, tokenizer_folder: Path, change: str) -> None:
+    """What every shard takes follows from what all inputs are: with others, documents would be missing or there twice."""
+    for number in range(20):
+        (tmp_path / f"{number % 2}.jsonl").open("a").write(f'{{"text": "hello {number}", "title": "world {number}"}}\n')
+    options: dict[str, Any] = {"progress": False, "text_key": "text"}
+    preprocess([tmp_path / "*.jsonl"], tokenizer_folder, tmp_path / "out", shard=(0, 2), **options)
+    if change == "a file more":
+        (tmp_path / "2.jsonl").write_text('{"text": "more"}\n' * 9)
+    elif change == "another key":
+        options["text_key"] = "title"
+    else:
+        options["split"] = [1.0, 0.0]
+    preprocess([tmp_path / "*.jsonl"], tokenizer_folder, tmp_path / "out", shard=(1, 2), **options)
+    for side in tmp_path.glob("out-train-00001*"):
+        side.rename(tmp_path / side.name.replace("-train", ""))
+    with pytest.raises(ValueError, match="shards of .*/out were cut from different inputs or with different options"):
+        merge([tmp_path / "out-*"], tmp_path / "all", progress=False)
+
+
 def test_two_sharded_data_sets_stay_apart(tmp_path: Path) -> None:
     for name, first in (("b", 10), ("a", 20)):
         for number in range(2):
@@ -177,7 +198,15 @@ def test_chat_data_keeps_its_roles_and_stays_among_itself(tmp_path: Path) -> Non
         merge([tmp_path / "a", tmp_path / "c"], tmp_path / "out")
 
 
-def test_token_types_are_widened_only_if_they_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_token_types_that_agree_are_kept(tmp_path: Path, dtype: Any) -> None:
+    for name in ("a", "b"):
+        write(tmp_path / name, [[1, 2]], dtype)
+    merge([tmp_path / "a", tmp_path / "b"], tmp_path / "out", progress=False)
+    assert IndexedDataset(tmp_path / "out").dtype == dtype and read(tmp_path / "out") == [[1, 2], [1, 2]]
+
+
+def test_token_types_that_differ_are_widened(tmp_path: Path) -> None:
     write(tmp_path / "a", [[1, 65535]])
     write(tmp_path / "b", [[70000]], np.int32)
     merge([tmp_path / "a", tmp_path / "b"], tmp_path / "out", progress=False)
@@ -210,11 +239,12 @@ def test_damaged_sources_are_refused_and_leave_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.parametrize("other", ["valid", "test"])
 @pytest.mark.parametrize("sharded", [False, True])
-def test_the_sides_of_a_split_are_not_joined(tmp_path: Path, sharded: bool) -> None:
+def test_the_sides_of_a_split_are_not_joined(tmp_path: Path, sharded: bool, other: str) -> None:
     """A glob that takes both would put the validation documents into training."""
-    for side in ("train", "valid"):
+    for side in ("train", other):
         base = tmp_path / f"x-{side}"
         write_shard(base, 0, 1, [[1, 2]]) if sharded else write(base, [[1, 2]])
-    with pytest.raises(ValueError, match="x-train and .*x-valid are two sides of a split"):
+    with pytest.raises(ValueError, match=f"x-train and .*x-{other} are two sides of a split"):
         merge([tmp_path / "x-*"], tmp_path / "out", progress=False)

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_llm.data.indexed import DatasetMeta, IndexedDataset
-from megatron_llm.data.order import hash64
+from megatron_llm.data.order import hash64, hash_numbers
 from megatron_llm.data.prepare import shuffle as module
-from megatron_llm.data.prepare.shuffle import hash_numbers, shuffle_dataset
+from megatron_llm.data.prepare.shuffle import shuffle_dataset
 from megatron_llm.data.writer import IndexedWriter
 
 META = DatasetMeta(kind="pretrain", tokenizer="tok", tokenizer_fingerprint="f" * 64, vocab_size=1000, eod_id=2)
