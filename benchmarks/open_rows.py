@@ -25,7 +25,6 @@ import argparse
 import dataclasses
 import json
 import os
-import platform
 import random
 import re
 import statistics
@@ -34,11 +33,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import finish, machine, parser
 
 from megatron_llm.data.indexed import HEADER, MAGIC, DatasetMeta
 
@@ -200,56 +199,38 @@ def compare(folder: Path, documents: int, peer_documents: int, runs: int) -> dic
     }
 
 
-def machine() -> dict[str, Any]:
-    """What the figures depend on."""
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    packages = {name: version(name) for name in ("megatron_llm", "megatron-core", "numpy", "torch")}
-    return {
-        "cpu": cpu.group(1) if cpu else platform.machine(),
-        "cores": os.cpu_count(),
-        **packages,
-        "python": platform.python_version(),
-    }
-
-
 def main() -> int:
     """Measure, print a table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--documents", type=int, default=20_000_000, help="of our data set (default: %(default)s)")
-    parser.add_argument("--peer-documents", type=int, default=400_000, help="of GPTDataset's (default: %(default)s)")
-    parser.add_argument("--runs", type=int, default=3, help="fresh processes of each (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, help="where the data sets are written, for the time of the run (default: /tmp)")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "open_rows.json")
-    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--documents", type=int, default=20_000_000, help="of our data set (default: %(default)s)")
+    options.add_argument("--peer-documents", type=int, default=400_000, help="of GPTDataset's (default: %(default)s)")
+    options.add_argument("--runs", type=int, default=3, help="fresh processes of each (default: %(default)s)")
+    options.add_argument("--folder", type=Path, help="where the data sets are written, for the time of the run (default: /tmp)")
+    options.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
+    args = options.parse_args()
     if args.measure:
         what, prefix, *rest = args.measure
         print(json.dumps(measure_ours(prefix) if what == "ours" else measure_peer(prefix, rest[0], int(rest[1]))))
         return 0
 
+    conditions = machine("megatron-core", "numpy", "torch")
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         figures = compare(Path(folder), args.documents, args.peer_documents, args.runs)
     holds = {name: figures["megatron_llm"][name] < limit for name, limit in LIMITS.items()}
-    result = {
-        "claim": "1e9 documents: start < 1 s, < 100 MB beyond page cache; a warm random row of 4096 tokens < 100 us",
-        "command": " ".join(["python", "benchmarks/open_rows.py", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d"),
-        "holds": holds,
-        **figures,
-        "machine": machine(),
-    }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=2) + "\n")
-
     names = list(figures)
     print(f"{'':20}" + "".join(f"{name:>20}" for name in names))
     for figure in figures["megatron_llm"]:
         if figure != "runs":
             row = (figures[name].get(figure) for name in names)
             print(f"{figure:20}" + "".join(" " * 20 if value is None else f"{value:20,.2f}" for value in row))
-    print("  ".join(f"{name} {value}" for name, value in machine().items()))
-    print(f"written to {args.output}")
-    return 0 if all(holds.values()) else 1
+    return finish(
+        args.output,
+        "1e9 documents: start < 1 s, < 100 MB beyond page cache; a warm random row of 4096 tokens < 100 us",
+        all(holds.values()),
+        conditions,
+        limits=LIMITS,
+        **figures,
+    )
 
 
 if __name__ == "__main__":

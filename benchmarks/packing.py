@@ -14,21 +14,15 @@ Exits 1 if the claim does not hold.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
-import os
-import platform
-import re
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import finish, machine, parser
 
 from megatron_llm.data import packing
 
@@ -107,26 +101,13 @@ def measure(methods: dict[str, tuple[Callable[[Lengths], int], int]], runs: int)
     return figures
 
 
-def machine() -> dict[str, Any]:
-    """What the figures depend on."""
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    packages = [name for name in ("megatron_llm", "numpy", "trl") if importlib.util.find_spec(name)]
-    return {
-        "cpu": cpu.group(1) if cpu else platform.machine(),
-        "cores": os.cpu_count(),
-        "native": packing.NATIVE,
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-    }
-
-
 def main() -> int:
     """Measure, print a table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=3, help="of each method (default: %(default)s)")
-    parser.add_argument("--slow-items", type=int, default=100_000, help="for the slow ones (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "packing.json")
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--runs", type=int, default=3, help="of each method (default: %(default)s)")
+    options.add_argument("--slow-items", type=int, default=100_000, help="for the slow ones (default: %(default)s)")
+    args = options.parse_args()
+    conditions = machine("numpy", "trl", native=packing.NATIVE)
 
     few = args.slow_items
     methods: dict[str, tuple[Callable[[Lengths], int], int]] = {
@@ -140,26 +121,19 @@ def main() -> int:
     figures = measure(methods, args.runs)
     claimed = [(figures[f"best_fit {items:,}"], limit) for items, limit in LIMITS.items()]
     holds = all(found["seconds"] < limit and found["of_lower_bound"] <= LOWER_BOUND_RATIO for found, limit in claimed)
-    result = {
-        "claim": "best-fit packs 10 million lengths in < 10 s and 1 million in < 2 s, in at most 1.001 times the rows needed",
-        "command": " ".join(["python", "benchmarks/packing.py", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d"),
-        "holds": holds,
-        "methods": figures,
-        "machine": machine(),
-    }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=2) + "\n")
-
     print(f"{'':28} {'items':>12} {'seconds':>9} {'rows':>10} {'filled':>9} {'rows / least':>13}")
     for name, found in figures.items():
         print(
             f"{name:28} {found['items']:12,} {found['seconds']:9.3f} {found['rows']:10,} {found['filled']:9.3%} "
             f"{found['of_lower_bound']:13.5f}"
         )
-    print("  ".join(f"{name} {value}" for name, value in machine().items()))
-    print(f"written to {args.output}")
-    return 0 if holds else 1
+    return finish(
+        args.output,
+        "best-fit packs 10 million lengths in < 10 s and 1 million in < 2 s, in at most 1.001 times the rows needed",
+        holds,
+        conditions,
+        methods=figures,
+    )
 
 
 if __name__ == "__main__":

@@ -17,30 +17,20 @@ Exits 1 if the claim does not hold.
 
 from __future__ import annotations
 
-import argparse
-import importlib.metadata
-import json
 import os
-import platform
-import random
-import re
 import statistics
 import subprocess
 import sys
-import sysconfig
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import add_corpus_options, corpus_and_tokenizer, finish, machine, parser
 
-from megatron_llm import __version__
 from megatron_llm.data.indexed import IndexedDataset
 
 CLAIM_SPEED, CLAIM_RATIO = 60e6, 20
-VOCABULARY = 32_000
-SUFFIXES = (".py", ".md", ".txt", ".rst")
 
 PEER = """
 import json, multiprocessing, sys
@@ -68,44 +58,6 @@ if __name__ == "__main__":
                 builder.add_document(torch.IntTensor(ids), [len(ids)])
     builder.finalize(sys.argv[3] + ".idx")
 """
-
-
-def make_corpus(path: Path, size: int) -> None:
-    """Write `size` bytes of {"text": ...} lines, whole files in a fixed random order."""
-    roots = {sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["purelib"]}
-    found = sorted(file for root in roots for file in Path(root).rglob("*") if file.suffix in SUFFIXES and file.is_file())
-    random.Random(0).shuffle(found)
-    with path.open("wb") as out:
-        for file in found:
-            try:
-                text = file.read_text("utf-8")
-            except UnicodeDecodeError:
-                continue
-            if 0 < len(text) < 2_000_000:
-                out.write(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n")
-            if out.tell() >= size:
-                return
-    raise ValueError(f"this machine has only {path.stat().st_size / 1e6:.0f} MB of text; ask for less with --megabytes")
-
-
-def train_tokenizer(corpus: Path, folder: Path) -> None:
-    """A byte-level BPE tokenizer trained on the first 20 MB of the corpus."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    with corpus.open("rb") as lines:
-        tokenizer.train_from_iterator((json.loads(line)["text"] for line in lines.readlines(20_000_000)), trainer)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
-    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def head(corpus: Path, path: Path, size: int) -> None:
@@ -144,40 +96,16 @@ def check_ids(mine: Path, other: Path) -> None:
         raise RuntimeError(f"{mine} has other documents than {other}")
 
 
-def machine() -> dict[str, Any]:
-    """What the figures depend on."""
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    versions = {
-        name: importlib.metadata.version(name) for name in ("gigatoken", "tokenizers", "megatron-core", "orjson", "numpy")
-    }
-    return {
-        "cpu": cpu.group(1) if cpu else platform.machine(),
-        "cores": os.cpu_count(),
-        "load_before": os.getloadavg()[0],
-        "megatron_llm": __version__,
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
-        **versions,
-    }
-
-
 def main() -> int:
     """Measure, print a table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=float, default=120, help="size of the corpus (default: %(default)s)")
-    parser.add_argument("--peer-megabytes", type=float, default=1e6, help="how much of it the peer gets (default: all)")
-    parser.add_argument("--runs", type=int, default=3, help="runs of each (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=2, help="worker processes of the peer (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "benchmark_preprocess")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "preprocess.json")
-    args = parser.parse_args()
-    conditions = machine()
-    args.folder.mkdir(parents=True, exist_ok=True)
-    corpus, tokenizer = args.folder / f"corpus-{args.megabytes:g}.jsonl", args.folder / "tokenizer"
-    if not corpus.exists():
-        make_corpus(corpus, int(args.megabytes * 1e6))
-    if not (tokenizer / "tokenizer.json").exists():
-        train_tokenizer(corpus, tokenizer)
+    options = parser(__doc__)
+    add_corpus_options(options)
+    options.add_argument("--peer-megabytes", type=float, default=1e6, help="how much of it the peer gets (default: all)")
+    options.add_argument("--runs", type=int, default=3, help="runs of each (default: %(default)s)")
+    options.add_argument("--workers", type=int, default=2, help="worker processes of the peer (default: %(default)s)")
+    args = options.parse_args()
+    conditions = machine("gigatoken", "tokenizers", "megatron-core", "orjson", "numpy")
+    corpus, tokenizer = corpus_and_tokenizer(args.folder, args.megabytes)
     part = args.folder / "part.jsonl"
     head(corpus, part, int(args.peer_megabytes * 1e6))
 
@@ -191,22 +119,18 @@ def main() -> int:
         print(f"{mine / 1e6:8.1f} {peer / 1e6:8.2f} {mine / peer:7.1f}x", flush=True)
     mine, peer = (statistics.median(column) for column in zip(*speeds, strict=True))
     ratio = statistics.median(one / other for one, other in speeds)
-    result = {
-        "claim": "60 MB/s or more of jsonl, whole command; at least 20 times the reconstruction of Megatron-LM's default way",
-        "command": " ".join(["python", "benchmarks/preprocess.py", *sys.argv[1:]]),
-        "bytes": corpus.stat().st_size,
-        "peer_bytes": part.stat().st_size,
-        "bytes_per_second": {"megatron_llm": mine, "peer": peer},
-        "ratio": ratio,
-        "runs": speeds,
-        "machine": conditions,
-    }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=2) + "\n")
     print(f"median {mine / 1e6:.1f} MB/s, peer {peer / 1e6:.2f} MB/s, {ratio:.1f} times; ids equal")
-    print("  ".join(f"{name} {value}" for name, value in conditions.items()))
-    print(f"written to {args.output}")
-    return 0 if mine >= CLAIM_SPEED and ratio >= CLAIM_RATIO else 1
+    return finish(
+        args.output,
+        "60 MB/s or more of jsonl, whole command; at least 20 times the reconstruction of Megatron-LM's default way",
+        mine >= CLAIM_SPEED and ratio >= CLAIM_RATIO,
+        conditions,
+        bytes=corpus.stat().st_size,
+        peer_bytes=part.stat().st_size,
+        bytes_per_second={"megatron_llm": mine, "peer": peer},
+        ratio=ratio,
+        runs=speeds,
+    )
 
 
 if __name__ == "__main__":

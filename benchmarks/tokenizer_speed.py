@@ -13,11 +13,9 @@ Exits 1 if the claim does not hold.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import sentencepiece
-from preprocess import machine, make_corpus, train_tokenizer  # the script beside this one
+from common import add_corpus_options, corpus_and_tokenizer, finish, machine, parser
 from tokenizers import Tokenizer
 
 from megatron_llm.data.prepare.encoding import open_tokenizer
@@ -108,20 +106,13 @@ def measure(path: Path, peer: Callable[[Path], Encode], texts: list[str], peer_s
 
 def main() -> int:
     """Measure, print a table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=float, default=120, help="size of the corpus (default: %(default)s)")
-    parser.add_argument("--peer-megabytes", type=float, default=16, help="how much of it the peers get (default: %(default)s)")
-    parser.add_argument("--runs", type=int, default=3, help="runs of each (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "benchmark_preprocess")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "tokenizer_speed.json")
-    args = parser.parse_args()
-    conditions = machine() | {"sentencepiece": sentencepiece.__version__}
-    args.folder.mkdir(parents=True, exist_ok=True)
-    corpus, folder = args.folder / f"corpus-{args.megabytes:g}.jsonl", args.folder / "tokenizer"
-    if not corpus.exists():
-        make_corpus(corpus, int(args.megabytes * 1e6))
-    if not (folder / "tokenizer.json").exists():
-        train_tokenizer(corpus, folder)
+    options = parser(__doc__)
+    add_corpus_options(options)
+    options.add_argument("--peer-megabytes", type=float, default=16, help="how much of it the peers get (default: %(default)s)")
+    options.add_argument("--runs", type=int, default=3, help="runs of each (default: %(default)s)")
+    args = options.parse_args()
+    conditions = machine("gigatoken", "tokenizers", "sentencepiece", "numpy")
+    corpus, folder = corpus_and_tokenizer(args.folder, args.megabytes)
     with corpus.open("rb") as lines:
         texts = [json.loads(line)["text"] for line in lines]
     bpe, unigram = (train_model(texts, args.folder / kind, kind) for kind in ("bpe", "unigram"))
@@ -140,18 +131,14 @@ def main() -> int:
         part = texts if "Unigram" not in name else head(texts, int(args.peer_megabytes * 1e6))
         result = results[name] = measure(path, peer, part, int(args.peer_megabytes * 1e6), args.runs)
         print(f"{name:36} {result['megatron_llm'] / 1e6:8.1f} {result['peer'] / 1e6:8.2f} {result['ratio']:7.1f}x", flush=True)
-    result = {
-        "claim": "byte-level BPE at 150 MB/s or more, sentencepiece-type BPE at least 3 times tokenizers",
-        "command": " ".join(["python", "benchmarks/tokenizer_speed.py", *sys.argv[1:]]),
-        "bytes_per_second": results,
-        "machine": conditions,
-    }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=2) + "\n")
-    print("ids equal; " + "  ".join(f"{name} {value}" for name, value in conditions.items()))
-    print(f"written to {args.output}")
     fast, pieces = (results[name] for name in list(cases)[:2])
-    return 0 if fast["megatron_llm"] >= CLAIM_SPEED and pieces["ratio"] >= CLAIM_RATIO else 1
+    return finish(
+        args.output,
+        "byte-level BPE at 150 MB/s or more, sentencepiece-type BPE at least 3 times tokenizers; equal ids",
+        fast["megatron_llm"] >= CLAIM_SPEED and pieces["ratio"] >= CLAIM_RATIO,
+        conditions,
+        bytes_per_second=results,
+    )
 
 
 if __name__ == "__main__":

@@ -14,23 +14,16 @@ Exits 1 if the claim does not hold.
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
-import re
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from common import finish, machine, parser
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron_llm import __version__
 from megatron_llm.config import parse_config
 from megatron_llm.data.stream import build_train_stream
 from megatron_llm.parallel.grid import Grid
@@ -133,31 +126,16 @@ def summary(pairs: list[tuple[float, float]]) -> dict[str, Any]:
     }
 
 
-def machine() -> dict[str, Any]:
-    """What the figures depend on."""
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return {
-        "cpu": cpu.group(1) if cpu else platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "megatron_llm": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-
-
 def main() -> int:
     """Measure, print a table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=7, help="timed pairs of steps for each baseline (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, default=5, help="no new pair after this time (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: %(default)s)")
-    parser.add_argument("--baselines", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16", "float32"])
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "train_vs_transformers.json")
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--pairs", type=int, default=7, help="timed pairs of steps for each baseline (default: %(default)s)")
+    options.add_argument("--minutes", type=float, default=5, help="no new pair after this time (default: %(default)s)")
+    options.add_argument("--threads", type=int, default=2, help="threads of torch (default: %(default)s)")
+    options.add_argument("--baselines", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16", "float32"])
+    args = options.parse_args()
     torch.set_num_threads(args.threads)
+    conditions = machine("torch", "transformers", threads=args.threads, capability=torch.backends.cpu.get_cpu_capability())
 
     ours = megatron_llm_step()
     timed(ours)
@@ -165,25 +143,20 @@ def main() -> int:
     for name in args.baselines:
         print(f"transformers in {name}, megatron_llm in bfloat16: seconds a step", flush=True)
         against[name] = summary(measure(transformers_step(getattr(torch, name)), ours, args.pairs, args.minutes * 60))
-    result = {
-        "claim": "in bfloat16 megatron_llm trains at least as fast as transformers + fused AdamW: speed ratio >= 1",
-        "command": " ".join(["python", "benchmarks/train_vs_transformers.py", *sys.argv[1:]]),
-        "shape": {**SHAPE, "rows": ROWS, "sequence_length": SEQUENCE},
-        "against": against,
-        "machine": machine(),
-    }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=2) + "\n")
-
     print(f"\n{'tokens a second':24} {'transformers':>14} {'megatron_llm':>14} {'ratio':>8}   (lowest to highest of the pairs)")
     for name, figures in against.items():
         speed, ratio = figures["tokens_per_second"], figures["speed_ratio"]
         spread = f"({ratio['lowest']:.2f} to {ratio['highest']:.2f} of {len(figures['seconds_of_pairs'])})"
         theirs, mine = speed["transformers"], speed["megatron_llm"]
         print(f"{'transformers in ' + name:24} {theirs:14,.0f} {mine:14,.0f} {ratio['median']:7.2f}x   {spread}")
-    print("  ".join(f"{name} {value}" for name, value in machine().items()))
-    print(f"written to {args.output}")
-    return 0 if against.get("bfloat16", {}).get("speed_ratio", {}).get("median", 1) >= 1 else 1
+    return finish(
+        args.output,
+        "in bfloat16 megatron_llm trains at least as fast as transformers + fused AdamW: speed ratio >= 1",
+        against.get("bfloat16", {}).get("speed_ratio", {}).get("median", 1) >= 1,
+        conditions,
+        shape={**SHAPE, "rows": ROWS, "sequence_length": SEQUENCE},
+        against=against,
+    )
 
 
 if __name__ == "__main__":
