@@ -1,55 +1,87 @@
 """Proof that a schedule can run: every action once, dependencies met, no deadlock on in-order channels.
 
-Called by `training/build.py` on the schedule it is about to run, and by the tests on thousands of others.
+Called by `training/build.py` on the schedule it is about to run, by `pipeline/simulate.py`, and by the tests on thousands
+of others. `channels` is also what `pipeline/runtime.py` sends and receives by.
+
+Messages travel in channels, one per ordered pair of ranks, that deliver in the order of sending, as NCCL and gloo do. The
+order is read off the sender's list of actions, and both ends read the same list, so they cannot disagree. A receiver may
+need a later message first; it then keeps the earlier ones. What is left to prove is that everything is sent that is waited for.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-from megatron_llm.pipeline.schedules import Action, Schedule
+from megatron_llm.pipeline.actions import Action, Schedule
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What a checked schedule needs, per rank.
+
+    peak: the most pairs (stage, micro-batch) that are held at once, from F to the end of B, or of W where there is one.
+    early: the most messages that wait at once because a later message of their channel is needed first.
+    """
+
+    peak: tuple[int, ...]
+    early: tuple[int, ...]
 
 
 def dependencies(action: Action, stages: int) -> list[Action]:
-    """What must be finished before an action: its input's producer, and for B its own forward."""
+    """What must be finished before an action: the producer of its message (first), its own forward (B), its own backward (W)."""
     kind, stage, mb = action.kind, action.stage, action.microbatch
     if kind == "F":
         return [Action("F", stage - 1, mb)] if stage else []
-    return [Action("F", stage, mb)] + ([Action("B", stage + 1, mb)] if stage < stages - 1 else [])
+    if kind == "W":
+        return [Action("B", stage, mb)]
+    return ([Action("B", stage + 1, mb)] if stage < stages - 1 else []) + [Action("F", stage, mb)]
 
 
-def check(schedule: Schedule) -> list[int]:
-    """Run the schedule symbolically. Returns the peak number of stage activations each rank holds at once.
+def consumer(action: Action, stages: int) -> Action | None:
+    """The action on a neighbouring stage that needs the result of this one; None if none does."""
+    target = action.stage + (1 if action.kind == "F" else -1)
+    return Action(action.kind, target, action.microbatch) if action.kind != "W" and 0 <= target < stages else None
 
-    Messages travel in first-in-first-out channels, one per (sender, receiver, direction), as NCCL and gloo deliver
-    them; a receiver takes the next message of its channel and it must be the one that its action needs.
-    Raises ValueError naming rank and action if an action is missing, repeated or misplaced, if the two ends of a
-    channel disagree on the order of messages, or if no rank can go on.
+
+def channels(schedule: Schedule) -> dict[tuple[int, int], list[Action]]:
+    """The messages of every channel (sender, receiver), as the actions that consume them, in the order of sending.
+
+    What is handed to another stage of the same rank is no message.
+    """
+    order: dict[tuple[int, int], list[Action]] = {}
+    for rank, actions in enumerate(schedule.actions):
+        for action in actions:
+            target = consumer(action, len(schedule.placement))
+            if target is not None and (receiver := schedule.placement[target.stage]) != rank:
+                order.setdefault((rank, receiver), []).append(target)
+    return order
+
+
+def walk(schedule: Schedule) -> Iterator[tuple[int, Action]]:
+    """All actions with their ranks, in one order that the ranks' lists and all dependencies allow.
+
+    Raises ValueError naming what every rank waits for if no rank can go on.
     """
     stages, ranks = len(schedule.placement), len(schedule.actions)
-    kinds = {action.kind for actions in schedule.actions for action in actions}
-    expected = {Action(kind, stage, mb) for kind in kinds for stage in range(stages) for mb in range(schedule.microbatches)}
-    _check_complete(schedule, expected)
-
-    channels: dict[tuple[int, int, str], deque[Action]] = {}
     done: set[Action] = set()
-    position, held, peak = [0] * ranks, [0] * ranks, [0] * ranks
-    progress = True
-    while progress:
-        progress = False
-        for rank, actions in enumerate(schedule.actions):
-            while position[rank] < len(actions):
-                action = actions[position[rank]]
-                if not _take_inputs(schedule, rank, action, channels, done):
-                    break
-                done.add(action)
-                held[rank] += 1 if action.kind == "F" else -1
-                peak[rank] = max(peak[rank], held[rank])
-                target = action.stage + (1 if action.kind == "F" else -1)
-                if 0 <= target < stages and schedule.placement[target] != rank:
-                    channels.setdefault((rank, schedule.placement[target], action.kind), deque()).append(action)
-                position[rank] += 1
-                progress = True
+    waiting: dict[Action, int] = {}  # the rank that cannot go on before this is done
+    position = [0] * ranks
+    ready = list(reversed(range(ranks)))
+    while ready:
+        rank = ready.pop()
+        actions = schedule.actions[rank]
+        while position[rank] < len(actions):
+            action = actions[position[rank]]
+            missing = next((needed for needed in dependencies(action, stages) if needed not in done), None)
+            if missing is not None:
+                waiting[missing] = rank
+                break
+            yield rank, action
+            position[rank] += 1
+            done.add(action)
+            if action in waiting:
+                ready.append(waiting.pop(action))
     stuck = [
         f"rank {rank} at {actions[position[rank]]}"
         for rank, actions in enumerate(schedule.actions)
@@ -57,37 +89,78 @@ def check(schedule: Schedule) -> list[int]:
     ]
     if stuck:
         raise ValueError("the schedule deadlocks: " + ", ".join(stuck))
-    return peak
 
 
-def _check_complete(schedule: Schedule, expected: set[Action]) -> None:
-    """Every action exactly once, on the rank that its stage is placed on."""
+def held(schedule: Schedule, after_forward: Sequence[float], after_backward: Sequence[float]) -> tuple[float, ...]:
+    """The most that each rank holds at once. It follows from the order of actions alone, whatever they take.
+
+    after_forward: per stage, what is held from the start of F to the end of B (to the end of F if there are no backwards).
+    after_backward: per stage, what is held from the end of B to the end of W; of no effect if there are no W.
+    """
+    kinds = {action.kind for actions in schedule.actions for action in actions}
+    peaks = []
+    for actions in schedule.actions:
+        now = peak = 0.0
+        for action in actions:
+            first, second = after_forward[action.stage], after_backward[action.stage] if schedule.split else 0
+            if action.kind == "F":
+                now += first
+                peak = max(peak, now)
+                now -= 0 if "B" in kinds else first
+            else:
+                now += second - first if action.kind == "B" else -second
+                peak = max(peak, now)
+        peaks.append(peak)
+    return tuple(peaks)
+
+
+def check(schedule: Schedule) -> Proof:
+    """Prove that a schedule runs to its end.
+
+    Raises ValueError naming rank and action if an action is missing, repeated or misplaced, or if no rank can go on.
+    """
+    _check_complete(schedule)
+    for _ in walk(schedule):
+        pass
+    ones = [1] * len(schedule.placement)
+    return Proof(tuple(round(peak) for peak in held(schedule, ones, ones)), _early(schedule))
+
+
+def _check_complete(schedule: Schedule) -> None:
+    """Every action exactly once, on the rank that its stage is placed on; forwards alone, or with B, or with B and W."""
+    stages = len(schedule.placement)
+    kinds = "FBW" if schedule.split else "FB" if any(a.kind == "B" for row in schedule.actions for a in row) else "F"
     seen: set[Action] = set()
     for rank, actions in enumerate(schedule.actions):
         for action in actions:
-            if action in seen or action not in expected:
-                raise ValueError(f"rank {rank}: {action} is {'repeated' if action in seen else 'out of range'}")
+            if not (0 <= action.stage < stages and 0 <= action.microbatch < schedule.microbatches):
+                raise ValueError(
+                    f"rank {rank}: {action} is out of range of {stages} stages and {schedule.microbatches} micro-batches"
+                )
+            if action in seen:
+                raise ValueError(f"rank {rank}: {action} is repeated")
             if schedule.placement[action.stage] != rank:
                 raise ValueError(f"rank {rank}: {action} belongs to rank {schedule.placement[action.stage]}")
             seen.add(action)
-    if missing := expected - seen:
-        raise ValueError(f"{len(missing)} actions are missing, the first is {min(missing)}")
+    if missing := len(kinds) * stages * schedule.microbatches - len(seen):
+        every = (Action(kind, s, mb) for kind in sorted(kinds) for s in range(stages) for mb in range(schedule.microbatches))  # type: ignore[arg-type]
+        raise ValueError(f"{missing} actions are missing, the first is {next(a for a in every if a not in seen)}")
 
 
-def _take_inputs(
-    schedule: Schedule, rank: int, action: Action, channels: dict[tuple[int, int, str], deque[Action]], done: set[Action]
-) -> bool:
-    """Whether the inputs of an action are there; takes its message off the channel if it comes from another rank."""
-    for needed in dependencies(action, len(schedule.placement)):
-        sender = schedule.placement[needed.stage]
-        if sender == rank:
-            if needed not in done:
-                return False
-            continue
-        channel = channels.get((sender, rank, needed.kind))
-        if not channel:
-            return False
-        if channel[0] != needed:
-            raise ValueError(f"rank {rank} expects the result of {needed}, but rank {sender} sends that of {channel[0]} first")
-        channel.popleft()
-    return True
+def _early(schedule: Schedule) -> tuple[int, ...]:
+    """`Proof.early`: when a rank takes a message, those sent before it on its channel have arrived, and wait if not yet taken."""
+    source: dict[Action, tuple[int, int]] = {}  # consuming action: (sender, place in the channel)
+    for (sender, _), messages in channels(schedule).items():
+        source.update((action, (sender, place)) for place, action in enumerate(messages))
+    result = []
+    for actions in schedule.actions:
+        arrived: dict[int, int] = {}  # per sender, how many messages must have arrived
+        taken = most = 0
+        for action in actions:
+            if action in source:
+                sender, place = source[action]
+                arrived[sender] = max(arrived.get(sender, 0), place + 1)
+                taken += 1
+                most = max(most, sum(arrived.values()) - taken)
+        result.append(most)
+    return tuple(result)
