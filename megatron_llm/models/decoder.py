@@ -8,6 +8,8 @@ Shape suffixes: T tokens of the micro-batch, S tokens of this rank's sequence sh
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -48,7 +50,7 @@ class DecoderStage(nn.Module):
     ):
         super().__init__()
         self.model, self.tp = model, grid.tp
-        self.first, self.last = first, last
+        self.first, self.last, self.indices = first, last, layers
         self.sequence_parallel = sequence_parallel and grid.tp.size > 1
         self.attention_backend = attention_backend
         self.dtype = dtype
@@ -71,19 +73,34 @@ class DecoderStage(nn.Module):
         self.frequencies_P = frequencies.to(device)
 
     def forward(
-        self, x: Tensor | None, batch: Batch, cache: KeyValueCache | None = None, sequence_parallel: bool | None = None
+        self,
+        x: Tensor | None,
+        batch: Batch,
+        cache: KeyValueCache | None = None,
+        sequence_parallel: bool | None = None,
+        before_layer: Callable[[int], None] | None = None,
     ) -> Tensor:
-        """Hidden states [S, H] (or [T, H] without sequence parallelism) from those of the stage before; None on the first."""
+        """Hidden states [S, H] (or [T, H] without sequence parallelism) from those of the stage before; None on the first.
+
+        before_layer: called before the weights of a layer are read, with its global index; -1 stands for the embedding,
+            the number of layers for final norm and head.
+        """
+        before = before_layer or _nothing
         cos, sin = rope_tables(batch.positions_T, self.frequencies_P)
         if sequence_parallel is None:
             sequence_parallel = self.sequence_parallel
         context = ForwardContext(cos, sin, batch.cu_seqlens, sequence_parallel, self.attention_backend, cache)
         if self.first:
+            before(-1)
             x = self.embedding(batch.tokens_T, sequence_parallel)
         assert x is not None
-        for layer in self.layers:
+        for index, layer in zip(self.indices, self.layers, strict=True):
+            before(index)
             x = layer(x, context)
-        return self.final_norm(x) if self.last else x
+        if not self.last:
+            return x
+        before(self.model.num_hidden_layers)
+        return self.final_norm(x)
 
     def logits(self, hidden: Tensor, sequence_parallel: bool | None = None) -> Tensor:
         """[S or T, H] -> this rank's slice of the logits, [T, V]; columns beyond the true vocabulary are padding.
@@ -103,3 +120,7 @@ class DecoderStage(nn.Module):
         return vocab_parallel_cross_entropy(
             self.logits(hidden), batch.labels_T, batch.weights_T, shard.start, shard.stop, self.tp
         )
+
+
+def _nothing(layer: int) -> None:
+    """What happens before a layer if nobody asks."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from megatron_llm.ops.rms_norm import rms_norm
 from megatron_llm.parallel.grid import Axis
 from megatron_llm.parallel.shard import Box, Part, ShardSpec
+from megatron_llm.parallel.weight_grad import norm_weight_gradient
 
 
 class RMSNorm(nn.Module):
@@ -27,4 +28,4 @@ class RMSNorm(nn.Module):
         self.weight.shard = ShardSpec((part,), decay=False)  # type: ignore[attr-defined]
 
     def forward(self, x_TH: Tensor) -> Tensor:
-        return rms_norm(x_TH, self.weight, self.eps)
+        return rms_norm(x_TH, self.weight, self.eps, norm_weight_gradient)

@@ -1,12 +1,11 @@
-"""Which layers go to which pipeline stage. Called by `training/build.py`.
+"""Which layers go to which pipeline stage. Called by `training/build.py` and `planning/`.
 
 Every layer lands on exactly one stage; stages may hold different numbers of layers, or none besides the embedding or
-the head. The split minimizes the slowest stage, counting the head by its FLOPs against a layer's.
+the head. The split minimizes the work of the slowest rank, and then the slowest stage, counting the head by its FLOPs
+against a layer's.
 """
 
 from __future__ import annotations
-
-from functools import cache
 
 from megatron_llm.config import ModelConfig
 
@@ -19,29 +18,32 @@ def layer_costs(model: ModelConfig, sequence_length: int) -> tuple[float, float,
     return 0.0, projections + scores + 3.0 * hidden * model.intermediate_size, float(hidden * model.vocab_size)
 
 
-def split_layers(num_layers: int, stages: int, embedding: float, layer: float, head: float) -> list[range]:
-    """Consecutive layers of each stage, minimizing the largest stage cost; among equals, the sum of squares.
+def split_layers(num_layers: int, placement: tuple[int, ...], embedding: float, layer: float, head: float) -> list[range]:
+    """Consecutive layers of each stage.
 
-    The embedding's cost counts on the first stage, the head's on the last.
+    A rank works off all its stages for every micro-batch, so the largest sum of a rank counts first; then, as each hop
+    of a micro-batch waits for one stage, the largest stage. Among equals the sums of squares decide: work is spread.
+
+    Layers are dealt one by one to the rank that has the least to do, and on it to its smallest stage. This is optimal:
+    costs grow linearly with the layers, and every count of layers a stage is possible. Later stages win a tie, because
+    earlier ones hold the activations of more micro-batches.
+
+    Args:
+        placement: the pipeline rank of every stage, in the order of the model.
+        embedding, layer, head: costs; the embedding's counts on the first stage, the head's on the last.
     """
-    assert stages > 0 and layer > 0
-    offsets = [0.0] * stages
-    offsets[0] += embedding
-    offsets[-1] += head
-
-    @cache
-    def best(stage: int, left: int) -> tuple[float, float, tuple[int, ...]]:
-        """(largest cost, sum of squares, layers per stage) for stages from `stage` on with `left` layers to place."""
-        if stage == stages - 1:
-            cost = offsets[stage] + left * layer
-            return cost, cost**2, (left,)
-        options = []
-        for here in range(left + 1):
-            cost = offsets[stage] + here * layer
-            worst, squares, rest = best(stage + 1, left - here)
-            options.append((max(cost, worst), squares + cost**2, (here, *rest)))
-        return min(options)
-
-    counts = best(0, num_layers)[2]
-    starts = [sum(counts[:stage]) for stage in range(stages)]
+    assert placement and layer > 0
+    stages = range(len(placement))
+    cost = [0.0] * len(placement)
+    cost[0] += embedding
+    cost[-1] += head
+    counts = [0] * len(placement)
+    for _ in range(num_layers):
+        load = [0.0] * (max(placement) + 1)
+        for stage in stages:
+            load[placement[stage]] += cost[stage]
+        chosen = min(stages, key=lambda stage: (load[placement[stage]], cost[stage], -stage))
+        counts[chosen] += 1
+        cost[chosen] += layer
+    starts = [sum(counts[:stage]) for stage in stages]
     return [range(start, start + count) for start, count in zip(starts, counts, strict=True)]

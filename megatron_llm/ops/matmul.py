@@ -39,5 +39,7 @@ def accumulate_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
     a, b = widen(a), widen(b)
     if a.dtype is total.dtype:
         torch.addmm(total, a, b, out=total)
+    elif a.is_cuda and total.dtype is torch.float32:
+        total.add_(torch.mm(a, b, out_dtype=total.dtype))
     else:
         total.add_(torch.mm(a, b))

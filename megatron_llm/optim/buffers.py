@@ -9,7 +9,8 @@ Called by `optim/zero1.py`. Layout after Megatron-LM's distributed optimizer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from megatron_llm.ops.dtypes import stat_dtype
 from megatron_llm.parallel.grid import Axis
 from megatron_llm.parallel.shard import Part, Piece, ShardSpec, pieces
+from megatron_llm.parallel.weight_grad import WeightGradients
 
 _ALIGNMENT = 64  # elements; a parameter starts on a cache line, and on 128 bytes in bfloat16
 
@@ -119,3 +121,22 @@ def make_buckets(parameters: list[nn.Parameter], axis: Axis, bucket_size: int) -
             close()
     close()
     return buckets
+
+
+def on_last_weight_gradient(buckets: list[Bucket], gradients: WeightGradients, last: Callable[[Bucket], None]) -> None:
+    """From now on call `last(bucket)` in every step as soon as the last gradient of that bucket is in its buffer.
+
+    A bucket without trainable parameters is never reported.
+    """
+    bucket_of = {span.parameter: bucket for bucket in buckets for span in bucket.spans if span.parameter.requires_grad}
+    sizes = Counter(bucket_of.values())
+    missing = sizes.copy()
+
+    def parameter_done(parameter: nn.Parameter) -> None:
+        bucket = bucket_of[parameter]
+        missing[bucket] -= 1
+        if missing[bucket] == 0:
+            missing[bucket] = sizes[bucket]  # for the next step
+            last(bucket)
+
+    gradients.on_last = parameter_done

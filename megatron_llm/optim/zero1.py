@@ -25,6 +25,7 @@ from megatron_llm.optim.buffers import Bucket, make_buckets
 from megatron_llm.parallel.collectives import all_reduce, start_all_gather, start_reduce_scatter
 from megatron_llm.parallel.grid import Axis, Grid
 from megatron_llm.parallel.shard import Piece, TensorSource
+from megatron_llm.parallel.weight_grad import count_weight_gradient
 
 STATE_KINDS = ("weights", "m", "v")
 
@@ -144,8 +145,9 @@ class ZeroOptimizer:
 
 
 def _move_to_main_grad(parameter: Tensor) -> None:
-    """For gradients that autograd made (norms): add them to the main gradient and free them."""
-    if parameter.grad is None:  # the layer's own backward has added it already
+    """For gradients that autograd made, where a layer knows nothing of main gradients: add them there and free them."""
+    if parameter.grad is None:  # the layer's own backward has added it, or left it to W
         return
     parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
     parameter.grad = None
+    count_weight_gradient(parameter)

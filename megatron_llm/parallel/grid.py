@@ -49,10 +49,10 @@ class Grid:
         dp_cp: data and context parallel ranks together: gradients reduce and ZeRO-1 shards over it.
         world: all ranks.
         kv_replica: the tensor-parallel neighbours that hold a copy of the same key/value heads (tp > KV heads).
-        tied: the first and the last pipeline stage of this rank's column, which share a tied embedding; size 1 for
-            ranks in between and without pipeline parallelism.
-        pp_forward, pp_backward: the pipeline's ranks again, one group per direction of travel, because the order of
-            messages in one NCCL communicator must be the same at both ends.
+        tied: the pipeline ranks of the first and the last stage of this rank's column, which share a tied embedding;
+            size 1 for ranks in between, and where both stages are on one rank.
+        pp_forward, pp_backward: the pipeline's ranks again, one group for messages to higher ranks and one for those to
+            lower ranks, because the order of messages in one NCCL communicator must be the same at both ends.
     """
 
     pp: Axis
@@ -97,7 +97,7 @@ class Grid:
 
         along: Callable[[int], np.ndarray] = lambda dim: np.moveaxis(mesh, dim, -1).reshape(-1, mesh.shape[dim])  # noqa: E731
         copies = max(1, tp // num_key_value_heads)
-        ends = along(0)[:, [0, -1]] if pp > 1 else np.empty((0, 2), dtype=int)
+        ends = np.empty((0, 2), dtype=int) if parallel.folded else along(0)[:, [0, -1]]
         return cls(
             pp=axis("pp", along(0)),
             dp=axis("dp", along(1)),

@@ -14,7 +14,8 @@ Overlap of communication with compute is written here, once, for every layer:
     input gradient    dy = all-gather(dy_s);  dx = dy W            dx = dy W
     weight gradient   dW += dy^T x                                 dW += dy^T x
 
-The gathered input is not kept for backward: sequence parallelism would otherwise save nothing.
+The gathered input is not kept for backward: sequence parallelism would otherwise save nothing. In a split backward the weight
+gradient, and with it the second gather of x_s, waits in `parallel/weight_grad.py`; the reduction of dx then overlaps nothing.
 
 Shape suffixes: T tokens, S tokens of this rank's sequence shard (T / tp), I input features, O output features (local).
 """
@@ -38,7 +39,7 @@ from megatron_llm.parallel.collectives import (
 )
 from megatron_llm.parallel.grid import Axis
 from megatron_llm.parallel.shard import Box, Part, ShardSpec
-from megatron_llm.parallel.weight_grad import linear_weight_gradient
+from megatron_llm.parallel.weight_grad import defer_linear_weight_gradient, linear_weight_gradient
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,8 @@ class _ColumnParallel(torch.autograd.Function):
     def backward(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         x, weight_OI = ctx.saved_tensors
         need_dx, need_dw = ctx.needs_input_grad[:2]
+        if need_dw and defer_linear_weight_gradient(weight_OI, dy_TO, x, ctx.tp if ctx.gather else None):
+            need_dw = False
         gathering = start_all_gather(x, ctx.tp) if ctx.gather and need_dw else None
         reducing = None
         dy_TO = widen(dy_TO)  # once for both products
@@ -154,6 +157,9 @@ class _RowParallel(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x_TI, weight_OI = ctx.saved_tensors
         need_dx, need_dw = ctx.needs_input_grad[:2]
-        dy_TO = widen(all_gather(dy, ctx.tp) if ctx.scatter else dy)
+        dy_TO = all_gather(dy, ctx.tp) if ctx.scatter else dy
+        if need_dw and defer_linear_weight_gradient(weight_OI, dy_TO, x_TI):
+            need_dw = False
+        dy_TO = widen(dy_TO)
         dx_TI = matmul(dy_TO, weight_OI, x_TI.dtype) if need_dx else None
         return dx_TI, linear_weight_gradient(weight_OI, dy_TO, x_TI) if need_dw else None, None, None

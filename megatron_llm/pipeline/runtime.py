@@ -1,24 +1,32 @@
 """The one runtime: executes any checked schedule, on gloo and NCCL. Called by `training/step.py`.
 
-It sees stages only as a callable, and messages of one static shape. Receives are posted ahead of the action that needs
-them; sends are asynchronous and waited for when nothing can hang on it, because a gloo send completes only once the other
-side has posted its receive. There is one process group per direction: NCCL delivers messages of a communicator in
-order, and the checker has proved that both ends agree on the order within a direction.
+It sees stages only as a callable, and messages of one static shape (`pipeline/messages.py`). Nothing here makes the host wait
+for a GPU: a receive, posted ahead of the action that needs it, is waited for by the stream; sends are asynchronous.
+
+What is held of a micro-batch: from F to B the input of the stage and what its operations saved, but not its output, of
+which only the place in the autograd graph is kept; from B to W what `parallel/weight_grad.py` queued.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megatron_llm.parallel.grid import Grid
-from megatron_llm.pipeline.schedules import Action, Schedule
-
-_RECEIVES_AHEAD = 2
+from megatron_llm.parallel.weight_grad import WeightGradients
+from megatron_llm.pipeline.actions import Action, Schedule
+from megatron_llm.pipeline.check import channels, consumer
+from megatron_llm.pipeline.failure import PeerLostError, cause_of_loss, leave_cause
+from megatron_llm.pipeline.messages import Inbox, Outbox, axis_of_channel
+from megatron_llm.pipeline.recorder import EventKind, Recorder
+from megatron_llm.pipeline.timeline import Event
 
 Forward = Callable[[int, int, Tensor | None], Tensor]
 
@@ -29,142 +37,169 @@ class PipelineRuntime:
     Args:
         grid: for the pipeline axis and its two directional groups.
         shape, dtype, device: of the activations that travel between stages.
+        placement: the pipeline rank of every stage, in all schedules that will run.
+        gradients: the queue through which the stages' weights put off their gradients; without one, weight gradients are
+            made in B and W finds nothing to do.
+        timeout_seconds: limit on the wait for sends at the end of a step; that on receives is the groups'.
     """
 
-    def __init__(self, grid: Grid, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
-        self.grid, self.shape, self.dtype, self.device = grid, shape, dtype, device
+    def __init__(
+        self,
+        grid: Grid,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        placement: tuple[int, ...],
+        gradients: WeightGradients | None = None,
+        timeout_seconds: float = 600.0,
+    ):
+        self.grid, self.shape, self.dtype, self.device, self.placement = grid, shape, dtype, device, placement
+        self.gradients = gradients or WeightGradients(())
+        self.timeout_seconds = timeout_seconds
         self._open_channels()
 
     def _open_channels(self) -> None:
-        """Send one element from neighbour to neighbour, down the pipeline and up again.
+        """Send one element through every channel.
 
         The first message between two ranks makes their NCCL communicator and blocks both until both are there. In a step
-        the receives that are posted ahead would block on messages that depend on what this rank has yet to send.
+        the receives that are posted ahead would block on messages that depend on what this rank has yet to send. Here all
+        ranks go through the channels in one order, so none blocks for good; pairs that begin with an even rank come first, so
+        that neighbours pair off at the same time.
         """
-        pp, token = self.grid.pp, torch.zeros(1, dtype=self.dtype, device=self.device)
-        for axis, step in ((self.grid.pp_forward, 1), (self.grid.pp_backward, -1)):
-            if 0 <= pp.rank - step < pp.size:
-                dist.recv(token, axis.ranks[pp.rank - step], group=axis.group)
-            if 0 <= pp.rank + step < pp.size:
-                dist.send(token, axis.ranks[pp.rank + step], group=axis.group)
+        me, token = self.grid.pp.rank, torch.zeros(1, dtype=self.dtype, device=self.device)
+        pairs = {ends for a, b in pairwise(self.placement) if a != b for ends in ((a, b), (b, a))}
+        for sender, receiver in sorted(pairs, key=lambda ends: (min(ends) % 2, ends)):
+            axis = axis_of_channel(self.grid, sender, receiver)
+            if me == sender:
+                dist.send(token, axis.ranks[receiver], group=axis.group)
+            elif me == receiver:
+                dist.recv(token, axis.ranks[sender], group=axis.group)
 
-    def run(self, schedule: Schedule, forward: Forward) -> None:
+    def run(self, schedule: Schedule, forward: Forward, trace: list[Event] | None = None) -> None:
         """Execute one step of `schedule`.
 
         forward(stage, microbatch, x): output of a stage; x is None on the first stage; the last stage returns the loss
-        to backpropagate (a scalar). Raises RuntimeError naming rank and action if a peer fails or a wait times out;
-        other errors of `forward` keep their type and get a note that names them.
+        to backpropagate (a scalar). trace: gets an event for every action of this rank and every wait for a message;
+        collective over the grid, so given on all ranks or on none.
+
+        Raises RuntimeError naming rank and action if this rank fails or loses a peer, and then also which rank failed first;
+        other errors of `forward` keep their type and get a note that names rank and action.
         """
-        _Execution(self, schedule, forward).run()
+        assert schedule.placement == self.placement, (schedule.placement, self.placement)
+        recorder = None if trace is None else Recorder(self.grid, self.device)
+        _Execution(self, schedule, forward, recorder).run()
+        if trace is not None and recorder is not None:
+            trace.extend(recorder.events())
 
 
 class _Execution:
     """The state of one step: what is under way and what is held for backward."""
 
-    def __init__(self, runtime: PipelineRuntime, schedule: Schedule, forward: Forward):
-        self.runtime, self.schedule, self.forward = runtime, schedule, forward
-        self.rank = runtime.grid.pp.rank
+    def __init__(self, runtime: PipelineRuntime, schedule: Schedule, forward: Forward, recorder: Recorder | None):
+        self.runtime, self.schedule, self.forward, self.recorder = runtime, schedule, forward, recorder
+        self.grid, self.gradients, self.rank = runtime.grid, runtime.gradients, runtime.grid.pp.rank
+        self.stages = len(schedule.placement)
         self.actions = schedule.actions[self.rank]
-        self.last_stage = len(schedule.placement) - 1
         self.training = any(action.kind == "B" for action in self.actions)
         self.inputs: dict[tuple[int, int], Tensor | None] = {}
-        self.outputs: dict[tuple[int, int], Tensor] = {}
-        self.local: dict[Action, Tensor] = {}  # results for a neighbouring stage on this same rank
-        self.sends: dict[Action, tuple[dist.Work, Tensor]] = {}  # by the action that consumes what is sent
-        self.receives: dict[Action, tuple[dist.Work, Tensor]] = {}
-        self.to_post = [action for action in self.actions if self._sender(action) not in (None, self.rank)]
-
-    def _sender(self, action: Action) -> int | None:
-        """Pipeline rank that produces the input of an action, None if it needs none."""
-        source = action.stage - 1 if action.kind == "F" else action.stage + 1
-        return self.schedule.placement[source] if 0 <= source <= self.last_stage else None
+        self.outputs: dict[tuple[int, int], Tensor | GradientEdge] = {}
+        self.local: dict[Action, Tensor] = {}  # results for another stage on this same rank
+        self.inboxes: dict[int, Inbox] = {}
+        self.outboxes: dict[int, Outbox] = {}
 
     def run(self) -> None:
+        if self.training:
+            self.gradients.begin_step(self.schedule.microbatches)
+        with self._naming("at the start of the step"):
+            self._open_boxes()
+        act = {"F": self._forward, "B": self._backward, "W": self._weight_gradients}
         for action in self.actions:
             with self._naming(f"in {action}"):
-                self._post_receives()
-                if action.kind == "F":
-                    self._forward(action)
-                else:
-                    self._backward(action)
-        for target in list(self.sends):
-            self._finish_send(target)
+                act[action.kind](action)
+                for outbox in self.outboxes.values():
+                    outbox.release()
+        with self._naming("with all actions done, waiting for its messages to be taken"):
+            for outbox in self.outboxes.values():
+                outbox.finish()
+        assert not (self.inputs or self.outputs or self.local), "the schedule was not checked"
 
-    def _finish_send(self, target: Action) -> None:
-        """Wait for a send, if there was one, and let go of its buffer."""
-        if target in self.sends:
-            work, _ = self.sends.pop(target)
-            with self._naming(f"sending the input of {target}"):
-                work.wait()
+    def _open_boxes(self) -> None:
+        buffer = partial(torch.empty, self.runtime.shape, dtype=self.runtime.dtype, device=self.runtime.device)
+        for (sender, receiver), messages in channels(self.schedule).items():
+            axis = axis_of_channel(self.grid, sender, receiver)
+            if receiver == self.rank:
+                self.inboxes[sender] = Inbox(sender, axis, messages, buffer)
+            elif sender == self.rank:
+                self.outboxes[receiver] = Outbox(receiver, axis, self.runtime.timeout_seconds)
 
     @contextmanager
     def _naming(self, where: str) -> Iterator[None]:
         """Say on which rank and where an error happened, in the message or, to keep its type, in a note."""
+        here = f"pipeline rank {self.rank} failed {where}"
         try:
             yield
+        except PeerLostError as error:
+            cause = cause_of_loss(self.grid, error.peer)
+            leave_cause(self.grid, cause)  # who loses this rank need not search again
+            raise RuntimeError(f"{here}, {error}; {cause}") from error
         except RuntimeError as error:
-            raise RuntimeError(f"pipeline rank {self.rank} failed {where}: {error}") from error
+            leave_cause(self.grid, f"{here}: {error}")
+            raise RuntimeError(f"{here}: {error}") from error
         except Exception as error:
-            error.add_note(f"pipeline rank {self.rank} failed {where}")
+            leave_cause(self.grid, f"{here}: {type(error).__name__}: {error}")
+            error.add_note(here)
             raise
 
-    def _post_receives(self) -> None:
-        while self.to_post and len(self.receives) < _RECEIVES_AHEAD:
-            action = self.to_post.pop(0)
-            sender = self._sender(action)
-            assert sender is not None
-            grid = self.runtime.grid
-            axis = grid.pp_forward if action.kind == "F" else grid.pp_backward
-            buffer = torch.empty(self.runtime.shape, dtype=self.runtime.dtype, device=self.runtime.device)
-            work = dist.irecv(buffer, axis.ranks[sender], group=axis.group)
-            assert work is not None
-            self.receives[action] = (work, buffer)
+    def _span(self, kind: EventKind, action: Action) -> AbstractContextManager[None]:
+        return nullcontext() if self.recorder is None else self.recorder.span(kind, action)
 
     def _receive(self, action: Action) -> Tensor | None:
         """The input of an action: from another rank, from this one, or none."""
-        if self._sender(action) is None:
+        source = action.stage - 1 if action.kind == "F" else action.stage + 1
+        if not 0 <= source < self.stages:
             return None
-        if action in self.receives:
-            work, buffer = self.receives.pop(action)
-            work.wait()
-            self._post_receives()
-            return buffer
-        return self.local.pop(action)
+        sender = self.schedule.placement[source]
+        if sender == self.rank:
+            return self.local.pop(action)
+        with self._span("send", action):
+            return self.inboxes[sender].take(action)
 
-    def _send(self, result: Tensor, target: Action) -> None:
-        """Hand a result to the action that consumes it."""
+    def _hand_over(self, result: Tensor, action: Action) -> None:
+        """Give a result to the action that consumes it, if one does."""
+        target = consumer(action, self.stages)
+        if target is None:
+            return
         receiver = self.schedule.placement[target.stage]
         if receiver == self.rank:
             self.local[target] = result
             return
-        grid = self.runtime.grid
-        axis = grid.pp_forward if target.kind == "F" else grid.pp_backward
-        # Gradients sent up, and activations of an evaluation, are answered by no message; gloo does not know when they arrive.
-        self.sends = {action: send for action, send in self.sends.items() if not send[0].is_completed()}
-        result = result.contiguous()
-        assert tuple(result.shape) == self.runtime.shape, (result.shape, self.runtime.shape)
-        work = dist.isend(result, axis.ranks[receiver], group=axis.group)
-        assert work is not None
-        self.sends[target] = (work, result)
+        made, expected = (tuple(result.shape), result.dtype), (self.runtime.shape, self.runtime.dtype)
+        assert made == expected, f"the message is {made}, but all messages are {expected}"
+        self.outboxes[receiver].send(result.contiguous())
 
     def _forward(self, action: Action) -> None:
         x = self._receive(action)
-        if x is not None and self.training:
-            x.requires_grad_()
-        y = self.forward(action.stage, action.microbatch, x)
+        key = action.stage, action.microbatch
+        with self._span("F", action):
+            if x is not None and self.training:
+                x.requires_grad_()
+            y = self.forward(*key, x)
         if self.training:
-            self.inputs[action.stage, action.microbatch] = x
-            self.outputs[action.stage, action.microbatch] = y
-        if action.stage < self.last_stage:
-            self._send(y.detach(), Action("F", action.stage + 1, action.microbatch))
+            self.inputs[key] = x
+            # The tensor itself may go as soon as it has been sent. (A loss is a scalar, and is its own root.)
+            self.outputs[key] = y if action.stage == self.stages - 1 else get_gradient_edge(y)
+        self._hand_over(y.detach(), action)
 
     def _backward(self, action: Action) -> None:
         dy = self._receive(action)
-        # The gradient of an activation proves that it has arrived: its send is over, and its memory can go.
-        self._finish_send(Action("F", action.stage + 1, action.microbatch))
-        x = self.inputs.pop((action.stage, action.microbatch))
-        y = self.outputs.pop((action.stage, action.microbatch))
-        torch.autograd.backward(y, dy)
+        key = action.stage, action.microbatch
+        x, root = self.inputs.pop(key), self.outputs.pop(key)
+        with self._span("B", action), self.gradients.deferred(key) if self.schedule.split else nullcontext():
+            torch.autograd.backward(root, dy)
         if x is not None:
             assert x.grad is not None
-            self._send(x.grad, Action("B", action.stage - 1, action.microbatch))
+            self._hand_over(x.grad, action)
+
+    def _weight_gradients(self, action: Action) -> None:
+        with self._span("W", action):
+            self.gradients.run((action.stage, action.microbatch))

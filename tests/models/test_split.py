@@ -12,28 +12,37 @@ from megatron_llm.config import ModelConfig
 from megatron_llm.models.split import layer_costs, split_layers
 
 
-def _costs(counts: tuple[int, ...], embedding: float, layer: float, head: float) -> tuple[float, float]:
-    """(largest stage cost, sum of squares)."""
+def _costs(
+    counts: tuple[int, ...], placement: tuple[int, ...], embedding: float, layer: float, head: float
+) -> tuple[float, float, float, float]:
+    """(largest rank cost, sum of squares, largest stage cost, sum of squares)."""
     costs = [count * layer for count in counts]
     costs[0] += embedding
     costs[-1] += head
-    return max(costs), sum(cost**2 for cost in costs)
+    ranks = [sum(cost for cost, rank in zip(costs, placement, strict=True) if rank == here) for here in set(placement)]
+    return max(ranks), sum(cost**2 for cost in ranks), max(costs), sum(cost**2 for cost in costs)
 
 
-@settings(max_examples=150, deadline=None)
+PLACEMENTS = [(0,), (0, 1), (0, 1, 2), (0, 1, 2, 3, 4), (0, 0), (0, 0, 0), (0, 1, 0, 1), (0, 1, 2, 0, 1, 2), (0, 1, 1, 0)]
+PLACEMENTS += [(0, 1, 2, 2, 1, 0), (0, 1, 0, 1, 0, 1)]
+
+
+@settings(max_examples=200, deadline=None)
 @given(
     layers=st.integers(0, 8),
-    stages=st.integers(1, 5),
+    placement=st.sampled_from(PLACEMENTS),
     embedding=st.integers(0, 30),
     layer=st.integers(1, 9),
     head=st.integers(0, 40),
 )
-def test_split_is_the_best_of_all(layers: int, stages: int, embedding: int, layer: int, head: int) -> None:
-    split = split_layers(layers, stages, embedding, layer, head)
+def test_split_is_the_best_of_all(layers: int, placement: tuple[int, ...], embedding: int, layer: int, head: int) -> None:
+    split = split_layers(layers, placement, embedding, layer, head)
+    stages = len(placement)
     assert len(split) == stages
     assert [index for part in split for index in part] == list(range(layers))
     every = (counts for counts in itertools.product(range(layers + 1), repeat=stages) if sum(counts) == layers)
-    assert _costs(tuple(map(len, split)), embedding, layer, head) == min(_costs(c, embedding, layer, head) for c in every)
+    best = min(_costs(counts, placement, embedding, layer, head) for counts in every)
+    assert _costs(tuple(map(len, split)), placement, embedding, layer, head) == best
 
 
 @pytest.mark.parametrize(
@@ -48,14 +57,30 @@ def test_split_is_the_best_of_all(layers: int, stages: int, embedding: int, laye
     ],
 )
 def test_splits_by_hand(layers: int, stages: int, embedding: float, head: float, expected: list[int]) -> None:
-    assert [len(part) for part in split_layers(layers, stages, embedding, 1.0, head)] == expected
+    assert [len(part) for part in split_layers(layers, tuple(range(stages)), embedding, 1.0, head)] == expected
+
+
+@pytest.mark.parametrize(
+    ("layers", "placement", "head", "expected"),
+    [
+        (8, (0, 1, 0, 1), 0.0, [2, 2, 2, 2]),
+        (9, (0, 1, 0, 1), 1.0, [2, 2, 3, 2]),  # ranks of 5, stages of at most 3, the later ones larger
+        (7, (0, 1, 1, 0), 1.0, [2, 2, 2, 1]),
+        (9, (0, 1, 1, 0), 3.0, [3, 3, 3, 0]),  # the head makes up for its rank's second stage
+        (3, (0, 1, 1, 0), 4.0, [0, 1, 2, 0]),
+        (1, (0, 1, 2, 0, 1, 2), 0.0, [0, 0, 0, 0, 0, 1]),
+    ],
+)
+def test_splits_over_several_stages_a_rank(layers: int, placement: tuple[int, ...], head: float, expected: list[int]) -> None:
+    assert [len(part) for part in split_layers(layers, placement, 0.0, 1.0, head)] == expected
 
 
 @pytest.mark.parametrize(("layers", "stages", "head"), [(32, 8, 3.0), (80, 16, 1.5), (126, 16, 0.6), (61, 20, 2.4)])
 def test_large_models_are_within_a_layer_of_perfect_balance(layers: int, stages: int, head: float) -> None:
-    split = split_layers(layers, stages, 0.0, 1.0, head)
+    placement = tuple(range(stages))
+    split = split_layers(layers, placement, 0.0, 1.0, head)
     assert [index for part in split for index in part] == list(range(layers))
-    assert _costs(tuple(map(len, split)), 0.0, 1.0, head)[0] < (layers + head) / stages + 1
+    assert _costs(tuple(map(len, split)), placement, 0.0, 1.0, head)[0] < (layers + head) / stages + 1
 
 
 def test_costs_of_a_layer_by_hand() -> None:

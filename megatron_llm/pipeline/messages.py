@@ -1,0 +1,148 @@
+"""The two ends of a channel: messages of one static shape from one pipeline rank to another. Used by `pipeline/runtime.py`.
+
+There is a process group for messages to higher and one for messages to lower pipeline ranks, so between two ranks each carries
+one channel. NCCL delivers it in order, whatever other channels wait for, because torch gives every pair of a group that is not
+bound to a device a communicator and a stream of its own. Both ends know the whole schedule; receives are posted in the order
+of sending, and what arrives before it is needed is kept.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_llm.parallel.grid import Axis, Grid
+from megatron_llm.pipeline.actions import Action
+from megatron_llm.pipeline.failure import PeerLostError
+
+_RECEIVES_AHEAD = 2  # of every channel, beyond the message that is needed: one travels while another is being used
+
+
+def axis_of_channel(grid: Grid, sender: int, receiver: int) -> Axis:
+    """The axis whose group carries the messages from one pipeline rank to another."""
+    return grid.pp_forward if sender < receiver else grid.pp_backward
+
+
+@contextmanager
+def _lost(peer: int, doing: str) -> Iterator[None]:
+    """Errors inside mean that the rank at the other end is gone, or too slow."""
+    try:
+        yield
+    except (RuntimeError, TimeoutError) as error:
+        raise PeerLostError(peer, f"{doing} pipeline rank {peer}: {str(error) or type(error).__name__}") from error
+
+
+class Inbox:
+    """The receiving end.
+
+    Args:
+        sender: pipeline rank at the other end; axis: the channel's.
+        messages: the actions that consume the messages of a step, in the order of sending.
+        buffer: makes the memory of one message.
+    """
+
+    def __init__(self, sender: int, axis: Axis, messages: list[Action], buffer: Callable[[], Tensor]):
+        self._sender, self._axis, self._messages, self._buffer = sender, axis, messages, buffer
+        self._place = {action: place for place, action in enumerate(messages)}
+        self._posted = 0
+        self._here: dict[Action, tuple[dist.Work, Tensor]] = {}  # posted and not yet taken
+        self._post(_RECEIVES_AHEAD)
+
+    def _post(self, count: int) -> None:
+        """Have the first `count` receives of the step posted."""
+        for action in self._messages[self._posted : count]:
+            buffer = self._buffer()
+            with _lost(self._sender, "receiving from"):
+                work = dist.irecv(buffer, self._axis.ranks[self._sender], group=self._axis.group)
+            assert work is not None
+            self._here[action] = work, buffer
+            self._posted += 1
+
+    def take(self, action: Action) -> Tensor:
+        """Wait for the message that `action` needs: on a GPU the stream waits, not the host."""
+        self._post(self._place[action] + 1 + _RECEIVES_AHEAD)
+        work, buffer = self._here.pop(action)
+        with _lost(self._sender, "receiving from"):
+            work.wait()
+        return buffer
+
+
+class Outbox:
+    """The sending end. A message's memory is held until it has gone, and no longer.
+
+    timeout_seconds: limit on the wait of `finish` for the receiver.
+    """
+
+    def __init__(self, receiver: int, axis: Axis, timeout_seconds: float):
+        self._receiver, self._axis, self._timeout = receiver, axis, timeout_seconds
+        self._under_way: deque[_StreamSend | _HostSend] = deque()
+
+    def send(self, message: Tensor) -> None:
+        """Begin to send; returns at once."""
+        with _lost(self._receiver, "sending to"):
+            work = dist.isend(message, self._axis.ranks[self._receiver], group=self._axis.group)
+        assert work is not None
+        self._under_way.append(_HostSend(work, message) if message.device.type == "cpu" else _StreamSend(work, message))
+
+    def release(self) -> None:
+        """Let go of messages that have gone. They go in order."""
+        while self._under_way and self._under_way[0].is_over():
+            self._wait_for_first()
+
+    def finish(self) -> None:
+        """Wait until all messages have gone."""
+        while self._under_way:
+            self._wait_for_first()
+
+    def _wait_for_first(self) -> None:
+        with _lost(self._receiver, "sending to"):
+            self._under_way.popleft().wait(self._timeout)
+
+
+class _StreamSend:
+    """A send in a device's stream, which can be asked whether it is over."""
+
+    def __init__(self, work: dist.Work, message: Tensor):
+        self._work, self._message = work, message
+
+    def is_over(self) -> bool:
+        return self._work.is_completed()
+
+    def wait(self, timeout_seconds: float) -> None:
+        self._work.wait()
+
+
+class _HostSend:
+    """A send by gloo, which learns that it is over only by waiting: a thread does, and lets go of the message.
+
+    A gloo send is over once its receive has been posted, which may be long after; so the time limit is not on the thread's
+    wait but on that of whoever needs the result.
+    """
+
+    def __init__(self, work: dist.Work, message: Tensor):
+        self._over: Future[None] = Future()
+        threading.Thread(target=self._wait_for, args=(work, message), daemon=True).start()
+
+    def _wait_for(self, work: dist.Work, message: Tensor) -> None:
+        try:
+            work.wait(timedelta(days=365))
+        except RuntimeError as error:
+            self._over.set_exception(error)
+        else:
+            self._over.set_result(None)
+
+    def is_over(self) -> bool:
+        return self._over.done()
+
+    def wait(self, timeout_seconds: float) -> None:
+        try:
+            self._over.result(timeout_seconds)
+        except TimeoutError:
+            raise TimeoutError(f"it has taken no message for {timeout_seconds:g} s") from None

@@ -1,0 +1,117 @@
+"""A rank that fails, dies or hangs ends the run on all ranks, and all of them say where they were and who it was."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator
+from unittest import mock
+
+import pytest
+from torch import Tensor
+
+from megatron_llm.pipeline.runtime import Forward
+from megatron_llm.pipeline.schedules import Action, Schedule, forward_only, make_schedule
+from tests import ranks
+from tests.pipeline.toy import Toy
+from tests.ranks import RankFailure, run_ranks
+
+GONE = "the process died without a traceback"
+
+
+@pytest.fixture(autouse=True)
+def patience() -> Iterator[None]:
+    """Let the ranks that are left have their say, however busy the machine is."""
+    with mock.patch.object(ranks, "GRACE_SECONDS", 30.0):
+        yield
+
+
+def _end(how: str) -> None:
+    if how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif how == "exits":
+        os._exit(0)
+    elif how == "hangs":
+        time.sleep(6)  # longer than the others wait
+        os._exit(0)
+    raise {"RuntimeError": RuntimeError, "ValueError": ValueError}[how]("planted")
+
+
+def _run(schedule: Schedule, where: Action, how: str, timeout_seconds: float) -> None:
+    toy = Toy(schedule.placement, timeout_seconds)
+
+    def wrap(forward: Forward) -> Forward:
+        def ending(stage: int, microbatch: int, x: Tensor | None) -> Tensor:
+            if Action("F", stage, microbatch) == where:
+                time.sleep(0.3)  # the peers reach what they will wait for
+                _end(how)
+            return forward(stage, microbatch, x)
+
+        return ending
+
+    toy.run(schedule, wrap)
+
+
+def _said_by_each(schedule: Schedule, where: Action, how: str, timeout_seconds: float = 20) -> list[str]:
+    """What every rank had to say in the end."""
+    world = len(schedule.actions)
+    with pytest.raises(RankFailure) as caught:
+        run_ranks(world, _run, schedule, where, how, timeout_seconds, timeout=50)
+    parts = re.split(rf"--- rank (\d) of {world}:\n", str(caught.value))
+    said = dict(zip(map(int, parts[1::2]), parts[2::2], strict=True))
+    return [said[rank] for rank in range(world)]
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "stage", "how"),
+    [("1f1b", 2, 2, "killed"), ("1f1b", 0, 0, "exits"), ("zb_v", 1, 1, "killed"), ("interleaved", 2, 5, "killed")],
+)
+def test_all_ranks_name_the_one_that_died(name: str, rank: int, stage: int, how: str) -> None:
+    schedule = make_schedule(name, 3, 4, 2 if name == "interleaved" else 1)
+    said = _said_by_each(schedule, Action("F", stage, 2), how)
+    for other in range(3):
+        if other == rank:
+            assert said[other].startswith(GONE)
+        else:
+            here = rf"RuntimeError: pipeline rank {other} failed (in [FBW]\(stage \d, micro-batch \d\)|with all actions done)"
+            assert re.search(here, said[other])
+            assert f"; pipeline rank {rank} (rank {rank} of the run) left no word: it was killed, or it hangs" in said[other]
+
+
+def test_all_ranks_name_the_one_that_hangs() -> None:
+    said = _said_by_each(make_schedule("1f1b", 3, 4), Action("F", 2, 0), "hangs", timeout_seconds=3)
+    assert said[2].startswith(GONE)
+    assert "pipeline rank 1 failed in B(stage 1, micro-batch 0), receiving from pipeline rank 2: " in said[1]
+    assert "pipeline rank 0 failed in B(stage 0, micro-batch 0), receiving from pipeline rank 1: " in said[0]
+    for message in said[:2]:
+        assert "; pipeline rank 2 (rank 2 of the run) left no word: it was killed, or it hangs" in message
+
+
+@pytest.mark.parametrize("error", ["RuntimeError", "ValueError"])
+def test_an_error_keeps_its_type_and_all_ranks_learn_of_it(error: str) -> None:
+    said = _said_by_each(make_schedule("1f1b", 3, 4), Action("F", 2, 1), error)
+    here = "pipeline rank 2 failed in F(stage 2, micro-batch 1)"
+    if error == "RuntimeError":
+        cause = f"{here}: planted"
+        assert f"RuntimeError: {cause}" in said[2]
+    else:
+        cause = f"{here}: ValueError: planted"
+        assert f"ValueError: planted\n{here}" in said[2]
+    assert re.search(rf"pipeline rank 1 failed in [FB]\(.*\), .* pipeline rank 2: .*; {re.escape(cause)}", said[1])
+    assert re.search(rf"pipeline rank 0 failed in [FB]\(.*\), .* pipeline rank 1: .*; {re.escape(cause)}", said[0])
+
+
+@pytest.mark.parametrize("how", ["killed", "hangs"])
+def test_a_peer_that_takes_no_messages_is_named(how: str) -> None:
+    """Rank 0 has done all of its actions and only waits for rank 1 to take the results."""
+    said = _said_by_each(forward_only((0, 1), 4), Action("F", 1, 0), how, timeout_seconds=3)
+    assert said[1].startswith(GONE)
+    where = "failed with all actions done, waiting for its messages to be taken, sending to pipeline rank 1: "
+    if how == "hangs":
+        where += "it has taken no message for 3 s"
+    else:  # with little luck rank 0 was still at work
+        where = "to pipeline rank 1: "
+    assert where in said[0]
+    assert "; pipeline rank 1 (rank 1 of the run) left no word: it was killed, or it hangs" in said[0]
