@@ -6,7 +6,7 @@ Checks that involve two sections, the world size, files or an HF folder live in 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -78,10 +78,22 @@ class ParallelConfig(Section):
     sequence_parallel: bool = Field(
         default=True, description="shard activations between TP regions along tokens; no effect at tensor_parallel 1"
     )
-    pipeline_schedule: Literal["1f1b", "gpipe"] = "1f1b"
-    virtual_stages: int = Field(default=1, gt=0)
+    pipeline_schedule: Literal["gpipe", "1f1b", "interleaved", "breadth_first", "zb_h1", "zb_h2", "zb_v", "v_half", "v_min"] = (
+        "1f1b"
+    )
+    virtual_stages: int = Field(
+        default=1,
+        gt=0,
+        description="pieces of the model on a pipeline rank: any number for interleaved and breadth_first, two for zb_v, v_half "
+        "and v_min whether set or not, one for the others",
+    )
     bucket_size: int = Field(default=40_000_000, gt=0, description="elements of a gradient bucket, the unit of communication")
     timeout_seconds: float = Field(default=600.0, gt=0, le=1e7, description="a collective that waits longer ends the run")
+
+    @property
+    def folded(self) -> bool:
+        """Whether the layers run down the pipeline ranks and up again, which puts the first and the last on rank 0."""
+        return self.pipeline_parallel == 1 or self.pipeline_schedule in ("zb_v", "v_half", "v_min")
 
 
 class SourceConfig(Section):
@@ -214,6 +226,9 @@ class LoggingConfig(Section):
 
     run_dir: str = "runs/default"
     every_steps: int = Field(default=1, gt=0)
+    trace_steps: list[Annotated[int, PositiveInt]] = Field(
+        default=[], description="steps whose pipeline is measured, action by action, into run_dir/traces"
+    )
 
 
 class KernelsConfig(Section):

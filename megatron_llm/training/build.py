@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from megatron_llm.config import Config, ModelConfig
 from megatron_llm.models.decoder import DecoderStage
@@ -15,9 +16,10 @@ from megatron_llm.models.split import layer_costs, split_layers
 from megatron_llm.optim.zero1 import ZeroOptimizer
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.parallel.shard import TensorSource, pieces
+from megatron_llm.parallel.weight_grad import WeightGradients
 from megatron_llm.pipeline.check import check
 from megatron_llm.pipeline.runtime import PipelineRuntime
-from megatron_llm.pipeline.schedules import SCHEDULES, Schedule
+from megatron_llm.pipeline.schedules import Schedule, make_schedule
 from megatron_llm.training.sources import FreshWeights
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -25,12 +27,15 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 
 @dataclass(frozen=True)
 class Engine:
-    """What a rank needs to train: its stage, its optimizer, and the schedule that drives them."""
+    """What a rank needs to train: its stages, their optimizer, and the schedule that drives them.
+
+    stages: by their number in the order of the model.
+    """
 
     config: Config
     grid: Grid
     device: torch.device
-    stage: DecoderStage
+    stages: dict[int, DecoderStage]
     optimizer: ZeroOptimizer
     runtime: PipelineRuntime
     schedule: Schedule
@@ -49,22 +54,35 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def build_stage(config: Config, grid: Grid, device: torch.device) -> DecoderStage:
-    """This rank's pipeline stage, with zero weights."""
-    model = config.model
-    costs = layer_costs(model, config.training.sequence_length)
-    layers = split_layers(model.num_hidden_layers, grid.pp.size, *costs)
-    return DecoderStage(
-        model,
-        grid,
-        layers[grid.pp.rank],
-        first=grid.pp.first,
-        last=grid.pp.last,
-        sequence_parallel=config.parallel.sequence_parallel,
-        dtype=compute_dtype(config, device),
-        device=device,
-        attention_backend=config.kernels.attention,
-    )
+def build_stages(config: Config, grid: Grid, placement: tuple[int, ...], device: torch.device) -> dict[int, DecoderStage]:
+    """This rank's stages of the pipeline by number, with zero weights.
+
+    placement: the pipeline rank of every stage. An embedding tied to a head on the same rank is one parameter of two stages.
+    """
+    model, last = config.model, len(placement) - 1
+    layers = split_layers(model.num_hidden_layers, placement, *layer_costs(model, config.training.sequence_length))
+    stages: dict[int, DecoderStage] = {}
+    for stage, rank in enumerate(placement):
+        if rank == grid.pp.rank:
+            stages[stage] = DecoderStage(
+                model,
+                grid,
+                layers[stage],
+                first=stage == 0,
+                last=stage == last,
+                sequence_parallel=config.parallel.sequence_parallel,
+                dtype=compute_dtype(config, device),
+                device=device,
+                attention_backend=config.kernels.attention,
+            )
+    if model.tie_word_embeddings and stages.keys() >= {0, last}:
+        stages[last].head.weight = stages[0].embedding.weight
+    return stages
+
+
+def parameters(stages: dict[int, DecoderStage]) -> list[nn.Parameter]:
+    """The parameters of a rank's stages, each once, in the order of the model."""
+    return list(nn.ModuleList(stages.values()).parameters())
 
 
 def build_model(model: ModelConfig, weights: TensorSource, dtype: torch.dtype, device: torch.device) -> DecoderStage:
@@ -93,12 +111,15 @@ def build_engine(config: Config, grid: Grid, device: torch.device, weights: Tens
     state of the run, is loaded by the loop afterwards.)
     """
     parallel, training = config.parallel, config.training
-    stage = build_stage(config, grid, device)
-    optimizer = ZeroOptimizer(list(stage.parameters()), grid, config.optimizer, parallel.bucket_size)
-    optimizer.load("weights", weights or FreshWeights(training.seed, config.model.initializer_range))
-    tokens = training.micro_batch_size * training.sequence_length // (grid.tp.size if stage.sequence_parallel else 1)
-    runtime = PipelineRuntime(grid, (tokens, config.model.hidden_size), stage.dtype, device)
     microbatches = training.global_batch_size // (training.micro_batch_size * grid.dp.size)
-    schedule = SCHEDULES[parallel.pipeline_schedule](grid.pp.size, microbatches)
+    schedule = make_schedule(parallel.pipeline_schedule, grid.pp.size, microbatches, parallel.virtual_stages)
     check(schedule)
-    return Engine(config, grid, device, stage, optimizer, runtime, schedule)
+    stages = build_stages(config, grid, schedule.placement, device)
+    optimizer = ZeroOptimizer(parameters(stages), grid, config.optimizer, parallel.bucket_size)
+    optimizer.load("weights", weights or FreshWeights(training.seed, config.model.initializer_range))
+    shards = grid.tp.size if parallel.sequence_parallel else 1
+    shape = (training.micro_batch_size * training.sequence_length // shards, config.model.hidden_size)
+    gradients = WeightGradients(stages.values())
+    dtype, timeout = compute_dtype(config, device), parallel.timeout_seconds
+    runtime = PipelineRuntime(grid, shape, dtype, device, schedule.placement, gradients, timeout)
+    return Engine(config, grid, device, stages, optimizer, runtime, schedule)

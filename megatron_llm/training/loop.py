@@ -17,7 +17,8 @@ from megatron_llm.data.stream import TokenStream, build_train_stream, build_vali
 from megatron_llm.hf.assets import collect_assets
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.parallel.shard import TensorSource
-from megatron_llm.training.build import Engine, build_engine
+from megatron_llm.pipeline.timeline import Event
+from megatron_llm.training.build import Engine, build_engine, compute_dtype, parameters
 from megatron_llm.training.distributed import launched_rank, pick_device, process_group
 from megatron_llm.training.metrics import Metrics, setup_logging
 from megatron_llm.training.recovery import check_agreement, find_resume, load_run, save_run
@@ -25,6 +26,7 @@ from megatron_llm.training.resolve import ResolvedRun
 from megatron_llm.training.run_folder import RunFolder
 from megatron_llm.training.signals import EXIT_STOPPED, StopRequest
 from megatron_llm.training.step import RunState, evaluate, train_step
+from megatron_llm.training.trace import write_trace
 
 logger = logging.getLogger("megatron_llm")
 
@@ -83,10 +85,11 @@ def train(resolved: ResolvedRun) -> int:
 def _announce(run: Run, resumed: Path | None) -> None:
     """Say what is about to be trained."""
     config, grid = run.config, run.engine.grid
-    local = sum(parameter.numel() for parameter in run.engine.stage.parameters())
-    dtype = str(run.engine.stage.dtype).removeprefix("torch.")
+    local = sum(parameter.numel() for parameter in parameters(run.engine.stages))
+    dtype = str(compute_dtype(config, run.engine.device)).removeprefix("torch.")
+    pipeline = f"pp {grid.pp.size}" + (f" ({config.parallel.pipeline_schedule})" if grid.pp.size > 1 else "")
     logger.info(
-        f"{grid.world.size} ranks: tp {grid.tp.size}, pp {grid.pp.size}, dp {grid.dp.size} on {run.engine.device}, {dtype} | "
+        f"{grid.world.size} ranks: tp {grid.tp.size}, {pipeline}, dp {grid.dp.size} on {run.engine.device}, {dtype} | "
         f"{run.engine.microbatches} micro-batches of {config.training.micro_batch_size} rows a step | "
         f"{local:,} parameters on rank 0"
     )
@@ -105,9 +108,12 @@ def _steps(run: Run) -> bool:
             run.metrics.write({"step": 0, "tokens": 0, **values})
     stopped = False
     while state.step < training.steps and not stopped:
+        trace: list[Event] | None = [] if state.step + 1 in run.config.logging.trace_steps else None
         start = time.perf_counter()
-        result = train_step(run.engine, run.train_stream, state, run.stop.requested)
+        result = train_step(run.engine, run.train_stream, state, run.stop.requested, trace)
         seconds = time.perf_counter() - start
+        if trace is not None:
+            write_trace(run.config.logging.run_dir, state.step, trace, run.engine.schedule, run.engine.grid)
         values = run.metrics.step(state, result, seconds) if run.metrics else {}
         stopped = result.stop and state.step < training.steps
         if state.step == training.steps or (training.eval_every and state.step % training.eval_every == 0 and not stopped):

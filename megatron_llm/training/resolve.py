@@ -16,6 +16,7 @@ from megatron_llm.config import Config, ConfigError, ModelConfig, parse_config, 
 from megatron_llm.data.stream import check_data, steps_of_epochs
 from megatron_llm.data.tokenizer import fingerprint
 from megatron_llm.hf.reader import HFFolder
+from megatron_llm.pipeline.schedules import placement
 
 
 @dataclass(frozen=True)
@@ -102,11 +103,10 @@ def layout_problems(config: Config, world_size: int) -> list[str]:
             f"parallel.context_parallel: {cp} is not supported yet; set it to 1 "
             "(shorter rows or more tensor_parallel save memory)"
         )
-    if parallel.virtual_stages > 1:
-        problems.append(
-            f"parallel.virtual_stages: {parallel.virtual_stages} needs an interleaved schedule, which does not exist yet; "
-            "set it to 1"
-        )
+    try:
+        placement(parallel.pipeline_schedule, pp, parallel.virtual_stages)
+    except ValueError as error:
+        problems.append(f"parallel.virtual_stages: {error}")
     ranks = tp * pp * cp
     if world_size % ranks:
         problems.append(

@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from megatron_llm.data.stream import TokenStream
+from megatron_llm.ops.batch import Batch
 from megatron_llm.ops.dtypes import stat_dtype
 from megatron_llm.optim.lr_schedule import learning_rate
 from megatron_llm.parallel.collectives import all_reduce
 from megatron_llm.pipeline.schedules import Schedule, forward_only
-from megatron_llm.training.build import Engine
+from megatron_llm.pipeline.timeline import Event
+from megatron_llm.training.build import Engine, compute_dtype
 
 
 @dataclass
@@ -56,15 +58,18 @@ class StepResult:
     stop: bool
 
 
-def train_step(engine: Engine, stream: TokenStream, state: RunState, stop: bool = False) -> StepResult:
+def train_step(
+    engine: Engine, stream: TokenStream, state: RunState, stop: bool = False, trace: list[Event] | None = None
+) -> StepResult:
     """Train on the next global batch and advance `state`. Every rank calls it and gets the same result.
 
     stop: this rank was asked to stop; the flag travels with the loss, so that all ranks learn of it in the same step.
+    trace: gets what this rank's pipeline does, and when; given on all ranks or on none.
     """
     config = engine.config
     rows = range(state.rows, state.rows + config.training.global_batch_size)
     engine.optimizer.zero_gradients()
-    sums = _run_microbatches(engine, engine.schedule, stream, rows)
+    sums = _run_microbatches(engine, engine.schedule, stream, rows, trace)
     squares = engine.optimizer.reduce_gradients()
     flag = torch.tensor(float(stop), dtype=sums.dtype, device=sums.device)
     totals = all_reduce(torch.cat((sums, torch.stack((squares.to(sums), flag)))), engine.grid.world).tolist()
@@ -94,32 +99,39 @@ def evaluate(engine: Engine, stream: TokenStream) -> tuple[float, float]:
     rows: list[int | None] = list(range(min(training.eval_rows, stream.rows_per_epoch)))
     round_of_rows = training.micro_batch_size * engine.grid.dp.size
     rows += [None] * (-len(rows) % round_of_rows)
-    schedule = forward_only(engine.grid.pp.size, len(rows) // round_of_rows)
+    schedule = forward_only(engine.schedule.placement, len(rows) // round_of_rows)
     sums = all_reduce(_run_microbatches(engine, schedule, stream, rows), engine.grid.world)
     loss_sum, weight_sum = sums.tolist()
     return loss_sum, weight_sum
 
 
-def _run_microbatches(engine: Engine, schedule: Schedule, stream: TokenStream, rows: Sequence[int | None]) -> Tensor:
+def _run_microbatches(
+    engine: Engine, schedule: Schedule, stream: TokenStream, rows: Sequence[int | None], trace: list[Event] | None = None
+) -> Tensor:
     """Send the rows of a global batch that belong to this replica through the pipeline.
 
     Returns this rank's share of (loss sum, weight sum): [2] in `stat_dtype`; the first tp rank of each last stage
     contributes, the others hold zeros. Every rank builds its batches from row numbers: nothing is broadcast.
     """
-    stage, grid = engine.stage, engine.grid
-    size = engine.config.training.micro_batch_size
-    sums = torch.zeros(2, dtype=stat_dtype(stage.dtype), device=engine.device)
+    grid, size = engine.grid, engine.config.training.micro_batch_size
+    dtype = stat_dtype(compute_dtype(engine.config, engine.device))
+    sums = torch.zeros(2, dtype=dtype, device=engine.device)
+    last_here = max(engine.stages)
+    batches: dict[int, Batch] = {}  # from a rank's first stage to its last
 
-    def forward(_: int, microbatch: int, x: Tensor | None) -> Tensor:
-        first = (microbatch * grid.dp.size + grid.dp.rank) * size
-        batch = stream.batch(rows[first : first + size]).to(engine.device)
+    def forward(number: int, microbatch: int, x: Tensor | None) -> Tensor:
+        if microbatch not in batches:
+            first = (microbatch * grid.dp.size + grid.dp.rank) * size
+            batches[microbatch] = stream.batch(rows[first : first + size]).to(engine.device)
+        batch = batches.pop(microbatch) if number == last_here else batches[microbatch]
+        stage = engine.stages[number]
         hidden = stage(x, batch)
         if not stage.last:
             return hidden
         loss = stage.loss(hidden, batch)
         if grid.tp.first:
-            sums.add_(torch.stack((loss.detach(), batch.weights_T.sum().to(sums.dtype))))
+            sums.add_(torch.stack((loss.detach(), batch.weights_T.sum().to(dtype))))
         return loss
 
-    engine.runtime.run(schedule, forward)
+    engine.runtime.run(schedule, forward, trace)
     return sums

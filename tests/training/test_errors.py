@@ -71,9 +71,10 @@ def test_batch_that_the_replicas_do_not_divide(message: Any) -> None:
     assert "8 is not a multiple of micro_batch_size 2 * data parallel size 3 = 6" in message(world=3)
 
 
-def test_context_parallelism_and_virtual_stages_wait_for_their_issues(message: Any) -> None:
+def test_context_parallelism_waits_for_its_time_and_1f1b_has_one_stage_a_rank(message: Any) -> None:
     text = message(world=2, parallel={"context_parallel": 2, "virtual_stages": 2})
-    assert "context_parallel: 2 is not supported yet" in text and "virtual_stages: 2" in text
+    assert "context_parallel: 2 is not supported yet" in text
+    assert "parallel.virtual_stages: schedule 1f1b has 1 virtual stage, not 2: set virtual_stages to 1, or" in text
 
 
 def test_unknown_key_with_suggestion(message: Any) -> None:

@@ -43,7 +43,7 @@ def rows_of_step(rank: int, replicas: int, micro_batch: int, batch: int, state: 
         def loss(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
             return batch.weights_T.sum()
 
-    def run(microbatches: int, forward: Any) -> None:
+    def run(microbatches: int, forward: Any, trace: Any) -> None:
         for microbatch in range(microbatches):
             forward(0, microbatch, None)
 
@@ -52,7 +52,7 @@ def rows_of_step(rank: int, replicas: int, micro_batch: int, batch: int, state: 
         config=make_config(training={"global_batch_size": batch, "micro_batch_size": micro_batch}),
         grid=dataclasses.replace(Grid.single(), dp=Axis("dp", rank, replicas)),
         device=torch.device("cpu"),
-        stage=Stage(),
+        stages={0: Stage()},
         optimizer=optimizer,
         runtime=SimpleNamespace(run=run),
         schedule=batch // (micro_batch * replicas),
