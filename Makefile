@@ -55,6 +55,7 @@ bench: $(STAMP)
 	$(PY) benchmarks/tokenizer_speed.py
 	$(PY) benchmarks/open_rows.py
 	$(PY) benchmarks/packing.py
+	$(PY) benchmarks/pipeline_schedules.py
 
 clean:
 	rm -rf .venv build runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -16,7 +16,7 @@ from types import ModuleType
 
 from megatron_llm import __version__
 
-COMMANDS = ("train", "generate", "export", "preprocess", "preprocess-chat", "merge", "dedup", "inspect", "config")
+COMMANDS = ("train", "generate", "export", "preprocess", "preprocess-chat", "merge", "dedup", "inspect", "plan", "config")
 
 
 def _module(command: str) -> ModuleType:

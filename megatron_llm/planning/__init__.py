@@ -1,1 +1,1 @@
-"""Models of cost: FLOPs now, memory and time later."""
+"""Models of cost (FLOPs, time, activations) and what a step would take by them: tables and pictures of pipelines."""

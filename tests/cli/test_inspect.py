@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import random
 from pathlib import Path
 
@@ -11,9 +12,10 @@ import pytest
 from megatron_llm.cli import main as cli
 from megatron_llm.data import statistics
 from megatron_llm.data.indexed import DatasetMeta
-from megatron_llm.data.tokenizer import fingerprint, load_encoder
+from megatron_llm.data.tokenizer import describe, fingerprint, load_encoder, load_sentencepiece
 from megatron_llm.data.writer import IndexedWriter
 from tests.data.conftest import build_tokenizer
+from tests.data.prepare.made_tokenizers import train_model
 
 
 @pytest.fixture(scope="module")
@@ -114,11 +116,26 @@ def test_the_tokenizer_can_be_elsewhere(tmp_path: Path, tokenizer: Path, capsys:
     assert "neither a tokenizer folder nor a file" in refused(capsys, tmp_path / "a", "--tokenizer", tmp_path / "no")
 
 
-def test_ids_outside_the_vocabulary(tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write(tmp_path / "a", tokenizer, ["hello"])
-    (tmp_path / "a.bin").write_bytes((60000).to_bytes(2, "little") + (tmp_path / "a.bin").read_bytes()[2:])
-    assert "ids outside the vocabulary: 1; --verify says where" in inspect(capsys, tmp_path / "a")
+@pytest.mark.parametrize("kind", ["huggingface", "sentencepiece", "tiktoken"])
+def test_ids_outside_the_vocabulary(tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    if kind == "huggingface":
+        path, hello = tokenizer, load_encoder(tokenizer).encode("hello").ids
+    elif kind == "sentencepiece":
+        path = train_model(tmp_path)
+        hello = load_sentencepiece(path).encode("hello")
+    else:
+        path, hello = tmp_path / "a.tiktoken", list(b"hello")
+        path.write_bytes(b"".join(base64.b64encode(bytes([byte])) + b" %d\n" % byte for byte in range(256)))
+        (tmp_path / "a.tiktoken.json").write_text('{"pattern": ".", "special_tokens": {"<s>": 300}, "eos": "<s>"}')
+    ids = [60000, *hello, 60001, 60002, *hello]
+    with IndexedWriter(tmp_path / "a", np.int32, describe(path, "pretrain")) as writer:
+        writer.add_document(np.asarray(ids))
+    out = inspect(capsys, tmp_path / "a")
+    assert "ids outside the vocabulary: 3; --verify says where" in out
+    assert "document 0: '<id 60000>hello<id 60001><id 60002>hello'\n" in out
     assert f"{tmp_path / 'a'}.bin has token id 60000 at byte 0, outside" in refused(capsys, tmp_path / "a", "--verify")
+    (tmp_path / "a.bin").write_bytes((-1).to_bytes(4, "little", signed=True) + (tmp_path / "a.bin").read_bytes()[4:])
+    assert "document 0: '<id -1>hello<id 60001>" in inspect(capsys, tmp_path / "a")
 
 
 def test_a_picture(tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,144 @@
+"""`megatron-llm plan`: what a step of a configuration would look like, without a GPU, a process group or data."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_llm.config import Config
+    from megatron_llm.planning.compare import Candidate
+
+HELP = "simulate the pipeline of a configuration: bubble, memory, other schedules, a picture"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """A configuration as `train` takes it, and what it does not say: GPUs, their speed, their network."""
+    parser.add_argument("config", metavar="CONFIG.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file")
+    parser.add_argument("--gpus", type=int, metavar="N", help="world size (default: the least that the layout needs)")
+    parser.add_argument("--timeline", metavar="FILE.png", help="draw what every pipeline rank does when")
+    parser.add_argument(
+        "--tflops", type=_positive, default=400.0, metavar="X", help="TFLOP/s that one GPU achieves (default: %(default)g)"
+    )
+    parser.add_argument(
+        "--bandwidth", type=_positive, default=25.0, metavar="X", help="GB/s between pipeline neighbours (default: %(default)g)"
+    )
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the step of the configuration, rank by rank, and then of every other schedule, the fastest first.
+
+    Raises ConfigError with every problem of the configuration or of its layout on that many GPUs.
+    """
+    from megatron_llm.config import ConfigError
+    from megatron_llm.planning.compare import Assumptions, alternatives, chosen
+    from megatron_llm.planning.timeline import draw, held_over_time
+    from megatron_llm.training.resolve import layout_problems, load_config
+
+    config = load_config(args.config, args.overrides).config
+    parallel, training = config.parallel, config.training
+    least = parallel.tensor_parallel * parallel.pipeline_parallel * parallel.context_parallel
+    gpus = least if args.gpus is None else args.gpus
+    problems = layout_problems(config, gpus) if gpus > 0 else [f"--gpus {gpus}: give at least the {least} of the layout"]
+    if problems:
+        raise ConfigError(problems)
+    microbatches = training.global_batch_size * least // (training.micro_batch_size * gpus)
+    assumed = Assumptions(args.tflops * 1e12, args.bandwidth * 1e9)
+
+    plan = chosen(config, microbatches, assumed)
+    print(_heading(config, gpus, microbatches, args))
+    print(_ranks(config, plan))
+    if parallel.pipeline_parallel > 1:
+        print(_comparison(plan, list(alternatives(config, microbatches, assumed))))
+    if args.timeline:
+        title = f"{_name(plan)}: {parallel.pipeline_parallel} ranks, {microbatches} micro-batches"
+        timeline = plan.simulation.timeline
+        draw(args.timeline, title, {"simulated": timeline}, held_over_time(timeline, plan.costs))
+        print(f"wrote {args.timeline}")
+    return 0
+
+
+def _heading(config: Config, gpus: int, microbatches: int, args: argparse.Namespace) -> str:
+    parallel, training = config.parallel, config.training
+    tp, pp = parallel.tensor_parallel, parallel.pipeline_parallel
+    world = "1 GPU" if gpus == 1 else f"{gpus} GPUs"
+    return (
+        f"{config.model.num_hidden_layers} layers on {world}: tensor {tp}, pipeline {pp}, data {gpus // (tp * pp)}; "
+        f"{microbatches} micro-batches of {training.micro_batch_size * training.sequence_length:,} tokens a step and replica\n"
+        f"assumed: {args.tflops:g} TFLOP/s a GPU (matrix products and attention), "
+        f"{args.bandwidth:g} GB/s between pipeline neighbours\n"
+    )
+
+
+def _name(plan: Candidate) -> str:
+    return plan.name + (f", {plan.chunks} stages a rank" if plan.chunks > 1 else "")
+
+
+def _ranks(config: Config, plan: Candidate) -> str:
+    """A line a rank: its layers, its work, its idle time, its memory."""
+    from megatron_llm.planning.stages import stage_layers
+    from megatron_llm.planning.timeline import byte_unit, time_unit
+
+    timeline, placement = plan.simulation.timeline, plan.schedule.placement
+    scale, unit = time_unit(timeline.makespan)
+    size, size_unit = byte_unit(max(plan.simulation.peak_bytes))
+    layers = stage_layers(config, placement)
+    names = [
+        " + ".join(
+            _held(layers[stage], stage == 0, stage == len(placement) - 1) for stage, r in enumerate(placement) if r == rank
+        )
+        for rank in range(timeline.ranks)
+    ]
+    width = max(len("layers"), *map(len, names))
+    peak = f"peak, {size_unit}"
+    head = f"{'rank':>4}  {'layers':{width}}  {'work':>8}  {'idle, own span':>14}  {'idle, step':>10}  {peak:>10}"
+    lines = [
+        f"{_name(plan)}: {timeline.makespan * scale:,.4g} {unit} a step; idle time in % of the work; peak of activations",
+        head,
+    ]
+    for rank, name in enumerate(names):
+        busy = timeline.busy(rank)
+        lines.append(
+            f"{rank:>4}  {name:{width}}  {busy * scale:>8.4g}  {_over(timeline.span(rank), busy):>14}  "
+            f"{_over(timeline.makespan, busy):>10}  {plan.simulation.peak_bytes[rank] / size:>10.3g}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _held(layers: range, first: bool, last: bool) -> str:
+    """What a stage holds, in few letters."""
+    parts = ["embedding"] * first
+    if len(layers):
+        parts.append(str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}")
+    return ", ".join(parts + ["head"] * last) or "none"
+
+
+def _over(total: float, busy: float) -> str:
+    """Idle time as a share of the work."""
+    return f"{max(0.0, total / busy - 1):.1%}" if busy else "no work"
+
+
+def _comparison(plan: Candidate, others: list[Candidate]) -> str:
+    """A line a schedule, the fastest first."""
+    from megatron_llm.planning.timeline import byte_unit, time_unit
+
+    rows = sorted([plan, *others], key=lambda row: (row.simulation.timeline.makespan, max(row.simulation.peak_bytes)))
+    scale, unit = time_unit(plan.simulation.timeline.makespan)
+    size, size_unit = byte_unit(max(plan.simulation.peak_bytes))
+    step, peak = f"step, {unit}", f"peak, {size_unit}"
+    lines = [f"{'schedule':14}  {'stages a rank':>13}  {step:>18}  {'bubble':>7}  {'own span':>8}  {peak:>10}"]
+    for row in rows:
+        timeline = row.simulation.timeline
+        lines.append(
+            f"{row.name:14}  {row.chunks:>13}  {timeline.makespan * scale:>18.4g}  {timeline.bubble_of_makespan:>7.1%}  "
+            f"{timeline.bubble_of_span:>8.1%}  {max(row.simulation.peak_bytes) / size:>10.3g}" + "  <- configured" * (row is plan)
+        )
+    return "\n".join(lines) + "\n"

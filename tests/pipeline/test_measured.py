@@ -1,0 +1,25 @@
+"""A measured step takes as long as the simulated one: the runtime adds nothing to what the schedule makes a rank wait."""
+
+from __future__ import annotations
+
+import pytest
+from pipeline_schedules import Case, Measured, measure, summary
+
+from megatron_llm.pipeline.schedules import NAMES
+from tests.ranks import run_ranks
+
+ATTEMPTS = 4  # other programs may slow one, but make none faster
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_sleeping_stages_take_as_long_as_simulated(name: str) -> None:
+    case = Case(name, ranks=4, microbatches=8, seconds=0.05)
+    rows = []
+    for _ in range(ATTEMPTS):
+        runs: list[Measured] = run_ranks(4, measure, [case], 1)[0][0]
+        rows.append(summary(case, runs))
+        assert rows[-1]["ratio"] > 0.999, "a step cannot be faster than its sleeps"
+        if rows[-1]["holds"]:
+            return
+    pytest.fail("\n".join(f"measured / simulated {row['ratio']:.3f}, noise {row['noise']:.3f}" for row in rows))

@@ -1,0 +1,134 @@
+"""The bytes that a stage is said to hold are those that autograd and the queue of weight gradients really hold."""
+
+from __future__ import annotations
+
+import gc
+import time
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_llm.config import Config
+from megatron_llm.models.decoder import DecoderStage
+from megatron_llm.ops.batch import Batch
+from megatron_llm.parallel.grid import Grid
+from megatron_llm.parallel.weight_grad import WeightGradients
+from megatron_llm.planning.activations import stage_bytes
+from tests.ranks import run_ranks
+from tests.runs import config_of
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
+STAGES = {  # layers, first, last
+    "one layer": (1, False, False),
+    "three layers": (3, False, False),
+    "embedding": (0, True, False),
+    "embedding and layers": (2, True, False),
+    "head": (0, False, True),
+    "layers and head": (2, False, True),
+    "everything": (2, True, True),
+}
+
+
+def _config(tp: int, dtype: str, isolated: bool, sequence_parallel: bool) -> Config:
+    return config_of(
+        model={"num_hidden_layers": 3},
+        parallel={"tensor_parallel": tp, "sequence_parallel": sequence_parallel},
+        training={"sequence_length": 24, "micro_batch_size": 2, "document_isolation": isolated},
+        precision={"compute": dtype},
+    )
+
+
+def _storages(tensors: list[Tensor]) -> dict[int, int]:
+    """Bytes of every storage that some tensors have between them."""
+    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+
+
+def _alive() -> dict[int, int]:
+    """Storages of all tensors; the fewest of several looks, as gloo's threads let go of a buffer a moment late."""
+    looks = []
+    for _ in range(4):
+        gc.collect()
+        looks.append(_storages([thing for thing in gc.get_objects() if type(thing) is Tensor]))
+        time.sleep(0.02)
+    return min(looks, key=len)
+
+
+def _added(before: dict[int, int]) -> int:
+    """Bytes alive that were not before."""
+    return sum(size for pointer, size in _alive().items() if pointer not in before)
+
+
+def _measured(config: Config, layers: int, first: bool, last: bool) -> tuple[int, int]:
+    """(bytes that autograd saves in F, bytes alive after B that were not before F) on this rank."""
+    grid = Grid.build(config.parallel, config.model.num_key_value_heads)
+    dtype, tokens = DTYPES[config.precision.compute], config.training.micro_batch_size * config.training.sequence_length
+    stage = DecoderStage(
+        config.model,
+        grid,
+        range(layers),
+        first=first,
+        last=last,
+        sequence_parallel=config.parallel.sequence_parallel,
+        dtype=dtype,
+        device=torch.device("cpu"),
+    )
+    for parameter in stage.parameters():
+        parameter.data.normal_()
+        parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
+    queue = WeightGradients([stage])
+    queue.begin_step(1)
+    bounds = (0, 11, tokens) if config.training.document_isolation else (0, tokens)
+    positions = torch.cat([torch.arange(stop - start) for start, stop in zip(bounds, bounds[1:], strict=False)])
+    ids = torch.randint(0, config.model.vocab_size, (tokens,))
+    batch = Batch(ids, ids, torch.ones(tokens, dtype=dtype), positions, bounds)
+    rows = tokens // (grid.tp.size if stage.sequence_parallel else 1)
+    x = None if first else torch.randn(rows, config.model.hidden_size, dtype=dtype, requires_grad=True)
+
+    def forward() -> Tensor:
+        y = stage(x, batch)
+        return stage.loss(y, batch) if last else y
+
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+        forward()  # not run backward: hooks hide the parameters' attributes
+    parameters = _storages(list(stage.parameters()))
+    kept = sum(size for pointer, size in _storages(saved).items() if pointer not in parameters)
+    saved.clear()
+
+    before = _alive()
+    y = forward()
+    with queue.deferred("B"):
+        torch.autograd.backward(y, None if last else torch.randn_like(y))
+    if x is not None:
+        x.grad = None
+    del y
+    waiting = _added(before)
+    queue.run("B")
+    assert _added(before) == 0, "W leaves something behind"
+    return kept, waiting
+
+
+def _measured_stages(config: Config, names: list[str]) -> list[tuple[int, int]]:
+    gc.freeze()  # what the process held before is not looked at again and again
+    try:
+        return [_measured(config, *STAGES[name]) for name in names]
+    finally:
+        gc.unfreeze()
+
+
+@pytest.mark.parametrize("isolated", [False, True], ids=["one document", "two documents"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bytes_are_those_that_are_held(dtype: str, isolated: bool) -> None:
+    config = _config(1, dtype, isolated, True)
+    (measured,) = run_ranks(1, _measured_stages, config, list(STAGES))
+    assert dict(zip(STAGES, measured, strict=True)) == {name: stage_bytes(config, *stage) for name, stage in STAGES.items()}
+
+
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+@pytest.mark.parametrize("tp", [2, 4])
+def test_bytes_of_a_tensor_parallel_rank(tp: int, sequence_parallel: bool) -> None:
+    """4 ranks are more than key/value heads: each holds a copy."""
+    config, names = _config(tp, "float32", False, sequence_parallel), ["one layer", "embedding and layers", "layers and head"]
+    for measured in run_ranks(tp, _measured_stages, config, names):
+        assert measured == [stage_bytes(config, *STAGES[name]) for name in names]
