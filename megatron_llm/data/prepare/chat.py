@@ -139,8 +139,8 @@ class ChatEncoder:
         import jinja2
 
         content = record_json(chunk, index)
-        if chunk.kind == "row":  # a message may well have a content of null, beside calls of tools
-            content = {key: _unpadded(value, kept="content" if key == "messages" else "") for key, value in content.items()}
+        if chunk.kind == "row":
+            content = _unpadded(content)
         messages, tools = _messages(content), content.get("tools")
 
         def render(part: Sequence[Message], prompt: bool) -> str:
@@ -157,15 +157,16 @@ class ChatEncoder:
         return text, role_spans(render, messages, text)
 
 
-def _unpadded(value: Any, kept: str = "") -> Any:
-    """A value of a table without the nulls that fill up the fields of its structs; those of field `kept` stay.
+def _unpadded(value: Any) -> Any:
+    """A value of a table without the nulls in fields that the record lacks.
 
-    A template would show them: the schema of one tool would name the arguments of all others.
+    A template would show them: the schema of one tool would name the arguments of all others. (Of messages, transformers
+    itself drops the fields that are null.)
     """
     if isinstance(value, list):
-        return [_unpadded(item, kept) for item in value]
+        return [_unpadded(item) for item in value]
     if isinstance(value, dict):
-        return {key: _unpadded(item) for key, item in value.items() if item is not None or key == kept}
+        return {key: _unpadded(item) for key, item in value.items() if item is not None}
     return value
 
 

@@ -26,7 +26,7 @@ from megatron_llm.data.prepare.shuffle import shuffle_dataset
 from megatron_llm.data.tokenizer import describe
 from megatron_llm.data.writer import check_prefix, remove_dataset
 
-FORMAT_VERSION = 1  # to be raised when the same input and options should give other files
+FORMAT_VERSION = 2  # to be raised when the same input and options should give other files
 
 
 @dataclass

@@ -156,13 +156,13 @@ def _chunks(job: Job, row: int, batches: Iterable[Any], disk_bytes: Callable[[in
 
 
 def _decoded(batch: Any) -> Iterator[Any]:
-    """The batch, or its parts without dictionaries (categoricals): the size of any slice would be that of the whole dictionary."""
+    """The batch, or its parts without dictionaries (categoricals): any slice would be as large as the whole dictionary."""
     import pyarrow as pa
 
-    if not any(map(pa.types.is_dictionary, batch.schema.types)):
+    plain = [field.with_type(field.type.value_type) if pa.types.is_dictionary(field.type) else field for field in batch.schema]
+    if plain == list(batch.schema):
         yield batch
         return
-    plain = [field.with_type(getattr(field.type, "value_type", field.type)) for field in batch.schema]
     for first in range(0, batch.num_rows, _ENCODED_ROWS):
         yield batch.slice(first, _ENCODED_ROWS).cast(pa.schema(plain))
 

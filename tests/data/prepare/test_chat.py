@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
@@ -124,6 +126,9 @@ def test_templates_that_rewrite_earlier_replies_are_refused(tmp_path: Path, make
 
 BAD = [
     ({"messages": say("u: a")}, "no assistant token"),
+    ({"messages": [*say("u: a"), {"role": "assistant", "content": "b", "train": False}]}, "no assistant token to learn from"),
+    ({"messages": [*say("u: a"), {**say("a: b")[0], "train": "false"}]}, "'train' of a message is not true or false but str"),
+    ({"messages": [*say("u: a"), {"role": "assistant", "content": "b", "train": 0}]}, "false but int"),
     ({"messages": []}, "no list 'messages'"),
     ({"conversations": []}, "no list 'messages'"),
     ({"messages": ["a"]}, "a message is not a JSON object"),
@@ -145,6 +150,47 @@ def test_bad_records_are_counted_named_and_refused_by_strict(tmp_path: Path, tok
         assert any(f"chat.jsonl:{line}: " in example and reason in example for example in summary.examples), reason
     with pytest.raises(ValueError, match=r"chat\.jsonl:2: no assistant token"):
         run(tmp_path, tokenizer_folder, [good, BAD[0][0]], strict=True)
+
+
+def tool(name: str, **arguments: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": {"properties": arguments}}}
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_tables_are_as_lines(tmp_path: Path, make_tokenizer: Callable[..., Path], suffix: str) -> None:
+    """Though all rows of a table have all fields, and null in those that a record lacks."""
+    folder = make_tokenizer(
+        chat_template="{{ tools | tojson if tools }}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    calls = [tool("f", x={"default": "1"}), tool("g", content={"default": "2"})]
+    call = {"role": "assistant", "content": None, "tool_calls": calls}
+    rows = [
+        {"messages": [*say("u: a"), call, *say("a: b")], "tools": [tool("f", x={"type": "int"}, content={"type": "int"})]},
+        {"messages": say("u: a", "a: b"), "tools": [tool("g", y={"type": "int"})]},
+        {"messages": [*say("u: a"), {**say("a: b")[0], "train": False}, *say("u: c", "a: d")]},
+        {"messages": [*say("u: a"), {**say("a: b")[0], "train": True}, {**say("a: d")[0], "train": None}]},
+        {"messages": [*say("u: a"), {"role": "assistant", "content": None}]},
+    ]
+    summary, lines = run(tmp_path, folder, rows)
+    source = tmp_path / f"chat.{suffix}"
+    table = pa.Table.from_pylist(rows)
+    assert {"train", "tool_calls"} < set(table.to_pylist()[1]["messages"][0])
+    if suffix == "parquet":
+        pq.write_table(table, source)
+    else:
+        with pa.ipc.new_stream(source, table.schema) as writer:
+            writer.write_table(table)
+    same = preprocess_chat([source], folder, tmp_path / "table", progress=False)
+    assert same.skipped == summary.skipped and summary.skipped.total() == 1
+    tables = IndexedDataset(tmp_path / "table")
+    assert lines.documents == tables.documents == 4
+    for number in range(4):
+        assert tables.document(number).tolist() == lines.document(number).tolist()
+        assert document_roles(tables, number).tolist() == document_roles(lines, number).tolist()
+        assert ASSISTANT in document_roles(tables, number)
+        assert (ASSISTANT | NOT_TRAINED in document_roles(tables, number)) == (number == 2)
 
 
 def test_a_tokenizer_without_template_is_refused(tmp_path: Path, make_tokenizer: Callable[..., Path]) -> None:

@@ -122,3 +122,19 @@ def test_places_in_a_file_that_is_read_from_its_middle() -> None:
     chunk = chunk_of(b"12345", b"", b"broken", first=0)
     assert [chunk.where(index) for index in range(3)] == [f"a.jsonl at byte {byte}" for byte in (100, 106, 107)]
     assert pickle.loads(pickle.dumps(chunk)) == chunk
+
+
+def test_naming_all_lines_measures_each_once() -> None:
+    """Else a shard with many empty texts would take minutes."""
+    measured = 0
+
+    class Line(bytes):
+        def __len__(self) -> int:
+            nonlocal measured
+            measured += 1
+            return super().__len__()
+
+    chunk = chunk_of(*[Line(b'{"text": ""}')] * 1000, first=0)
+    _, _, skipped = chunk_texts(chunk, "text")
+    assert [one.where for one in skipped] == [f"a.jsonl at byte {100 + 13 * index}" for index in range(1000)]
+    assert measured <= 2000

@@ -73,9 +73,11 @@ def test_values_one_after_the_other(folder: Path, objects: list[Any], data: st.D
     between = data.draw(st.sampled_from([b"", b" ", b"\n", b"\r", b"\r\n\n"]))
     indents = [1 if b"\n" in between else None, *(data.draw(st.sampled_from([None, 1])) for _ in objects[1:])]
     parts = [json.dumps(one, indent=indent).encode() for one, indent in zip(objects, indents, strict=True)]
-    path = write(folder / f"a.json{compression}", between.join(parts))
+    bom = data.draw(st.sampled_from([b"", b"\xef\xbb\xbf"]))
+    path = write(folder / f"a.json{compression}", bom + between.join(parts))
     chunks = read(path, chunk_bytes=data.draw(st.integers(3, 99)))
     assert [json.loads(record) for record in records(chunks)] == objects
+    assert named(chunks)[0][0] == f"{path} record 1"
     check_resume(find_inputs([path]), chunk_bytes=20)
 
 
@@ -110,6 +112,12 @@ def test_a_bad_value_costs_one_record(tmp_path: Path) -> None:
         (b'{\n"a": 1}', "values"),
         (b'{"a": 1}{"a": 2}\n', "values"),
         (b"{" + b'"a": [' * 5000, "values"),
+        (b'{"a": "cut off\n{"a": 1}\n', "lines"),
+        (b'{"a": "cut off\n  broken\n{"a": "too\n{"a": 1}', "lines"),
+        (b"{" + b'"a": [' * 5000 + b'\n{"a": 1}\n', "lines"),
+        (b'{"a": "\xff"}\n', "lines"),
+        (b'{\n"a": {}, "b":\n{}\n}\n{"a": 1}\n', "values"),
+        (b'{"a": "cut off\n  {"a": 1}\n{\n', "values"),
         (b"\n\t[\n", "array"),
     ],
 )

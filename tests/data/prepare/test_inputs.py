@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -14,6 +15,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_llm.data.prepare.inputs import describe_inputs, find_inputs, read_chunks, shard_inputs
+from megatron_llm.data.prepare.pipeline import Summary
+from megatron_llm.data.prepare.preprocess import preprocess
 from tests.data.prepare.reading import check_resume, named, read, records, write
 
 datasets.disable_progress_bars()
@@ -37,6 +40,16 @@ def test_folders_are_read_to_the_bottom_in_order(tmp_path: Path) -> None:
     wanted.append(str(tmp_path / "d" / "x.csv.gz"))
     assert names(tmp_path) == wanted
     assert names(tmp_path / "b", tmp_path / "a.jsonl") == [*wanted[1:4], wanted[0]]
+
+
+def test_only_texts_about_the_data_are_left_out(tmp_path: Path) -> None:
+    """Data may be of readme files, or of licenses."""
+    wanted = touch(tmp_path, "README.jsonl", "license_texts.jsonl", "licenses/a.jsonl", "readme/README.csv.gz", "readmes-0.txt")
+    touch(tmp_path, "LICENSE", "README.md", "licenses/LICENSE.txt", "readme/Readme.txt.gz", "readme/readme.rst.gz")
+    assert names(tmp_path) == wanted
+    touch(tmp_path, "LICENSE-MIT")
+    with pytest.raises(ValueError, match="has files of unknown kinds: LICENSE-MIT"):
+        find_inputs([tmp_path])
 
 
 def test_globs(tmp_path: Path) -> None:
@@ -75,6 +88,64 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
     assert "ok.jsonl" not in str(error.value)
     with pytest.raises(ValueError, match="no input files"):
         find_inputs([])
+
+
+@pytest.mark.parametrize("options", [{}, {"split": [0.5, 0.5]}, {"shuffle_seed": 1}, {"split": [0.5, 0.5], "shuffle_seed": 1}])
+@pytest.mark.parametrize("name", ["tok", "made/tok"])
+@pytest.mark.parametrize("given", ["", "/*", "/**/*.json*"])
+def test_the_output_may_lie_in_the_input(
+    tmp_path: Path, tokenizer_folder: Path, given: str, name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever in writing its files the first run is interrupted, and when it is done."""
+    for number in range(3):
+        write(tmp_path / f"{number}.json", b"".join(b'{"text": "%d"}\n' % line for line in range(number, 30, 3)))
+    wanted = names(tmp_path)
+
+    def run() -> Summary:
+        return preprocess([f"{tmp_path}{given}"], tokenizer_folder, tmp_path / name, progress=False, **options)
+
+    seen = set()
+    for function in (os.replace, os.fsync, os.unlink):  # all steps that a killed process may have got to
+
+        def looking(*words: Any, function: Any = function, **named: Any) -> None:
+            function(*words, **named)
+            there = [str(path) for path in tmp_path.rglob("*") if path.is_file()]
+            seen.update(Path(path).name for path in there)
+            assert names(f"{tmp_path}{given}") == wanted, there
+
+        monkeypatch.setattr(os, function.__name__, looking)
+    first = run()
+    assert "tok.journal" in seen and any(name.endswith(".order.tmp") for name in seen) == ("shuffle_seed" in options)
+    again = run()
+    assert again.done_before and again.documents == first.documents
+
+
+def test_shards_may_lie_in_the_input(tmp_path: Path, tokenizer_folder: Path) -> None:
+    for number in range(2):
+        write(tmp_path / f"{number}.json", b'{"text": "a"}\n' * 40)
+    for ending in ("", "/*.json"):
+        done = [
+            preprocess([f"{tmp_path}{ending}"], tokenizer_folder, tmp_path / "tok", shard=(number, 2), progress=False)
+            for number in range(2)
+        ]
+        assert [summary.documents for summary in done] == [40, 40]
+        assert all(summary.done_before == (ending != "") for summary in done)
+
+
+def test_files_that_are_named_as_those_of_token_data(tmp_path: Path) -> None:
+    wanted = touch(tmp_path, "a.meta.json", "b.unshuffled.meta.json")
+    assert names(tmp_path) == names(f"{tmp_path}/*") == wanted
+    [index] = touch(tmp_path, "a.idx")
+    assert names(tmp_path) == names(f"{tmp_path}/*") == wanted[1:]
+    assert names(wanted[0]) == wanted[:1]  # what is named is read
+    touch(tmp_path, "c.bin")
+    with pytest.raises(ValueError, match=r"has files of unknown kinds: c\.bin"):
+        find_inputs([tmp_path])
+    touch(tmp_path, "only/x.bin", "only/x.idx")
+    with pytest.raises(ValueError, match="no input files"):
+        find_inputs([tmp_path / "only"])
+    with pytest.raises(ValueError, match=r"is not a file; nor a folder, nor a glob that matches anything"):
+        find_inputs([index.replace("a.idx", "only/*")])
 
 
 def test_saved_data_sets(tmp_path: Path) -> None:

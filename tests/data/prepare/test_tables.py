@@ -114,6 +114,32 @@ def test_records_that_are_too_large(tmp_path: Path, name: str) -> None:
     assert skipped(chunks) == [(f"{path} row 2", "larger than 2,000 bytes, the most a record may have")]
 
 
+@pytest.mark.parametrize("name", WRITERS)
+def test_values_that_are_stored_once(tmp_path: Path, name: str) -> None:
+    """Categoricals: each value counts where it stands, not all of them in every row."""
+    path = tmp_path / f"a.{name}"
+    rows = [{"text": f"{number % 500} " + "x" * 1000, "n": [number]} for number in range(1000)] + [{"text": None, "n": []}]
+    table = pa.Table.from_pylist(rows)
+    WRITERS[name](table.set_column(0, "text", table["text"].dictionary_encode()), path, 600)
+    chunks = read(path, chunk_bytes=20_000, max_record_bytes=100_000)
+    assert named(chunks) == [(f"{path} row {number}", row) for number, row in enumerate(rows, 1)]
+    assert skipped(chunks) == []
+    assert max(sum(len(row["text"] or "") for row in chunk.records) for chunk in chunks) <= 20_000
+    assert sum(chunk.input_bytes for chunk in chunks) < 2 * 1000 * 1000
+    check_resume(find_inputs([path]), chunk_bytes=200_000)
+    small = read(path, chunk_bytes=500, max_record_bytes=1000)
+    assert len(skipped(small)) == 1000 and records(small) == rows[-1:]
+
+
+def test_memory_is_bounded_where_values_are_stored_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.arrow"
+    text = pa.DictionaryArray.from_arrays(pa.array([0] * 2000, pa.int32()), ["x" * 100_000])
+    write_stream(pa.table({"text": text}), path, 2000)
+    before = pa.total_allocated_bytes()
+    held = [pa.total_allocated_bytes() - before for chunk in read_chunks(find_inputs([path])) if chunk.records]
+    assert len(held) > 50 and max(held) < 50_000_000  # of 200 MB
+
+
 def broken_strings() -> pa.Table:
     """Strings that are not UTF-8, which pyarrow writes without a word."""
     return pa.table({"text": pa.array([b"a", b"b\xff", b"c"], pa.binary()).view(pa.string())})
