@@ -25,6 +25,11 @@ class Action(NamedTuple):
     def __str__(self) -> str:
         return f"{self.kind}(stage {self.stage}, micro-batch {self.microbatch})"
 
+    def consumer(self, stages: int) -> Action | None:
+        """The action on a neighbouring stage, of `stages`, that needs the result of this one; None if none does."""
+        target = self.stage + (1 if self.kind == "F" else -1)
+        return Action(self.kind, target, self.microbatch) if self.kind != "W" and 0 <= target < stages else None
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -42,3 +47,17 @@ class Schedule:
     def split(self) -> bool:
         """Whether weight gradients are actions of their own: B computes input gradients only, W the weight gradients."""
         return any(action.kind == "W" for actions in self.actions for action in actions)
+
+    @cached_property
+    def channels(self) -> dict[tuple[int, int], list[Action]]:
+        """The messages of every channel (sender, receiver), as the actions that consume them, in the order of sending.
+
+        What is handed to another stage of the same rank is no message. Proof and runtime both go by this.
+        """
+        order: dict[tuple[int, int], list[Action]] = {}
+        for rank, actions in enumerate(self.actions):
+            for action in actions:
+                target = action.consumer(len(self.placement))
+                if target is not None and (receiver := self.placement[target.stage]) != rank:
+                    order.setdefault((rank, receiver), []).append(target)
+        return order

@@ -1,7 +1,7 @@
 """Proof that a schedule can run: every action once, dependencies met, no deadlock on in-order channels.
 
 Called by `training/build.py` on the schedule it is about to run, by `pipeline/simulate.py`, and by the tests on thousands
-of others. `channels` is also what `pipeline/runtime.py` sends and receives by.
+of others.
 
 Messages travel in channels, one per ordered pair of ranks, that deliver in the order of sending, as NCCL and gloo do. The
 order is read off the sender's list of actions, and both ends read the same list, so they cannot disagree. A receiver may
@@ -36,26 +36,6 @@ def dependencies(action: Action, stages: int) -> list[Action]:
     if kind == "W":
         return [Action("B", stage, mb)]
     return ([Action("B", stage + 1, mb)] if stage < stages - 1 else []) + [Action("F", stage, mb)]
-
-
-def consumer(action: Action, stages: int) -> Action | None:
-    """The action on a neighbouring stage that needs the result of this one; None if none does."""
-    target = action.stage + (1 if action.kind == "F" else -1)
-    return Action(action.kind, target, action.microbatch) if action.kind != "W" and 0 <= target < stages else None
-
-
-def channels(schedule: Schedule) -> dict[tuple[int, int], list[Action]]:
-    """The messages of every channel (sender, receiver), as the actions that consume them, in the order of sending.
-
-    What is handed to another stage of the same rank is no message.
-    """
-    order: dict[tuple[int, int], list[Action]] = {}
-    for rank, actions in enumerate(schedule.actions):
-        for action in actions:
-            target = consumer(action, len(schedule.placement))
-            if target is not None and (receiver := schedule.placement[target.stage]) != rank:
-                order.setdefault((rank, receiver), []).append(target)
-    return order
 
 
 def walk(schedule: Schedule) -> Iterator[tuple[int, Action]]:
@@ -150,7 +130,7 @@ def _check_complete(schedule: Schedule) -> None:
 def _early(schedule: Schedule) -> tuple[int, ...]:
     """`Proof.early`: when a rank takes a message, those sent before it on its channel have arrived, and wait if not yet taken."""
     source: dict[Action, tuple[int, int]] = {}  # consuming action: (sender, place in the channel)
-    for (sender, _), messages in channels(schedule).items():
+    for (sender, _), messages in schedule.channels.items():
         source.update((action, (sender, place)) for place, action in enumerate(messages))
     result = []
     for actions in schedule.actions:

@@ -22,7 +22,6 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.parallel.weight_grad import WeightGradients
 from megatron_llm.pipeline.actions import Action, Schedule
-from megatron_llm.pipeline.check import channels, consumer
 from megatron_llm.pipeline.failure import PeerLostError, cause_of_loss, leave_cause
 from megatron_llm.pipeline.messages import Inbox, Outbox, axis_of_channel
 from megatron_llm.pipeline.recorder import EventKind, Recorder
@@ -41,6 +40,10 @@ class PipelineRuntime:
         gradients: the queue through which the stages' weights put off their gradients; without one, weight gradients are
             made in B and W finds nothing to do.
         timeout_seconds: limit on the wait for sends at the end of a step; that on receives is the groups'.
+
+    Attributes:
+        before_layer: called with the global index of a layer that is about to run forward, see `DecoderStage.forward`. The other
+            event of a step, that a parameter's last gradient is in, is `gradients.on_last`. Communication overlaps on these.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class PipelineRuntime:
         self.grid, self.shape, self.dtype, self.device, self.placement = grid, shape, dtype, device, placement
         self.gradients = gradients or WeightGradients(())
         self.timeout_seconds = timeout_seconds
+        self.before_layer: Callable[[int], None] | None = None
         self._open_channels()
 
     def _open_channels(self) -> None:
@@ -125,7 +129,7 @@ class _Execution:
 
     def _open_boxes(self) -> None:
         buffer = partial(torch.empty, self.runtime.shape, dtype=self.runtime.dtype, device=self.runtime.device)
-        for (sender, receiver), messages in channels(self.schedule).items():
+        for (sender, receiver), messages in self.schedule.channels.items():
             axis = axis_of_channel(self.grid, sender, receiver)
             if receiver == self.rank:
                 self.inboxes[sender] = Inbox(sender, axis, messages, buffer)
@@ -166,7 +170,7 @@ class _Execution:
 
     def _hand_over(self, result: Tensor, action: Action) -> None:
         """Give a result to the action that consumes it, if one does."""
-        target = consumer(action, self.stages)
+        target = action.consumer(self.stages)
         if target is None:
             return
         receiver = self.schedule.placement[target.stage]

@@ -125,7 +125,7 @@ def _run_microbatches(
             batches[microbatch] = stream.batch(rows[first : first + size]).to(engine.device)
         batch = batches.pop(microbatch) if number == last_here else batches[microbatch]
         stage = engine.stages[number]
-        hidden = stage(x, batch)
+        hidden = stage(x, batch, before_layer=engine.runtime.before_layer)
         if not stage.last:
             return hidden
         loss = stage.loss(hidden, batch)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from megatron_llm.pipeline.check import channels, check, consumer, dependencies, held, walk
+from megatron_llm.pipeline.check import check, dependencies, held, walk
 from megatron_llm.pipeline.schedules import NAMES, Action, Schedule, forward_only, make_schedule
 
 fast = settings(max_examples=200, deadline=None)
@@ -80,13 +80,13 @@ def test_dependencies_and_consumers() -> None:
     assert dependencies(_b(2, 3), 3) == [_f(2, 3)]
     assert dependencies(_b(1, 3), 3) == [_b(2, 3), _f(1, 3)]
     assert dependencies(_w(1, 3), 3) == [_b(1, 3)]
-    assert [consumer(action, 3) for action in (_f(2, 0), _b(0, 0), _w(1, 0))] == [None] * 3
-    assert [consumer(action, 3) for action in (_f(0, 1), _b(1, 1))] == [_f(1, 1), _b(0, 1)]
+    assert [action.consumer(3) for action in (_f(2, 0), _b(0, 0), _w(1, 0))] == [None] * 3
+    assert [action.consumer(3) for action in (_f(0, 1), _b(1, 1))] == [_f(1, 1), _b(0, 1)]
 
 
 def test_messages_of_two_ranks_in_a_loop() -> None:
     """Both ranks send activations and gradients to each other, on one channel each way."""
-    assert channels(make_schedule("breadth_first", 2, 2, 2)) == {
+    assert make_schedule("breadth_first", 2, 2, 2).channels == {
         (0, 1): [_f(1, 0), _f(1, 1), _f(3, 0), _f(3, 1), _b(1, 0), _b(1, 1)],
         (1, 0): [_f(2, 0), _f(2, 1), _b(2, 0), _b(2, 1), _b(0, 0), _b(0, 1)],
     }
@@ -97,7 +97,7 @@ def test_messages_of_two_ranks_in_a_loop() -> None:
 def test_channels_carry_what_is_needed_from_other_ranks_in_the_order_of_its_making(schedule: Schedule) -> None:
     made = {action: place for actions in schedule.actions for place, action in enumerate(actions)}
     carried = []
-    for (sender, receiver), messages in channels(schedule).items():
+    for (sender, receiver), messages in schedule.channels.items():
         assert sender != receiver
         sources = [action._replace(stage=action.stage + (-1 if action.kind == "F" else 1)) for action in messages]
         assert {schedule.placement[action.stage] for action in messages} == {receiver}

@@ -332,6 +332,25 @@ def test_the_last_gradient_of_every_bucket_is_reported_when_it_is_in(data: Path,
         assert len(reports) > 1 and set(reports) == {(2, True)}
 
 
+def _announced(config: Config) -> list[int]:
+    grid = Grid.build(config.parallel, config.model.num_key_value_heads)
+    engine = build_engine(config, grid, torch.device("cpu"))
+    layers: list[int] = []
+    engine.runtime.before_layer = layers.append
+    train_step(engine, build_train_stream(config), RunState())
+    return layers
+
+
+def test_every_layer_is_announced_before_it_runs(data: Path) -> None:
+    """Once a micro-batch, on the rank that has it, the embedding (-1) and the head (5) too."""
+    config = small(data, 2, parallel=schedule("zb_v", 2))
+    first, second = run_ranks(2, _announced, config)
+    times = config.training.global_batch_size // config.training.micro_batch_size
+    assert sorted(first + second) == sorted([*range(-1, config.model.num_hidden_layers + 1)] * times)
+    assert {-1, config.model.num_hidden_layers} <= set(first) and not set(first) & set(second)
+    assert first[:2] == [-1, 0]
+
+
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_traces_the_steps_that_were_asked_for(data: Path, tmp_path: Path, ranks: int) -> None:
     logging = {"run_dir": str(tmp_path / "run"), "trace_steps": [2, 9]}
