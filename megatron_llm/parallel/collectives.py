@@ -8,7 +8,7 @@ The differentiable ones leave a tensor-parallel region: the second halves of Meg
     reduce_from       all-reduce                      identity
     scatter_sum       reduce-scatter along dim 0      all-gather along dim 0
 
-An axis of size 1 costs nothing. Torch renamed the tensor collectives in 2.13; `_all_gather` and `_reduce_scatter` are
+An axis of size 1 costs nothing; on others every exchange is counted (`traffic.py`). Torch renamed the tensor collectives in 2.13; `_all_gather` and `_reduce_scatter` are
 the only place that knows.
 """
 
@@ -43,6 +43,7 @@ def start_all_reduce(x: Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM) -> Hand
     """Begin to combine `x` in place over the axis. The result is `x`."""
     if axis.size == 1:
         return Handle(x)
+    axis.traffic.add("all_reduce", x)
     return Handle(x, dist.all_reduce(x, op=op, group=axis.group, async_op=True))
 
 
@@ -53,6 +54,7 @@ def start_all_gather(x: Tensor, axis: Axis, out: Tensor | None = None) -> Handle
     x = x.contiguous()
     if out is None:
         out = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
+    axis.traffic.add("all_gather", out)
     return Handle(out, _all_gather(out, x, group=axis.group, async_op=True), x)
 
 
@@ -65,6 +67,7 @@ def start_reduce_scatter(x: Tensor, axis: Axis, out: Tensor | None = None) -> Ha
     x = x.contiguous()
     if out is None:
         out = x.new_empty(x.shape[0] // axis.size, *x.shape[1:])
+    axis.traffic.add("reduce_scatter", x)
     return Handle(out, _reduce_scatter(out, x, group=axis.group, async_op=True), x)
 
 

@@ -9,20 +9,21 @@ There is no global state: whoever needs a group is given the `Grid` or one of it
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import numpy as np
 import torch.distributed as dist
 
 from megatron_llm.config import ParallelConfig
+from megatron_llm.parallel.traffic import Traffic
 
 
 @dataclass(frozen=True)
 class Axis:
     """One rank's view of a set of ranks that communicate: its place, how many there are, and the group.
 
-    `group` is None when the axis has a single rank: collectives then return their input.
+    `group` is None when the axis has a single rank: collectives then return their input. `traffic` counts what goes over it.
     """
 
     name: str
@@ -30,6 +31,10 @@ class Axis:
     size: int = 1
     ranks: tuple[int, ...] = (0,)
     group: dist.ProcessGroup | None = None
+    traffic: Traffic = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "traffic", Traffic(self.size))
 
     @property
     def first(self) -> bool:
@@ -110,3 +115,8 @@ class Grid:
             pp_forward=axis("pp_forward", along(0)),
             pp_backward=axis("pp_backward", along(0)),
         )
+
+    def traffic(self) -> dict[str, Traffic]:
+        """What this rank has exchanged so far over every axis of more than one rank, as copies."""
+        axes = (getattr(self, name) for name in self.__dataclass_fields__)
+        return {axis.name: axis.traffic.copy() for axis in axes if axis.size > 1}

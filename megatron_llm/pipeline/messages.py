@@ -89,6 +89,7 @@ class Outbox:
         with _lost(self._receiver, "sending to"):
             work = dist.isend(message, self._axis.ranks[self._receiver], group=self._axis.group)
         assert work is not None
+        self._axis.traffic.add("message", message)
         self._under_way.append(_HostSend(work, message) if message.device.type == "cpu" else _StreamSend(work, message))
 
     def release(self) -> None:

@@ -109,12 +109,14 @@ def _steps(run: Run) -> bool:
     stopped = False
     while state.step < training.steps and not stopped:
         trace: list[Event] | None = [] if state.step + 1 in run.config.logging.trace_steps else None
+        before = run.engine.grid.traffic()
         start = time.perf_counter()
         result = train_step(run.engine, run.train_stream, state, run.stop.requested, trace)
         seconds = time.perf_counter() - start
         if trace is not None:
             write_trace(run.config.logging.run_dir, state.step, trace, run.engine.schedule, run.engine.grid)
-        values = run.metrics.step(state, result, seconds) if run.metrics else {}
+        traffic = {axis: now - before[axis] for axis, now in run.engine.grid.traffic().items()}
+        values = run.metrics.step(state, result, seconds, traffic) if run.metrics else {}
         stopped = result.stop and state.step < training.steps
         if state.step == training.steps or (training.eval_every and state.step % training.eval_every == 0 and not stopped):
             values |= _evaluate(run)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from megatron_llm.config import Config
+from megatron_llm.parallel.traffic import Traffic
 from megatron_llm.planning.flops import model_flops_per_token, peak_flops
 from megatron_llm.training.step import RunState, StepResult
 
@@ -59,8 +60,11 @@ class Metrics:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(clean) + "\n")
 
-    def step(self, state: RunState, result: StepResult, seconds: float) -> dict[str, Any]:
-        """The metrics of a step, which are also logged."""
+    def step(self, state: RunState, result: StepResult, seconds: float, traffic: dict[str, Traffic]) -> dict[str, Any]:
+        """The metrics of a step, which are also logged.
+
+        traffic: what this rank exchanged in the step, by axis.
+        """
         training = self.config.training
         rate = training.global_batch_size * training.sequence_length / seconds
         flops = rate * self.flops_per_token / self.world_size
@@ -76,6 +80,7 @@ class Metrics:
             "step_seconds": seconds,
             "memory_peak_bytes": self._memory_peak(),
             "skipped": result.skipped,
+            **{f"traffic_bytes/{axis}": round(moved.sent) for axis, moved in traffic.items() if moved.payload},
         }
         # Smoothed, so that one slow step does not shake the estimate; the first steps of a process are slower anyway.
         self.mean_seconds = seconds if self.mean_seconds is None else 0.9 * self.mean_seconds + 0.1 * seconds

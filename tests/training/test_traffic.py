@@ -1,0 +1,236 @@
+"""The bytes that a step exchanges are those of the formulas in `docs/performance.md`, and all that it exchanges is counted.
+
+The formulas are written here once more, from the shapes of the model: per rank, summed over its data-parallel neighbours,
+because what a rank adds to replicas depends on where its ZeRO-1 slice lies. Mostly in bfloat16, where weights, activations and
+messages have another size than gradients and statistics.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_llm.config import Config
+from megatron_llm.data.stream import build_train_stream
+from megatron_llm.parallel.grid import Grid
+from megatron_llm.parallel.traffic import Exchange, Traffic
+from megatron_llm.pipeline.schedules import NAMES
+from megatron_llm.training.build import build_engine
+from megatron_llm.training.step import RunState, train_step
+from tests.ranks import run_ranks
+from tests.runs import TINY, config_of
+from tests.training.commands import read_metrics, run_train, write_config
+
+LAYERS, HIDDEN, FFN, VOCABULARY, HEADS, KV_HEADS, ROWS, LENGTH = 5, 64, 96, 97, 8, 2, 8, 16
+HEAD_DIM = HIDDEN // HEADS
+MODEL = {"hidden_size": HIDDEN, "intermediate_size": FFN}  # every parameter is whole cache lines: only buckets are padded
+LINE = 64  # elements
+
+Payload = dict[str, Counter[Exchange]]
+Place = tuple[int, int]  # pipeline and tensor-parallel rank
+
+
+def _config(size: int = 2, tied: bool = False, compute: str = "bfloat16", **parallel: Any) -> Config:
+    model = {**MODEL, "tie_word_embeddings": tied}
+    return config_of(TINY, model=model, parallel=parallel, training={"micro_batch_size": size}, precision={"compute": compute})
+
+
+class _Dispatched(TorchDispatchMode):
+    """Bytes of everything that passes torch's dispatcher on its way to a process group, by the name of the operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            tensors = args[0] if isinstance(args[0], list) else args[:2]  # several tensors, or output and input
+            self.bytes[func._opname] += max(tensor.nbytes for tensor in tensors)
+        return func(*args, **(kwargs or {}))
+
+
+def _step(config: Config) -> tuple[Place, int, dict[str, Traffic], Counter[str]]:
+    """This rank's place, how many layers it has, what a step added to its counts, and what the dispatcher saw."""
+    grid = Grid.build(config.parallel, KV_HEADS)
+    engine = build_engine(config, grid, torch.device("cpu"))
+    stream = build_train_stream(config)
+    before = grid.traffic()
+    with _Dispatched() as dispatched:
+        train_step(engine, stream, RunState())
+    layers = sum(len(stage.layers) for stage in engine.stages.values())
+    added = {axis: now - before[axis] for axis, now in grid.traffic().items()}
+    return (grid.pp.rank, grid.tp.rank), layers, added, dispatched.bytes
+
+
+def _owners(config: Config) -> list[int]:
+    """The pipeline rank of every stage."""
+    ranks = list(range(config.parallel.pipeline_parallel))
+    if config.parallel.pipeline_schedule in ("zb_v", "v_half", "v_min"):
+        return ranks + ranks[::-1]
+    return ranks * config.parallel.virtual_stages
+
+
+def _parameters(config: Config, place: Place, layers: int) -> int:
+    """Elements of a rank's weights, the rows that pad the vocabulary included."""
+    tp, owners = config.parallel.tensor_parallel, _owners(config)
+    attention = 2 * HEADS // tp * HEAD_DIM * HIDDEN + 2 * max(1, KV_HEADS // tp) * HEAD_DIM * HIDDEN
+    vocabulary = -(-VOCABULARY // tp) * HIDDEN
+    first, last = place[0] == owners[0], place[0] == owners[-1]
+    matrices = (first or last) if config.model.tie_word_embeddings and owners[0] == owners[-1] else first + last
+    return layers * (attention + 3 * FFN // tp * HIDDEN + 2 * HIDDEN) + matrices * vocabulary + last * HIDDEN
+
+
+def _needed(config: Config, world: int, place: Place, layers: int) -> Payload:
+    """Payload of a step of all data-parallel ranks at `place` together, but for that of ZeRO-1."""
+    parallel, owners = config.parallel, _owners(config)
+    tp, dp = parallel.tensor_parallel, world // (parallel.tensor_parallel * parallel.pipeline_parallel)
+    element, stat = {"bfloat16": (2, 4), "float64": (8, 8)}[config.precision.compute]
+    microbatches = ROWS // config.training.micro_batch_size  # of all replicas
+    tokens = config.training.micro_batch_size * LENGTH
+    activations = microbatches * tokens * HIDDEN * element
+    first, last = place[0] == owners[0], place[0] == owners[-1]
+    needed: Payload = {axis: Counter() for axis in ("tp", "pp_forward", "pp_backward", "kv_replica", "tied", "world")}
+
+    if tp > 1:
+        needed["tp"]["all_reduce"] = last * microbatches * 3 * tokens * stat
+        if parallel.sequence_parallel:
+            needed["tp"]["all_gather"] = activations * (layers * (2 + 2 + 2) + first + last * 2)
+            needed["tp"]["reduce_scatter"] = activations * (layers * (2 + 2) + first + last)
+            needed["tp"]["all_reduce"] += (2 * layers + last) * HIDDEN * stat
+        else:
+            needed["tp"]["all_reduce"] += activations * (layers * (2 + 2) + first + last)
+    if tp > KV_HEADS:
+        needed["kv_replica"]["all_reduce"] = layers * 2 * HEAD_DIM * HIDDEN * stat
+    message = activations // (tp if parallel.sequence_parallel else 1)
+    for a, b in pairwise(owners):
+        for sender, receiver in ((a, b), (b, a)):  # activations, then their gradients
+            if place[0] == sender != receiver:
+                needed["pp_forward" if sender < receiver else "pp_backward"]["message"] += message
+    if config.model.tie_word_embeddings and owners[0] != owners[-1] and (first or last):
+        block = -(-VOCABULARY // tp)
+        needed["tied"]["all_reduce"] = min(block, VOCABULARY - place[1] * block) * HIDDEN * stat
+    if world > 1:
+        needed["world"]["all_reduce"] = dp * 4 * stat
+    return needed
+
+
+def _assert_minimal(config: Config, world: int) -> None:
+    results = run_ranks(world, _step, config)
+    parallel = config.parallel
+    replicas = world // (parallel.tensor_parallel * parallel.pipeline_parallel)
+    element, stat = {"bfloat16": (2, 4), "float64": (8, 8)}[config.precision.compute]
+    sent = least = 0.0
+    layers_of_stages = {place: layers for place, layers, _, _ in results}
+    assert sum(layers for (_, tp), layers in layers_of_stages.items() if tp == 0) == LAYERS
+    for place, layers in layers_of_stages.items():
+        here = [(added, dispatched) for where, _, added, dispatched in results if where == place]
+        assert len(here) == replicas
+        counted: Payload = {}
+        for added, dispatched in here:
+            kinds = sum((traffic.payload for traffic in added.values()), Counter[Exchange]())
+            assert _by_kind(dispatched) == kinds
+            for axis, traffic in added.items():
+                counted[axis] = counted.get(axis, Counter()) + traffic.payload
+        zero = counted.pop("dp_cp", Counter())
+        needed = _needed(config, world, place, layers)
+        assert {axis: payload for axis, payload in counted.items() if payload} == {
+            axis: +payload for axis, payload in needed.items() if +payload
+        }, place
+        sent += sum(traffic.sent for added, _ in here for traffic in added.values())
+        least += sum(_ring(world, config, axis, payload) for axis, payload in needed.items())
+
+        elements = zero["all_gather"] // (replicas * element)
+        assert zero == Counter(reduce_scatter=replicas * stat * elements, all_gather=replicas * element * elements)
+        if replicas > 1:
+            least += (replicas - 1) * elements * (element + stat)
+            weights = _parameters(config, place, layers)
+            buckets = weights // parallel.bucket_size + 1 + 2 * config.model.tie_word_embeddings  # a tied matrix has its own
+            assert weights <= elements < weights + buckets * replicas * LINE, (elements, weights)
+    assert sent == pytest.approx(least, rel=1e-12)
+
+
+def _by_kind(dispatched: Counter[str]) -> Counter[Exchange]:
+    """Bytes that the dispatcher saw by our names; a message is counted where it is sent, so receives are not."""
+    names: dict[str, Exchange] = {
+        "allreduce_": "all_reduce",
+        "_allgather_base_": "all_gather",
+        "_reduce_scatter_base_": "reduce_scatter",
+        "send": "message",
+    }
+    assert dispatched.keys() <= {*names, "recv_"}, "an operation that nobody counts"
+    return Counter({names[name]: size for name, size in dispatched.items() if name != "recv_"})
+
+
+def _ring(world: int, config: Config, axis: str, payload: Counter[Exchange]) -> float:
+    """Bytes that the formulas in the documentation say are sent."""
+    tp = config.parallel.tensor_parallel
+    ranks = {"tp": tp, "kv_replica": max(1, tp // KV_HEADS), "tied": 2, "world": world}.get(axis, 1)
+    gathers = payload["all_gather"] + payload["reduce_scatter"]
+    return payload["message"] + (gathers + 2 * payload["all_reduce"]) * (ranks - 1) / ranks
+
+
+def _pipeline(name: str, ranks: int) -> dict[str, Any]:
+    chunks = 2 if name in ("interleaved", "breadth_first") else 1
+    return {"pipeline_parallel": ranks, "pipeline_schedule": name, "virtual_stages": chunks}
+
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "tp2": (2, {"tensor_parallel": 2}),
+    "tp2 without sequence parallel": (2, {"tensor_parallel": 2, "sequence_parallel": False}),
+    "tp4 over 2 kv heads": (4, {"tensor_parallel": 4}),
+    "tp4 over 2 kv heads without sequence parallel": (4, {"tensor_parallel": 4, "sequence_parallel": False}),
+    "dp2": (2, {}),
+    "dp4": (4, {}),
+    "dp4 in small buckets": (4, {"bucket_size": 10_000}),
+    "dp2 tied in small buckets": (2, {"bucket_size": 10_000, "tied": True}),
+    "tp2 dp2 in small buckets": (4, {"tensor_parallel": 2, "bucket_size": 10_000}),
+    "pp2 dp2": (4, {"pipeline_parallel": 2}),
+    "pp2 dp2 tied": (4, {"pipeline_parallel": 2, "tied": True}),
+    "tp2 pp2": (4, {"tensor_parallel": 2, "pipeline_parallel": 2}),
+    "tp2 pp2 in float64": (4, {"tensor_parallel": 2, "pipeline_parallel": 2, "compute": "float64"}),
+    "tp2 pp2 without sequence parallel": (4, {"tensor_parallel": 2, "pipeline_parallel": 2, "sequence_parallel": False}),
+    "tp2 pp2 tied": (4, {"tensor_parallel": 2, "pipeline_parallel": 2, "tied": True}),
+    "tp2 pp2 split backward": (4, {"tensor_parallel": 2, **_pipeline("zb_h1", 2)}),
+    "tp2 pp2 split backward in a V, tied": (4, {"tensor_parallel": 2, **_pipeline("zb_v", 2), "tied": True}),
+    "tp2 pp2 dp2": (8, {"tensor_parallel": 2, "pipeline_parallel": 2, "size": 4}),
+    "tp2 pp2 dp2 interleaved": (8, {"tensor_parallel": 2, **_pipeline("interleaved", 2), "size": 4}),
+    "tp4 dp2 over 2 kv heads": (8, {"tensor_parallel": 4, "size": 4}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_step_exchanges_what_its_layout_needs(layout: str) -> None:
+    world, settings = LAYOUTS[layout]
+    _assert_minimal(_config(**settings), world)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("name", NAMES)
+def test_schedules_exchange_one_message_a_boundary_and_direction(name: str, ranks: int) -> None:
+    _assert_minimal(_config(tied=name in ("1f1b", "interleaved", "zb_v"), **_pipeline(name, ranks)), ranks)
+
+
+@pytest.mark.slow
+def test_metrics_tell_the_bytes_of_each_step(tmp_path: Path) -> None:
+    raw = copy.deepcopy(TINY)
+    raw["model"].update(MODEL)
+    raw["training"].update(steps=3)
+    raw["precision"]["compute"] = "bfloat16"
+    raw["parallel"] = {"tensor_parallel": 2}
+    raw["checkpoint"] = {"every_steps": 1}
+    raw["logging"] = {"run_dir": str(tmp_path / "run")}
+    run_train(2, write_config(tmp_path / "run.yaml", raw))
+    config = _config(tensor_parallel=2)
+    needed = _needed(config, 2, (0, 0), LAYERS)
+    expected = {f"traffic_bytes/{axis}": _ring(2, config, axis, needed[axis]) for axis in ("tp", "world")}
+    lines = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    for line in lines:
+        assert {key: value for key, value in line.items() if key.startswith("traffic")} == expected
