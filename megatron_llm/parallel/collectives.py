@@ -8,8 +8,8 @@ The differentiable ones leave a tensor-parallel region: the second halves of Meg
     reduce_from       all-reduce                      identity
     scatter_sum       reduce-scatter along dim 0      all-gather along dim 0
 
-An axis of size 1 costs nothing; on others every exchange is counted (`traffic.py`). Torch renamed the tensor collectives in 2.13; `_all_gather` and `_reduce_scatter` are
-the only place that knows.
+An axis of size 1 costs nothing; on others every exchange is counted (`traffic.py`). Torch renamed the tensor
+collectives in 2.13; `_all_gather` and `_reduce_scatter` are the only place that knows.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""How many bytes a rank exchanges: counted where exchanges begin (`collectives.py`, `pipeline/messages.py`), kept on the axis they
-go over (`Axis.traffic`), reported per step by `training/loop.py`. Formulas of what a step needs: `docs/performance.md`.
+"""How many bytes a rank exchanges. Counted where exchanges begin (`collectives.py`, `pipeline/messages.py`), kept on the axis
+that they go over (`Axis.traffic`), reported per step by `training/loop.py`. What a step needs: `docs/performance.md`.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron_llm.config import Config
 from megatron_llm.data.stream import build_train_stream
@@ -32,6 +33,7 @@ LAYERS, HIDDEN, FFN, VOCABULARY, HEADS, KV_HEADS, ROWS, LENGTH = 5, 64, 96, 97, 
 HEAD_DIM = HIDDEN // HEADS
 MODEL = {"hidden_size": HIDDEN, "intermediate_size": FFN}  # every parameter is whole cache lines: only buckets are padded
 LINE = 64  # elements
+SIZES = {"bfloat16": (2, 4), "float64": (8, 8)}  # bytes of activations and weights, of gradients and statistics
 
 Payload = dict[str, Counter[Exchange]]
 Place = tuple[int, int]  # pipeline and tensor-parallel rank
@@ -51,7 +53,7 @@ class _Dispatched(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
-            tensors = args[0] if isinstance(args[0], list) else args[:2]  # several tensors, or output and input
+            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]  # in place, or input and output
             self.bytes[func._opname] += max(tensor.nbytes for tensor in tensors)
         return func(*args, **(kwargs or {}))
 
@@ -91,7 +93,7 @@ def _needed(config: Config, world: int, place: Place, layers: int) -> Payload:
     """Payload of a step of all data-parallel ranks at `place` together, but for that of ZeRO-1."""
     parallel, owners = config.parallel, _owners(config)
     tp, dp = parallel.tensor_parallel, world // (parallel.tensor_parallel * parallel.pipeline_parallel)
-    element, stat = {"bfloat16": (2, 4), "float64": (8, 8)}[config.precision.compute]
+    element, stat = SIZES[config.precision.compute]
     microbatches = ROWS // config.training.micro_batch_size  # of all replicas
     tokens = config.training.micro_batch_size * LENGTH
     activations = microbatches * tokens * HIDDEN * element
@@ -123,37 +125,42 @@ def _needed(config: Config, world: int, place: Place, layers: int) -> Payload:
 
 def _assert_minimal(config: Config, world: int) -> None:
     results = run_ranks(world, _step, config)
-    parallel = config.parallel
-    replicas = world // (parallel.tensor_parallel * parallel.pipeline_parallel)
-    element, stat = {"bfloat16": (2, 4), "float64": (8, 8)}[config.precision.compute]
-    sent = least = 0.0
-    layers_of_stages = {place: layers for place, layers, _, _ in results}
-    assert sum(layers for (_, tp), layers in layers_of_stages.items() if tp == 0) == LAYERS
-    for place, layers in layers_of_stages.items():
-        here = [(added, dispatched) for where, _, added, dispatched in results if where == place]
-        assert len(here) == replicas
+    for _, _, added, dispatched in results:
+        assert sum((traffic.payload for traffic in added.values()), Counter[Exchange]()) == _by_kind(dispatched)
+    layers_at = {place: layers for place, layers, *_ in results}
+    assert sum(layers for (_, tp), layers in layers_at.items() if tp == 0) == LAYERS
+    sent = sum(traffic.sent for _, _, added, _ in results for traffic in added.values())
+    least = 0.0
+    for place, layers in layers_at.items():
         counted: Payload = {}
-        for added, dispatched in here:
-            kinds = sum((traffic.payload for traffic in added.values()), Counter[Exchange]())
-            assert _by_kind(dispatched) == kinds
+        for _, _, added, _ in (result for result in results if result[0] == place):
             for axis, traffic in added.items():
                 counted[axis] = counted.get(axis, Counter()) + traffic.payload
-        zero = counted.pop("dp_cp", Counter())
+        zero = counted.pop("dp_cp", None)
+        if zero is not None:
+            least += _assert_zero_is_minimal(zero, config, world, place, layers)
         needed = _needed(config, world, place, layers)
-        assert {axis: payload for axis, payload in counted.items() if payload} == {
+        least += sum(_ring(world, config, axis, payload) for axis, payload in needed.items())
+        assert {axis: +payload for axis, payload in counted.items() if +payload} == {
             axis: +payload for axis, payload in needed.items() if +payload
         }, place
-        sent += sum(traffic.sent for added, _ in here for traffic in added.values())
-        least += sum(_ring(world, config, axis, payload) for axis, payload in needed.items())
-
-        elements = zero["all_gather"] // (replicas * element)
-        assert zero == Counter(reduce_scatter=replicas * stat * elements, all_gather=replicas * element * elements)
-        if replicas > 1:
-            least += (replicas - 1) * elements * (element + stat)
-            weights = _parameters(config, place, layers)
-            buckets = weights // parallel.bucket_size + 1 + 2 * config.model.tie_word_embeddings  # a tied matrix has its own
-            assert weights <= elements < weights + buckets * replicas * LINE, (elements, weights)
     assert sent == pytest.approx(least, rel=1e-12)
+
+
+def _assert_zero_is_minimal(counted: Counter[Exchange], config: Config, world: int, place: Place, layers: int) -> float:
+    """Every element of the buckets is reduced once and gathered once, and buckets are weights and what rounds them up.
+
+    Returns the bytes that all data-parallel ranks together send for it.
+    """
+    parallel = config.parallel
+    replicas = world // (parallel.tensor_parallel * parallel.pipeline_parallel)
+    element, stat = SIZES[config.precision.compute]
+    elements = counted["all_gather"] // (replicas * element)
+    assert counted == Counter(reduce_scatter=replicas * stat * elements, all_gather=replicas * element * elements)
+    weights = _parameters(config, place, layers)
+    buckets = weights // parallel.bucket_size + 1 + 2 * config.model.tie_word_embeddings  # a tied matrix has its own
+    assert weights <= elements < weights + buckets * replicas * LINE, (elements, weights)
+    return (replicas - 1) * elements * (element + stat)
 
 
 def _by_kind(dispatched: Counter[str]) -> Counter[Exchange]:
@@ -221,7 +228,7 @@ def test_schedules_exchange_one_message_a_boundary_and_direction(name: str, rank
 def test_metrics_tell_the_bytes_of_each_step(tmp_path: Path) -> None:
     raw = copy.deepcopy(TINY)
     raw["model"].update(MODEL)
-    raw["training"].update(steps=3)
+    raw["training"].update(steps=3, eval_every=1)
     raw["precision"]["compute"] = "bfloat16"
     raw["parallel"] = {"tensor_parallel": 2}
     raw["checkpoint"] = {"every_steps": 1}
@@ -230,7 +237,8 @@ def test_metrics_tell_the_bytes_of_each_step(tmp_path: Path) -> None:
     config = _config(tensor_parallel=2)
     needed = _needed(config, 2, (0, 0), LAYERS)
     expected = {f"traffic_bytes/{axis}": _ring(2, config, axis, needed[axis]) for axis in ("tp", "world")}
-    lines = read_metrics(tmp_path / "run")
-    assert [line["step"] for line in lines] == [1, 2, 3]
-    for line in lines:
+    evaluated, *steps = read_metrics(tmp_path / "run")
+    assert evaluated["step"] == 0 and not any(key.startswith("traffic") for key in evaluated)
+    assert [line["step"] for line in steps] == [1, 2, 3]
+    for line in steps:
         assert {key: value for key, value in line.items() if key.startswith("traffic")} == expected
