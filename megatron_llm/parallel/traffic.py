@@ -38,7 +38,7 @@ class Traffic:
 
     @property
     def sent(self) -> float:
-        """Bytes that the rank sends, and receives, where collectives go round a ring, which is the least that ranks can send.
+        """Bytes that the rank sends where collectives go round a ring, on average the least that ranks can send.
 
         (n - 1) / n of the tensor for a reduce-scatter or an all-gather, twice that for an all-reduce, which is one after the
         other (Patarasuk and Yuan 2009), and a message once. Networks whose switches add need less; that is not subtracted.
