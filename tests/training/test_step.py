@@ -37,7 +37,7 @@ def rows_of_step(rank: int, replicas: int, micro_batch: int, batch: int, state: 
     class Stage:
         last, dtype = True, torch.float32
 
-        def __call__(self, x: Any, batch: Batch) -> torch.Tensor:
+        def __call__(self, x: Any, batch: Batch, before_layer: None) -> torch.Tensor:
             return torch.zeros(())
 
         def loss(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -54,7 +54,7 @@ def rows_of_step(rank: int, replicas: int, micro_batch: int, batch: int, state: 
         device=torch.device("cpu"),
         stages={0: Stage()},
         optimizer=optimizer,
-        runtime=SimpleNamespace(run=run),
+        runtime=SimpleNamespace(run=run, before_layer=None),
         schedule=batch // (micro_batch * replicas),
     )
     stream = RecordingStream()
