@@ -6,6 +6,7 @@ settings from the `Config` object that is passed to it; nothing reads environmen
 
 from megatron_llm.config.load import ConfigError, parse_config, read_raw_config, sentences
 from megatron_llm.config.schema import (
+    BatchSizeRampupConfig,
     CheckpointConfig,
     Config,
     DataConfig,
@@ -22,6 +23,7 @@ from megatron_llm.config.schema import (
 )
 
 __all__ = [
+    "BatchSizeRampupConfig",
     "CheckpointConfig",
     "Config",
     "ConfigError",

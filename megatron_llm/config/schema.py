@@ -6,9 +6,10 @@ Checks that involve two sections, the world size, files or an HF folder live in 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 PositiveInt = Field(gt=0)
 
@@ -164,28 +165,101 @@ class DataConfig(Section):
         return self
 
 
+class BatchSizeRampupConfig(Section):
+    """A global batch that grows from `start` to `training.global_batch_size`, as with Megatron's --rampup-batch-size."""
+
+    start: int = Field(gt=0, description="rows of the first steps")
+    increment: int = Field(gt=0, description="rows that each growth adds")
+    rows: int = Field(gt=0, description="rows after which the batch is whole; every size lasts for an equal part of them")
+
+
 class TrainingConfig(Section):
     """How long, on what batch. A row is `sequence_length` tokens; batch sizes count rows."""
 
     sequence_length: int = Field(gt=0)
     micro_batch_size: int = Field(default=1, gt=0, description="rows per forward pass of one model replica")
     global_batch_size: int = Field(gt=0, description="rows per optimizer step over all replicas")
+    batch_size_rampup: BatchSizeRampupConfig | None = Field(default=None, description="smaller batches at the start of the run")
     steps: int = Field(ge=-1, le=10**9, description="-1: as many as the epochs of data.train take")
     seed: int = Field(default=1234, ge=0, lt=2**31)
     eval_every: int = Field(default=0, ge=0, description="steps between evaluations; 0: only after the last step")
     eval_rows: int = Field(default=64, gt=0, description="rows of each validation set")
     document_isolation: bool = Field(default=True, description="attention and positions restart at every document")
 
+    @model_validator(mode="after")
+    def _rampup_reaches_the_batch(self) -> TrainingConfig:
+        ramp, whole = self.batch_size_rampup, self.global_batch_size
+        if ramp and (ramp.start >= whole or (whole - ramp.start) % ramp.increment):
+            raise ValueError(
+                f"batch_size_rampup grows from {ramp.start} rows by {ramp.increment} at a time and never is global_batch_size "
+                f"{whole}; choose a smaller start, and an increment that divides the difference"
+            )
+        return self
+
+    @property
+    def batch_sizes(self) -> range:
+        """Every size that the global batch may have, in rows, the last of which is `global_batch_size`."""
+        ramp, whole = self.batch_size_rampup, self.global_batch_size
+        return range(ramp.start, whole + 1, ramp.increment) if ramp else range(whole, whole + 1)
+
+    def batch_size(self, rows: int) -> int:
+        """Rows of the step that begins when `rows` rows are consumed."""
+        ramp, sizes = self.batch_size_rampup, self.batch_sizes
+        return sizes[rows * (len(sizes) - 1) // ramp.rows] if ramp and rows < ramp.rows else self.global_batch_size
+
+    def rows_after(self, steps: int, rows: int = 0) -> int:
+        """Rows consumed when `steps` more steps are taken, from the moment when `rows` are."""
+        for count, size in self._growth(rows):
+            taken = min(count, steps)
+            rows, steps = rows + taken * size, steps - taken
+        return rows + steps * self.global_batch_size
+
+    def steps_within(self, rows: int) -> int:
+        """Whole steps from the start of a run that `rows` rows are enough for."""
+        steps = 0
+        for count, size in self._growth(0):
+            if rows < count * size:
+                return steps + rows // size
+            steps, rows = steps + count, rows - count * size
+        return steps + rows // self.global_batch_size
+
+    def _growth(self, rows: int) -> Iterator[tuple[int, int]]:
+        """(steps, rows of each of them) until the batch is whole, from the moment when `rows` rows are consumed."""
+        ramp, growths = self.batch_size_rampup, len(self.batch_sizes) - 1
+        while ramp and rows < ramp.rows:
+            size = self.batch_size(rows)
+            grows_at = -(-(rows * growths // ramp.rows + 1) * ramp.rows // growths)
+            count = -(-(grows_at - rows) // size)
+            yield count, size
+            rows += count * size
+
+
+_POSITIVE_NUMBER = TypeAdapter(Annotated[float, Field(gt=0, allow_inf_nan=False)])
+
 
 class OptimizerConfig(Section):
     """AdamW with decoupled weight decay, not applied to norms and biases."""
 
     name: Literal["adamw"] = "adamw"
-    lr: float = Field(gt=0)
+    lr: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        description="peak of lr_schedule. auto, for packed fine-tuning: 0.0003 * sqrt(tokens with loss in a global batch / 4e6), "
+        "an upper bound, measured over the first rows of data.train"
+    )
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
     grad_clip: float = Field(default=1.0, ge=0, description="largest global gradient norm; 0: no clipping")
+
+    @field_validator("lr", mode="before")
+    @classmethod
+    def _number_or_auto(cls, lr: Any) -> Any:
+        """One error for what is neither, and not one for each of the two."""
+        if lr == "auto":
+            return lr
+        try:
+            return _POSITIVE_NUMBER.validate_python(lr)
+        except ValidationError as error:
+            raise ValueError(f"{error.errors()[0]['msg']}, or auto") from None
 
     @model_validator(mode="after")
     def _betas_in_range(self) -> OptimizerConfig:
@@ -195,14 +269,69 @@ class OptimizerConfig(Section):
 
 
 class LrScheduleConfig(Section):
-    """Linear warm-up from 0, then constant, or a cosine to `min_lr`."""
+    """Linear warm-up to `optimizer.lr`, then a rule. Counted in steps that changed the weights, or all of it in tokens read."""
 
-    kind: Literal["constant", "cosine"] = "cosine"
-    warmup_steps: int = Field(default=0, ge=0)
-    min_lr: float = Field(default=0.0, ge=0)
-    decay_steps: int | None = Field(
-        default=None, gt=0, description="step at which the cosine reaches min_lr; training.steps if unset"
+    kind: Literal["constant", "linear", "cosine", "inverse_sqrt", "wsd"] = Field(
+        default="cosine", description="wsd: warm-up, stable, and a decay that ends with the run"
     )
+    warmup_steps: int = Field(default=0, ge=0)
+    warmup_tokens: int | None = Field(default=None, gt=0)
+    decay_steps: int | None = Field(
+        default=None,
+        gt=0,
+        description="linear, cosine: step at which the least rate is reached, the run's last if unset; "
+        "wsd: length of the decay. Counted from a restart, if there was one",
+    )
+    decay_tokens: int | None = Field(default=None, gt=0, description="the same in tokens")
+    decay_shape: Literal["linear", "cosine", "1-sqrt"] | None = Field(default=None, description="wsd only; 1-sqrt if unset")
+    min_lr: float = Field(default=0.0, ge=0, description="least rate after the warm-up")
+    min_lr_ratio: float | None = Field(default=None, ge=0, le=1, description="the same as a part of optimizer.lr")
+    restart_steps: list[Annotated[int, PositiveInt]] | None = Field(
+        default=None,
+        description="continued pretraining: after these steps the schedule begins anew, with a warm-up from the rate it had; "
+        "the one before ends there",
+    )
+    restart_tokens: list[Annotated[int, PositiveInt]] | None = Field(default=None, description="the same in tokens")
+
+    @model_validator(mode="after")
+    def _one_meaning(self) -> LrScheduleConfig:
+        steps, tokens = (
+            [f"{name}_{unit}" for name in ("warmup", "decay", "restart") if getattr(self, f"{name}_{unit}")]
+            for unit in ("steps", "tokens")
+        )
+        if steps and tokens:
+            raise ValueError(f"{steps[0]} counts steps and {tokens[0]} counts tokens; give all lengths in one of the two")
+        if self.min_lr and self.min_lr_ratio is not None:
+            raise ValueError(
+                f"min_lr {self.min_lr} and min_lr_ratio {self.min_lr_ratio} both say where the rate ends; remove one of them"
+            )
+        if self.kind == "inverse_sqrt" and not self.warmup:
+            raise ValueError("kind inverse_sqrt falls on the scale of its warm-up; give warmup_steps or warmup_tokens")
+        if self.kind == "wsd" and not self.decay:
+            raise ValueError("kind wsd needs the length of its decay; give decay_steps or decay_tokens")
+        if any(later <= earlier for earlier, later in zip(self.restarts, self.restarts[1:], strict=False)):
+            raise ValueError(f"restarts {self.restarts} must ascend")
+        return self
+
+    @property
+    def unit(self) -> Literal["steps", "tokens"]:
+        """What the schedule counts."""
+        return "tokens" if self.warmup_tokens or self.decay_tokens or self.restart_tokens else "steps"
+
+    @property
+    def warmup(self) -> int:
+        """Length of a warm-up in `unit`."""
+        return self.warmup_tokens or self.warmup_steps
+
+    @property
+    def decay(self) -> int | None:
+        """Length or end of the decay in `unit`, as it was given."""
+        return self.decay_tokens or self.decay_steps
+
+    @property
+    def restarts(self) -> list[int]:
+        """Positions in `unit`, ascending."""
+        return self.restart_tokens or self.restart_steps or []
 
 
 class PrecisionConfig(Section):

@@ -146,7 +146,7 @@ def steps_of_epochs(config: Config) -> int:
         assert source.epochs is not None
         # As written: 0.29 epochs of 100 rows are 29 rows, though 0.29 * 100 is 28.999999999999996.
         rows += Fraction(str(source.epochs)) * _train_rows(config, index, _open(config, source)).rows_per_epoch
-    return int(rows // config.training.global_batch_size)
+    return config.training.steps_within(int(rows))
 
 
 def check_data(config: Config) -> list[str]:
@@ -284,7 +284,7 @@ def _blends_as_megatron(config: Config) -> bool:
 
 
 def _planned_rows(config: Config) -> int:
-    return max(1, config.training.steps) * config.training.global_batch_size  # a run of 0 steps has a stream, too
+    return config.training.rows_after(max(1, config.training.steps))  # a run of 0 steps has a stream, too
 
 
 def _open(config: Config, source: SourceConfig) -> IndexedDataset:

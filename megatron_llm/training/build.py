@@ -30,6 +30,7 @@ class Engine:
     """What a rank needs to train: its stages, their optimizer, and the schedule that drives them.
 
     stages: by their number in the order of the model.
+    schedules: by the rows of a global batch, one for each of its sizes.
     """
 
     config: Config
@@ -38,11 +39,16 @@ class Engine:
     stages: dict[int, DecoderStage]
     optimizer: ZeroOptimizer
     runtime: PipelineRuntime
-    schedule: Schedule
+    schedules: dict[int, Schedule]
+
+    @property
+    def schedule(self) -> Schedule:
+        """That of the whole global batch."""
+        return self.schedules[self.config.training.global_batch_size]
 
     @property
     def microbatches(self) -> int:
-        """Micro-batches of one model replica in a step."""
+        """Micro-batches of one model replica in a step on the whole global batch."""
         return self.schedule.microbatches
 
 
@@ -111,15 +117,24 @@ def build_engine(config: Config, grid: Grid, device: torch.device, weights: Tens
     state of the run, is loaded by the loop afterwards.)
     """
     parallel, training = config.parallel, config.training
-    microbatches = training.global_batch_size // (training.micro_batch_size * grid.dp.size)
-    schedule = make_schedule(parallel.pipeline_schedule, grid.pp.size, microbatches, parallel.virtual_stages)
-    check(schedule)
-    stages = build_stages(config, grid, schedule.placement, device)
+    schedules = {
+        size: make_schedule(
+            parallel.pipeline_schedule,
+            grid.pp.size,
+            size // (training.micro_batch_size * grid.dp.size),
+            parallel.virtual_stages,
+        )
+        for size in training.batch_sizes
+    }
+    for schedule in schedules.values():
+        check(schedule)
+    placement = schedules[training.global_batch_size].placement
+    stages = build_stages(config, grid, placement, device)
     optimizer = ZeroOptimizer(parameters(stages), grid, config.optimizer, parallel.bucket_size)
     optimizer.load("weights", weights or FreshWeights(training.seed, config.model.initializer_range))
     shards = grid.tp.size if parallel.sequence_parallel else 1
     shape = (training.micro_batch_size * training.sequence_length // shards, config.model.hidden_size)
     gradients = WeightGradients(stages.values())
     dtype, timeout = compute_dtype(config, device), parallel.timeout_seconds
-    runtime = PipelineRuntime(grid, shape, dtype, device, schedule.placement, gradients, timeout)
-    return Engine(config, grid, device, stages, optimizer, runtime, schedule)
+    runtime = PipelineRuntime(grid, shape, dtype, device, placement, gradients, timeout)
+    return Engine(config, grid, device, stages, optimizer, runtime, schedules)

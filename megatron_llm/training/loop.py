@@ -21,11 +21,11 @@ from megatron_llm.pipeline.timeline import Event
 from megatron_llm.training.build import Engine, build_engine, compute_dtype, parameters
 from megatron_llm.training.distributed import launched_rank, pick_device, process_group
 from megatron_llm.training.metrics import Metrics, setup_logging
-from megatron_llm.training.recovery import check_agreement, find_resume, load_run, save_run
+from megatron_llm.training.recovery import check_agreement, find_resume, load_run, save_run, schedule_changes
 from megatron_llm.training.resolve import ResolvedRun
 from megatron_llm.training.run_folder import RunFolder
 from megatron_llm.training.signals import EXIT_STOPPED, StopRequest
-from megatron_llm.training.step import RunState, evaluate, train_step
+from megatron_llm.training.step import RunState, evaluate, next_rate, train_step
 from megatron_llm.training.trace import write_trace
 
 logger = logging.getLogger("megatron_llm")
@@ -75,15 +75,19 @@ def train(resolved: ResolvedRun) -> int:
         metrics = Metrics(config, grid.world.size, device, state.step) if grid.world.first else None
         saved = state.step if checkpoint else None
         run = Run(engine, state, build_train_stream(config), build_valid_streams(config), assets, metrics, stop, saved)
-        _announce(run, checkpoint.folder if checkpoint else None)
+        changes = schedule_changes(checkpoint.config, config) if checkpoint else []
+        details = {"schedule_changes": changes} if changes else {}
+        _announce(run, resolved.notes, checkpoint.folder if checkpoint else None, changes)
+        if grid.world.first and details:
+            folder.report("running", **details)
         stopped = _steps(run)
         if grid.world.first:
-            folder.report("stopped" if stopped else "done", step=state.step)
+            folder.report("stopped" if stopped else "done", step=state.step, **details)
     return EXIT_STOPPED if stopped else 0
 
 
-def _announce(run: Run, resumed: Path | None) -> None:
-    """Say what is about to be trained."""
+def _announce(run: Run, notes: tuple[str, ...], resumed: Path | None, changes: list[str]) -> None:
+    """Say what is about to be trained, and how that differs from what the checkpoint was trained for."""
     config, grid = run.config, run.engine.grid
     local = sum(parameter.numel() for parameter in parameters(run.engine.stages))
     dtype = str(compute_dtype(config, run.engine.device)).removeprefix("torch.")
@@ -93,10 +97,23 @@ def _announce(run: Run, resumed: Path | None) -> None:
         f"{run.engine.microbatches} micro-batches of {config.training.micro_batch_size} rows a step | "
         f"{local:,} parameters on rank 0"
     )
+    if ramp := config.training.batch_size_rampup:
+        logger.info(
+            f"the batch grows from {ramp.start} rows to {config.training.global_batch_size} over the first {ramp.rows:,} rows, "
+            f"{ramp.increment} at a time; the next step has {config.training.batch_size(run.state.rows)}"
+        )
     for line in run.train_stream.summary:
         logger.info("data: %s", line)
+    for line in notes:
+        logger.warning(line)
     if resumed:
         logger.info("continuing from %s", resumed)
+    if changes:
+        logger.warning(
+            "the learning-rate schedule is not the one before: %s; the next step has lr %.3g",
+            ", ".join(changes),
+            next_rate(config, run.state),
+        )
 
 
 def _steps(run: Run) -> bool:
@@ -114,7 +131,7 @@ def _steps(run: Run) -> bool:
         result = train_step(run.engine, run.train_stream, state, run.stop.requested, trace)
         seconds = time.perf_counter() - start
         if trace is not None:
-            write_trace(run.config.logging.run_dir, state.step, trace, run.engine.schedule, run.engine.grid)
+            write_trace(run.config.logging.run_dir, state.step, trace, run.engine.schedules[result.rows], run.engine.grid)
         traffic = {axis: now - before[axis] for axis, now in run.engine.grid.traffic().items()}
         values = run.metrics.step(state, result, seconds, traffic) if run.metrics else {}
         stopped = result.stop and state.step < training.steps

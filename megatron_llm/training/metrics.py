@@ -42,7 +42,7 @@ class Metrics:
         self.path = Path(config.logging.run_dir) / "metrics.jsonl"
         self.flops_per_token = model_flops_per_token(config.model, config.training.sequence_length)
         self.peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-        self.mean_seconds: float | None = None
+        self.mean_row_seconds: float | None = None
         self._forget_after(start)
 
     def _forget_after(self, step: int) -> None:
@@ -66,13 +66,14 @@ class Metrics:
         traffic: what this rank exchanged in the step, by axis.
         """
         training = self.config.training
-        rate = training.global_batch_size * training.sequence_length / seconds
+        rate = result.rows * training.sequence_length / seconds
         flops = rate * self.flops_per_token / self.world_size
         values = {
             "step": state.step,
             "loss": result.loss,
             "grad_norm": result.grad_norm,
             "lr": result.lr,
+            "rows": result.rows,
             "tokens": state.tokens,
             "tokens_per_second": rate,
             "tflops_per_device": flops / 1e12,
@@ -83,14 +84,16 @@ class Metrics:
             **{f"traffic_bytes/{axis}": round(moved.sent) for axis, moved in traffic.items() if moved.payload},
         }
         # Smoothed, so that one slow step does not shake the estimate; the first steps of a process are slower anyway.
-        self.mean_seconds = seconds if self.mean_seconds is None else 0.9 * self.mean_seconds + 0.1 * seconds
+        of_row = seconds / result.rows  # batches may grow
+        self.mean_row_seconds = of_row if self.mean_row_seconds is None else 0.9 * self.mean_row_seconds + 0.1 * of_row
         if state.step % self.config.logging.every_steps == 0 or state.step == training.steps:
             logger.info(self._line(state, values))
         return values
 
     def _line(self, state: RunState, values: dict[str, Any]) -> str:
-        steps = self.config.training.steps
-        assert self.mean_seconds is not None
+        training, steps = self.config.training, self.config.training.steps
+        rows_left = training.rows_after(steps - state.step, state.rows) - state.rows
+        assert self.mean_row_seconds is not None
         fields = [
             f"step {state.step:>{len(str(steps))}}/{steps}",
             f"loss {values['loss']:.4f}",
@@ -99,7 +102,7 @@ class Metrics:
             f"{values['tokens_per_second']:,.0f} tok/s",
             f"{values['tflops_per_device']:.3g} TFLOP/s" + (f" ({values['mfu']:.1%} MFU)" if values["mfu"] is not None else ""),
             f"{values['memory_peak_bytes'] / 2**30:.1f} GiB",
-            f"ETA {_duration((steps - state.step) * self.mean_seconds)}",
+            f"ETA {_duration(rows_left * self.mean_row_seconds)}",
         ]
         return " | ".join(fields + ["SKIPPED"] * values["skipped"])
 

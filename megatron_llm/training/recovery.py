@@ -84,6 +84,18 @@ def _differences(before: dict[str, Any], after: dict[str, Any], prefix: str = ""
     return found
 
 
+def schedule_changes(before: dict[str, Any], config: Config) -> list[str]:
+    """Settings of learning rate and batch size that are not those of the saved config `before`, as `section.key: old -> new`.
+
+    `training.steps` is one of them where the schedule falls until the end of the run.
+    """
+    schedule = config.lr_schedule
+    names = ["lr_schedule.", "optimizer.lr:", "training.global_batch_size:", "training.batch_size_rampup"]
+    if schedule.kind == "wsd" or (schedule.kind in ("linear", "cosine") and not schedule.decay):
+        names.append("training.steps:")
+    return [change for change in _differences(before, config.model_dump(mode="json")) if change.startswith(tuple(names))]
+
+
 def load_run(engine: Engine, checkpoint: Checkpoint) -> RunState:
     """Fill the moments from a checkpoint of any layout, and return where the run stood. Collective.
 

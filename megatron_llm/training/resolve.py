@@ -6,14 +6,16 @@ wrong from the config, the world size and the headers of files is found here, an
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_llm.config import Config, ConfigError, ModelConfig, parse_config, read_raw_config
-from megatron_llm.data.stream import check_data, steps_of_epochs
+from megatron_llm.config import Config, ConfigError, LrScheduleConfig, ModelConfig, parse_config, read_raw_config
+from megatron_llm.data.stream import build_train_stream, check_data, steps_of_epochs
 from megatron_llm.data.tokenizer import fingerprint
 from megatron_llm.hf.reader import HFFolder
 from megatron_llm.pipeline.schedules import placement
@@ -24,10 +26,12 @@ class ResolvedRun:
     """Attributes:
     config: complete and checked against the world.
     source: the Hugging Face folder that `model.hf` names.
+    notes: what a user should hear about the settings before the first step.
     """
 
     config: Config
     source: HFFolder | None
+    notes: tuple[str, ...] = ()
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> ResolvedRun:
@@ -44,14 +48,18 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Resolve
 def resolve(path: str | Path, overrides: list[str] | None, world_size: int) -> ResolvedRun:
     """The checked configuration of a run on `world_size` ranks. Raises ConfigError with every problem."""
     run = load_config(path, overrides)
-    problems = layout_problems(run.config, world_size) + _setting_problems(run.config) + check_data(run.config)
+    problems = layout_problems(run.config, world_size) + _setting_problems(run.config) + _schedule_problems(run.config)
+    problems += check_data(run.config)
     if run.source is not None:
         problems += run.source.problems(run.config.model)
     if not problems and run.config.training.steps == -1:
         run, problems = _plan_steps(run)
+    if not problems and run.config.optimizer.lr == "auto":
+        run, problems = _find_rate(run)
+    problems = problems or _schedule_problems(run.config)
     if problems:
         raise ConfigError(problems)
-    return run
+    return dataclasses.replace(run, notes=(*run.notes, *_without_effect(run.config.lr_schedule)))
 
 
 def _plan_steps(run: ResolvedRun) -> tuple[ResolvedRun, list[str]]:
@@ -61,10 +69,35 @@ def _plan_steps(run: ResolvedRun) -> tuple[ResolvedRun, list[str]]:
     if steps == 0:
         return run, [
             f"training.steps: the epochs of data.train take fewer rows than one training.global_batch_size "
-            f"({training.global_batch_size}); raise the epochs or lower the batch size"
+            f"({training.batch_size(0)}); raise the epochs or lower the batch size"
         ]
     config = run.config.model_copy(update={"training": training.model_copy(update={"steps": steps})})
-    return ResolvedRun(config, run.source), []
+    return dataclasses.replace(run, config=config), []
+
+
+def _find_rate(run: ResolvedRun) -> tuple[ResolvedRun, list[str]]:
+    """The run with `optimizer.lr: auto` replaced by what the first rows of the training stream say, and problems.
+
+    The rule is known from fine-tuning on packed conversations, where it bounds the rates that work.
+    """
+    config, training = run.config, run.config.training
+    stream = build_train_stream(config)
+    rows = min(training.global_batch_size, training.rows_after(max(1, training.steps)))  # the stream may end with the run
+    found = sum(int(stream.batch([row]).weights_T.count_nonzero()) for row in range(rows))
+    if not found:
+        return run, [f"optimizer.lr: auto, but none of the first {rows} rows of data.train has a token with loss; give a number"]
+    tokens = found * training.global_batch_size / rows
+    rate = 0.0003 * math.sqrt(tokens / 4e6)
+    chat = config.data.kind == "chat" or any(source.kind == "chat" for source in config.data.train)
+    all_tokens = training.global_batch_size * training.sequence_length
+    note = (
+        f"optimizer.lr: auto is {rate:.3g}, for {tokens:,.0f} of {all_tokens:,} tokens of a batch with loss. "
+        "It is an upper bound, known from packed fine-tuning"
+        + ("" if chat else ", and data.train has no conversations")
+        + ": try lower rates, too"
+    )
+    optimizer = config.optimizer.model_copy(update={"lr": rate})
+    return dataclasses.replace(run, config=config.model_copy(update={"optimizer": optimizer}), notes=(*run.notes, note)), []
 
 
 def _complete_model(raw: dict[str, Any]) -> HFFolder | None:
@@ -116,9 +149,12 @@ def layout_problems(config: Config, world_size: int) -> list[str]:
     else:
         replicas = world_size // ranks
         unit = training.micro_batch_size * replicas
-        if training.global_batch_size % unit:
+        unequal = [size for size in training.batch_sizes if size % unit]
+        if unequal:
+            whole = training.global_batch_size
+            key = "global_batch_size" if whole in unequal else "batch_size_rampup"
             problems.append(
-                f"training.global_batch_size: {training.global_batch_size} is not a multiple of micro_batch_size "
+                f"training.{key}: {whole if whole in unequal else unequal[0]} is not a multiple of micro_batch_size "
                 f"{training.micro_batch_size} * data parallel size {replicas} = {unit}"
             )
     for name, size in (("num_attention_heads", model.num_attention_heads), ("intermediate_size", model.intermediate_size)):
@@ -153,15 +189,6 @@ def _setting_problems(config: Config) -> list[str]:
             "training.steps: -1 stands for as many steps as the epochs of data.train take, but no source there has epochs; "
             "give every source its epochs, or give the number of steps"
         )
-    schedule = config.lr_schedule
-    if schedule.kind == "cosine" and schedule.min_lr > config.optimizer.lr:
-        problems.append(f"lr_schedule.min_lr: {schedule.min_lr} exceeds optimizer.lr {config.optimizer.lr}")
-    # A run of fewer steps than its warm-up is a short trial or the first part of a longer run, and no mistake.
-    if schedule.kind == "cosine" and schedule.decay_steps and schedule.warmup_steps > schedule.decay_steps:
-        problems.append(
-            f"lr_schedule.warmup_steps: {schedule.warmup_steps} lie beyond the end of the decay at lr_schedule.decay_steps "
-            f"{schedule.decay_steps}; lower the one or raise the other"
-        )
     if config.device == "cuda" and not torch.cuda.is_available():
         problems.append("device: cuda, but torch sees no GPU; use device: cpu or auto")
     run_dir = Path(config.logging.run_dir)
@@ -173,3 +200,41 @@ def _setting_problems(config: Config) -> list[str]:
         except ValueError as error:
             problems.append(f"data.tokenizer: {error}")
     return problems
+
+
+def _schedule_problems(config: Config) -> list[str]:
+    """What is impossible about the learning rates, as far as the steps and the peak are known."""
+    schedule, training, peak = config.lr_schedule, config.training, config.optimizer.lr
+    problems, unit, warmup, decay = [], schedule.unit, schedule.warmup, schedule.decay
+    if schedule.kind != "constant" and peak != "auto" and schedule.min_lr > peak:
+        problems.append(f"lr_schedule.min_lr: {schedule.min_lr} exceeds optimizer.lr {peak}")
+    # A run of fewer steps than its warm-up is a short trial or the first part of a longer run, and no mistake.
+    if schedule.kind in ("linear", "cosine") and decay and warmup > decay:
+        problems.append(
+            f"lr_schedule.warmup_{unit}: {warmup} lie beyond the end of the decay at lr_schedule.decay_{unit} {decay}; "
+            "lower the one or raise the other"
+        )
+    if schedule.kind == "wsd" and decay and training.steps >= 0:
+        whole = training.steps if unit == "steps" else training.rows_after(training.steps) * training.sequence_length
+        ends = [end for end in schedule.restarts if end < whole] + [whole]
+        for start, end in zip([0, *ends], ends, strict=False):
+            if warmup < end - start < warmup + decay:
+                problems.append(
+                    f"lr_schedule.decay_{unit}: a warm-up of {warmup} and a decay of {decay} do not fit into the {end - start} "
+                    f"{unit} from {start} to {end}; shorten them, or raise training.steps"
+                )
+    return problems
+
+
+def _without_effect(schedule: LrScheduleConfig) -> list[str]:
+    """A sentence for every setting that the kind of schedule does not look at. Trying another kind is no mistake."""
+    decay, least, restart = ("decay_steps", "decay_tokens"), ("min_lr", "min_lr_ratio"), ("restart_steps", "restart_tokens")
+    unused: dict[str, tuple[str, ...]] = {
+        "constant": (*decay, *least, *restart, "decay_shape"),
+        "inverse_sqrt": (*decay, "decay_shape"),
+        "linear": ("decay_shape",),
+        "cosine": ("decay_shape",),
+        "wsd": (),
+    }
+    given = [name for name in unused[schedule.kind] if getattr(schedule, name)]
+    return [f"lr_schedule.{name}: {getattr(schedule, name)} has no effect with kind {schedule.kind}" for name in given]

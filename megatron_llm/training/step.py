@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_llm.config import Config
 from megatron_llm.data.stream import TokenStream
 from megatron_llm.ops.batch import Batch
 from megatron_llm.ops.dtypes import stat_dtype
@@ -47,12 +48,14 @@ class StepResult:
     """Attributes:
     loss: mean loss per weighted token of the global batch; nan if nothing carried weight.
     grad_norm: norm of the gradient of that mean, before clipping.
+    rows: size of the global batch.
     lr: learning rate used. skipped: the weights were left alone (no weighted token, or a number that is not finite).
     stop: some rank was asked to stop.
     """
 
     loss: float
     grad_norm: float
+    rows: int
     lr: float
     skipped: bool
     stop: bool
@@ -67,9 +70,9 @@ def train_step(
     trace: gets what this rank's pipeline does, and when; given on all ranks or on none.
     """
     config = engine.config
-    rows = range(state.rows, state.rows + config.training.global_batch_size)
+    rows = range(state.rows, state.rows + config.training.batch_size(state.rows))
     engine.optimizer.zero_gradients()
-    sums = _run_microbatches(engine, engine.schedule, stream, rows, trace)
+    sums = _run_microbatches(engine, engine.schedules[len(rows)], stream, rows, trace)
     squares = engine.optimizer.reduce_gradients()
     flag = torch.tensor(float(stop), dtype=sums.dtype, device=sums.device)
     totals = all_reduce(torch.cat((sums, torch.stack((squares.to(sums), flag)))), engine.grid.world).tolist()
@@ -77,7 +80,7 @@ def train_step(
 
     norm = math.sqrt(square_sum) / weight_sum if weight_sum and square_sum >= 0 else math.nan
     skipped = not (math.isfinite(norm) and math.isfinite(loss_sum))
-    lr = learning_rate(state.updates + 1, config.optimizer.lr, config.lr_schedule, config.training.steps)
+    lr = next_rate(config, state)
     if not skipped:
         state.updates += 1
         clip = config.optimizer.grad_clip
@@ -86,7 +89,19 @@ def train_step(
     state.step += 1
     state.rows = rows.stop
     state.tokens += len(rows) * config.training.sequence_length
-    return StepResult(loss_sum / weight_sum if weight_sum else math.nan, norm, lr, skipped, bool(stops))
+    return StepResult(loss_sum / weight_sum if weight_sum else math.nan, norm, len(rows), lr, skipped, bool(stops))
+
+
+def next_rate(config: Config, state: RunState) -> float:
+    """Learning rate of the step that comes next; of a schedule in tokens, the one at the end of the step's tokens."""
+    training, schedule, peak = config.training, config.lr_schedule, config.optimizer.lr
+    assert peak != "auto", "optimizer.lr: auto is resolved before anything else"
+    if schedule.unit == "steps":
+        return learning_rate(state.updates + 1, peak, schedule, training.steps)
+    # What is left of the run is added to what was really read: the batch size may have changed at a restart.
+    end = training.rows_after(max(0, training.steps - state.step), state.rows) * training.sequence_length
+    position = state.tokens + training.batch_size(state.rows) * training.sequence_length
+    return learning_rate(position, peak, schedule, end)
 
 
 @torch.no_grad()

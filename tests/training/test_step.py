@@ -37,7 +37,7 @@ def rows_of_step(rank: int, replicas: int, micro_batch: int, batch: int, state: 
     class Stage:
         last, dtype = True, torch.float32
 
-        def __call__(self, x: Any, batch: Batch, before_layer: None) -> torch.Tensor:
+        def __call__(self, x: Any, batch: Batch, before_layer: Any) -> torch.Tensor:
             return torch.zeros(())
 
         def loss(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -55,7 +55,7 @@ def rows_of_step(rank: int, replicas: int, micro_batch: int, batch: int, state: 
         stages={0: Stage()},
         optimizer=optimizer,
         runtime=SimpleNamespace(run=run, before_layer=None),
-        schedule=batch // (micro_batch * replicas),
+        schedules={batch: batch // (micro_batch * replicas)},
     )
     stream = RecordingStream()
     train_step(cast(Any, engine), cast(Any, stream), state)
