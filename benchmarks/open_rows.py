@@ -226,7 +226,7 @@ def main() -> int:
     return finish(
         args.output,
         "1e9 documents: start < 1 s, < 100 MB beyond page cache; a warm random row of 4096 tokens < 100 us",
-        all(holds.values()),
+        all(holds.values()) and args.documents >= 10**9,
         conditions,
         limits=LIMITS,
         **figures,

@@ -108,6 +108,9 @@ class Job:
 
     def check_columns(self, names: Sequence[str]) -> None:
         """Raises ValueError if a table with columns `names` lacks one that is asked for."""
+        twice = [name for name in self.columns or names if names.count(name) > 1]
+        if twice:
+            raise ValueError(f"{self.file.path} has several columns {twice[0]!r}; rename all but one")
         missing = [name for name in self.columns or () if name not in names]
         if missing:
             raise ValueError(f"{self.file.path} has no column {missing[0]!r}; it has {', '.join(map(repr, names))}")

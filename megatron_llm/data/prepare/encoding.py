@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -36,7 +37,8 @@ Offsets = npt.NDArray[np.int64]
 
 MAX_TEXT_BYTES = 64 << 20  # of UTF-8
 PART = 1 << 20  # characters of the parts that longer texts are cut into
-LONGEST_PART = 8 << 20  # bytes of UTF-8; `tokenizers` then needs a gigabyte
+LONGEST_PART = 8 << 20  # bytes of UTF-8 without a place to cut, for gigatoken
+CHECKED_CUTS = 16  # around one cut in so many the two parts are compared with the whole
 CHECKED = 2000  # one document in so many is compared with the reference
 FIRST_CHECKED = 4  # and these, so that a short run is checked too
 EXCERPT = 1 << 14  # characters of a document that are compared
@@ -48,6 +50,7 @@ class PartTokenizer(Protocol):
     """Turns texts that are not too long into ids."""
 
     how: str
+    reference: Reference
 
     def encode(self, texts: Sequence[str], where: Callable[[int], str]) -> tuple[Ids, Offsets]:
         """As `TextTokenizer.encode`."""
@@ -63,7 +66,7 @@ class TextTokenizer:
 
     parts: PartTokenizer
     cut: Cut | None = None
-    longest: int | None = LONGEST_PART
+    longest: int | None = None
 
     @property
     def how(self) -> str:
@@ -79,12 +82,26 @@ class TextTokenizer:
         if all(len(text) <= PART for text in texts):
             return self.parts.encode(texts, where)
         parts = [(index, part) for index, text in enumerate(texts) for part in self._cut(index, text)]
+        self._check_cuts(parts, where)
         owners = [index for index, _ in parts]
         try:
             ids, offsets = self.parts.encode([part for _, part in parts], lambda part: f"a part of {where(owners[part])}")
         except Refused as refused:
             raise Refused(owners[refused.index], str(refused)) from refused
         return ids, offsets[np.searchsorted(owners, np.arange(len(texts) + 1))]
+
+    def _check_cuts(self, parts: Sequence[tuple[int, str]], where: Callable[[int], str]) -> None:
+        """Raises ValueError if, around one of a sample of cuts, the ids of both sides are not those of the whole."""
+        cuts = [(index, left, right) for (index, left), (other, right) in pairwise(parts) if index == other]
+        for index, left, right in cuts[::CHECKED_CUTS]:
+            left, right = left[-EXCERPT // 2 :], right[: EXCERPT // 2]
+            whole = left + " " * (self.cut is not None and self.cut.drop_space) + right
+            *sides, expected = self.parts.reference.encode([left, right, whole])
+            if not np.array_equal(np.concatenate(sides), expected):
+                raise ValueError(
+                    f"{where(index)}: the text was cut between {left[-20:]!r} and {right[:20]!r}, which changes its ids; "
+                    "report the document and the tokenizer"
+                )
 
     def _cut(self, index: int, text: str) -> Sequence[str]:
         """The parts of text `index`."""
@@ -107,7 +124,7 @@ def open_tokenizer(path: str | Path, fast: bool = True, threads: bool = True) ->
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the library's only switch
     kind = tokenizer_kind(path)
     if kind == "tiktoken":
-        return TextTokenizer(ReferenceTokenizer(TiktokenReference(path, threads)), longest=None)  # it needs little memory
+        return TextTokenizer(ReferenceTokenizer(TiktokenReference(path, threads)))
     reference, serialized = _open_huggingface(path) if kind == "huggingface" else _open_sentencepiece(path, threads)
     if isinstance(serialized, NotExact):
         return TextTokenizer(ReferenceTokenizer(reference, serialized if fast else None))
@@ -117,7 +134,7 @@ def open_tokenizer(path: str | Path, fast: bool = True, threads: bool = True) ->
         return TextTokenizer(ReferenceTokenizer(reference), cut)
     try:
         check_versions("gigatoken", reference.name)
-        return TextTokenizer(FastTokenizer(reference, find_guard(config), Gigatoken(serialized, threads)), cut)
+        return TextTokenizer(FastTokenizer(reference, find_guard(config), Gigatoken(serialized, threads)), cut, LONGEST_PART)
     except NotExact as reason:
         return TextTokenizer(ReferenceTokenizer(reference, reason), cut)
 
@@ -200,11 +217,11 @@ class ReferenceTokenizer:
     """Everything by the tokenizer's own library. `reason`: why nothing faster, for the log."""
 
     def __init__(self, reference: Reference, reason: NotExact | None = None) -> None:
-        self._reference = reference
+        self.reference = reference
         self.how = f"{reference.name}, because {reason}" if reason else reference.name
 
     def encode(self, texts: Sequence[str], where: Callable[[int], str]) -> tuple[Ids, Offsets]:
-        ids = self._reference.encode(texts)
+        ids = self.reference.encode(texts)
         return np.concatenate(ids) if ids else np.empty(0, np.uint32), _offsets([len(part) for part in ids])
 
 
@@ -212,7 +229,7 @@ class FastTokenizer:
     """By gigatoken what the guard lets through, the rest by the reference, and a sample by both."""
 
     def __init__(self, reference: Reference, guard: Guard, fast: Gigatoken) -> None:
-        self._reference, self._guard, self._fast = reference, guard, fast
+        self.reference, self._guard, self._fast = reference, guard, fast
         self._first = FIRST_CHECKED
         self.how = f"gigatoken, checked against {reference.name} on 1 document in {CHECKED:,}"
 
@@ -223,7 +240,11 @@ class FastTokenizer:
             allowed[index] = ""
         ids, offsets = self._fast.encode(allowed)
         self._check(allowed, ids, offsets, where)
-        return _replace(ids, offsets, refused, self._reference.encode([texts[index] for index in refused]))
+        try:
+            replaced = self.reference.encode([texts[index] for index in refused])
+        except Refused as reason:
+            raise Refused(refused[reason.index], str(reason)) from reason
+        return _replace(ids, offsets, refused, replaced)
 
     def _check(self, texts: Sequence[str], ids: Ids, offsets: Offsets, where: Callable[[int], str]) -> None:
         """Compares a sample with the reference. It is drawn by the batch's content, so that a repeated run draws it again."""
@@ -236,7 +257,7 @@ class FastTokenizer:
                 start = int(offsets[index]) % (len(text) - EXCERPT)
                 text = text[start : start + EXCERPT]
                 computed, _ = self._fast.encode([text])
-            (expected,) = self._reference.encode([text])
+            (expected,) = self.reference.encode([text])
             if not np.array_equal(computed, expected):
                 raise ValueError(f"{where(index)}: {self._difference(computed, expected, start, len(text))}")
 
@@ -246,7 +267,7 @@ class FastTokenizer:
         both = [f"{ids[first]} of {len(ids):,}" if first < len(ids) else f"none of {len(ids):,}" for ids in (computed, expected)]
         return (
             f"in characters {start:,} to {start + characters:,}, token {first:,} is {both[0]} by gigatoken but {both[1]} by "
-            f"{self._reference.name}; use --no-fast, which is slower and always right, and report the document"
+            f"{self.reference.name}; use --no-fast, which is slower and always right, and report the document"
         )
 
 

@@ -66,9 +66,11 @@ BYTE_CHARACTERS = {chr(byte) for byte in _PRINTABLE} | {chr(0x100 + index) for i
 BYTE_PIECES = {f"<0x{byte:02X}>" for byte in range(256)}
 
 # Letters and digits that all tables agree on, and what no regex takes into one match with those before it.
-LETTERS = "0-9A-Za-z\u4e00-\u9fa5\u3041-\u3094\u30a1-\u30fa\uac00-\ud7a3"
+LETTERS = (
+    "0-9A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u02af\u0388-\u038a\u038e-\u03a1\u03a3-\u03ce\u0400-\u0481\u048a-\u052f\u05d0-\u05ea"
+    "\u0620-\u064a\u0904-\u0939\u0e01-\u0e30\u10d0-\u10fa\u1e00-\u1eff\u3041-\u3094\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3"
+)
 STOPS = '\n\t ,;:.!?()[]{}<>=+*/|&#%$"-。、，！？'
-WORD_BREAK = re.compile("[A-Za-z] [A-Za-z]")
 SPACED = re.compile(r"\S | \S|^ $")  # an added token that could lie across such a place
 
 
@@ -257,19 +259,30 @@ def find_cut(config: dict[str, Any]) -> Cut | None:
     if any(token["rstrip"] for token in tokens) or (config["normalizer"] and any(token["normalized"] for token in tokens)):
         return None
     if byte_level:
-        return _cut_after_word([token["content"] for token in tokens])
+        return _cut_after_word(tokens)
     if any(SPACED.search(token["content"]) for token in tokens):
         return None
     vocabulary = config["model"]["vocab"]
     if SPACE not in vocabulary or any(SPACE in piece.lstrip(SPACE) for piece in vocabulary):
         return None
-    return Cut(WORD_BREAK, drop_space=config["normalizer"] == LLAMA_NORMALIZER)
+    drop_space = config["normalizer"] == LLAMA_NORMALIZER
+    ends, starts = ("".join(re.escape(token["content"][at]) for token in tokens if drop_space) for at in (-1, 0))
+    # An added token beside the space would be a segment of its own, before and after which spaces are put as well.
+    return Cut(re.compile(f"[^\\s{SPACE}{ends}] [^\\s{SPACE}{starts}]"), drop_space)
 
 
-def _cut_after_word(added: Sequence[str]) -> Cut | None:
+def _cut_after_word(added: Sequence[dict[str, Any]]) -> Cut | None:
     """Between a letter or digit and one of `STOPS`, where every regex on the list ends a match, whatever follows.
 
-    Not at a stop that may lie there inside an added token.
+    Not at a stop that may lie there inside an added token, or that begins one which is a token only at the start of a word.
     """
-    stops = [stop for stop in STOPS if not any(re.search(f"[{LETTERS}]{re.escape(stop)}", token) for token in added)]
-    return Cut(re.compile(f"[{LETTERS}][{re.escape(''.join(stops))}]")) if stops else None
+
+    def fits(stop: str) -> bool:
+        return not any(
+            re.search(f"[{LETTERS}]{re.escape(stop)}", token["content"])
+            or (token["single_word"] and token["content"].startswith(stop))
+            for token in added
+        )
+
+    stops = "".join(filter(fits, STOPS))
+    return Cut(re.compile(f"[{LETTERS}][{re.escape(stops)}]")) if stops else None

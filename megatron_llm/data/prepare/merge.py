@@ -91,8 +91,10 @@ def _in_order(sources: list[IndexedDataset]) -> list[IndexedDataset]:
         if count == 0:
             continue
         members.sort(key=_shard_number)
-        if len({member.meta.part_of for member in members if member.meta}) > 1:
-            problems.append(f"the shards of {name} were cut from different inputs or with different options; make them anew")
+        if len({member.meta.part_of for member in members if member.meta and member.meta.part_of}) > 1:
+            problems.append(
+                f"the shards of {name} were cut from different inputs or with different options; make all again (--force)"
+            )
         numbers = Counter(map(_shard_number, members))
         missing = [shard_prefix(name, number, count) for number in range(count) if number not in numbers]
         if missing:

@@ -21,6 +21,7 @@ from megatron_llm.data.tokenizer import load_tiktoken
 Ids = npt.NDArray[np.uint32]
 
 BATCH = 1 << 20  # characters
+LONGEST = 3 << 20  # bytes of one text: some take 350 times as much memory
 
 
 class Refused(ValueError):
@@ -96,6 +97,9 @@ class TiktokenReference:
 
 def _encode_in_batches(texts: Sequence[str], encode: Any) -> list[Ids]:
     """`encode(list of texts) -> list of lists of ids`, called with about `BATCH` characters at a time."""
+    for index, text in enumerate(texts):
+        if len(text) > BATCH and len(text.encode()) > LONGEST:
+            raise Refused(index, f"over {LONGEST:,} bytes without a place where they may be cut for this tokenizer")
     return [np.asarray(ids, np.uint32) for batch in _batches(texts) for ids in encode(batch)]
 
 

@@ -309,8 +309,8 @@ def test_the_sample_is_a_two_thousandth_and_the_same_in_every_run(folders: dict[
         tokenizer = open_tokenizer(folders["gpt2"])
         asked: list[str] = []
         assert isinstance(tokenizer.parts, FastTokenizer)
-        original = tokenizer.parts._reference.encode
-        tokenizer.parts._reference.encode = lambda part: (asked.extend(part), original(part))[1]  # type: ignore[method-assign]
+        original = tokenizer.parts.reference.encode
+        tokenizer.parts.reference.encode = lambda part: (asked.extend(part), original(part))[1]  # type: ignore[method-assign]
         encode(tokenizer, texts[:2])
         encode(tokenizer, texts)
         return [texts.index(text) for text in asked]

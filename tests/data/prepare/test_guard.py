@@ -191,11 +191,13 @@ def test_regexes_are_taken_as_they_are_spelled() -> None:
 AWKWARD = [
     list(map(added, SPECIAL)),
     [added("a b"), added("1,"), added("t.x"), added(" b"), added(", "), added("he")],
+    [added("#tag", single_word=True), added(",,", single_word=True), added("文。", single_word=True), added("he!")],
+    [added("USER"), added("he"), added("Is")],
     [added("<s>", lstrip=True), added("b", single_word=True), added("\n\n"), added("文。a"), added("a\nb", normalized=True)],
 ]
 
 
-@pytest.mark.parametrize("tokens", AWKWARD, ids=["special", "across", "options"])
+@pytest.mark.parametrize("tokens", AWKWARD, ids=["special", "across", "word", "letters", "options"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cut_texts_have_the_ids_of_the_whole(family: str, tokens: list[dict[str, Any]]) -> None:
     config = make(family, tokens)
@@ -205,7 +207,21 @@ def test_cut_texts_have_the_ids_of_the_whole(family: str, tokens: list[dict[str,
         return
     words = ["the", "a", "Is", "the's", "e<s>", "<s>the", "x\n", "é", "1", "he", "'s", "t.", "  "]
     words += [token["content"] for token in tokens]
-    words += [*'\n\t ,;:.!?()[]{}<>=+*/|&#%$"-。、文字か\u0301\u0338\u3099\u00a0', "12345", "\r\n", "\n\n", "HTTPServer", "한글"]
+    words += [
+        *'\n\t ,;:.!?()[]{}<>=+*/|&#%$"-。、文字か\u0301\u0338\u3099\u00a0',
+        "12345",
+        "\r\n",
+        "\n\n",
+        "HTTPServer",
+        "한글",
+        "слово",
+        "Ελλ",
+        "שלום",
+        "कमल",
+        "é",
+        "ǅ",
+        "\u038b",
+    ]
     source = random.Random(5)
     cuts = 0
     for _ in range(600):
