@@ -13,7 +13,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_llm.pipeline.actions import Action, Schedule
+from megatron_llm.pipeline.actions import Action, Kind, Schedule
+
+KINDS: tuple[Kind, ...] = ("F", "B", "W")  # in the order of their dependencies; a schedule has the first one, two or three
 
 
 @dataclass(frozen=True)
@@ -109,10 +111,12 @@ def check(schedule: Schedule) -> Proof:
 def _check_complete(schedule: Schedule) -> None:
     """Every action exactly once, on the rank that its stage is placed on; forwards alone, or with B, or with B and W."""
     stages = len(schedule.placement)
-    kinds = "FBW" if schedule.split else "FB" if any(a.kind == "B" for row in schedule.actions for a in row) else "F"
+    kinds = KINDS if schedule.split else KINDS[:2] if any(a.kind == "B" for row in schedule.actions for a in row) else KINDS[:1]
     seen: set[Action] = set()
     for rank, actions in enumerate(schedule.actions):
         for action in actions:
+            if action.kind not in KINDS:
+                raise ValueError(f"rank {rank}: {action} is of no known kind")
             if not (0 <= action.stage < stages and 0 <= action.microbatch < schedule.microbatches):
                 raise ValueError(
                     f"rank {rank}: {action} is out of range of {stages} stages and {schedule.microbatches} micro-batches"
@@ -123,7 +127,7 @@ def _check_complete(schedule: Schedule) -> None:
                 raise ValueError(f"rank {rank}: {action} belongs to rank {schedule.placement[action.stage]}")
             seen.add(action)
     if missing := len(kinds) * stages * schedule.microbatches - len(seen):
-        every = (Action(kind, s, mb) for kind in sorted(kinds) for s in range(stages) for mb in range(schedule.microbatches))  # type: ignore[arg-type]
+        every = (Action(kind, s, mb) for kind in sorted(kinds) for s in range(stages) for mb in range(schedule.microbatches))
         raise ValueError(f"{missing} actions are missing, the first is {next(a for a in every if a not in seen)}")
 
 

@@ -192,6 +192,19 @@ def test_action_out_of_range(place: tuple[Schedule, int, int], field: str, direc
         check(_changed(schedule, rank, actions))
 
 
+@pytest.mark.parametrize("actions", [(_f(0, 0), _f(0, 1), _b(0, 1)), (_f(0, 0), _f(0, 1), _b(0, 0), _b(0, 1))])
+def test_action_of_an_unknown_kind(actions: tuple[Action, ...]) -> None:
+    """Counted like the others it would stand in for B of micro-batch 0, or be one too many."""
+    unknown = Action("X", 0, 0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^rank 0: X\(stage 0, micro-batch 0\) is of no known kind$"):
+        check(Schedule((0,), 2, ((*actions[:2], unknown, *actions[2:]),)))
+
+
+def test_weight_gradients_without_backwards() -> None:
+    with pytest.raises(ValueError, match=r"1 actions are missing, the first is B\(stage 0, micro-batch 0\)"):
+        check(Schedule((0,), 1, ((_f(0, 0), _w(0, 0)),)))
+
+
 @fast
 @given(damage_places(), st.sampled_from(["FB", "BW"]), st.data())
 def test_backward_before_its_forward_and_weight_gradient_before_its_backward(
