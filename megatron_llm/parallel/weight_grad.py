@@ -45,6 +45,7 @@ class WeightGradients:
         self._uses = Counter(
             parameter for root in modules for module in root.modules() for parameter in module.parameters(recurse=False)
         )
+        self._microbatches = 0
         self._missing: Counter[nn.Parameter] = Counter()
         self._work: dict[Hashable, deque[Start]] = {}
         # An attribute and not a context variable: autograd runs the backward of GPU tensors in a thread of its own.
@@ -54,8 +55,25 @@ class WeightGradients:
 
     def begin_step(self, microbatches: int) -> None:
         """Expect the gradients of that many micro-batches."""
-        assert not self._work, f"weight gradients of {list(self._work)} were put off and never made"
+        self._assert_all_made()
+        self._microbatches = microbatches
         self._missing = Counter({parameter: uses * microbatches for parameter, uses in self._uses.items()})
+
+    def end_step(self) -> None:
+        """Assert that nothing waits for W, and that every parameter that was given gradients was given all of them.
+
+        A parameter may get none at all: if it is frozen or no loss depends on it, or if autograd accumulates its gradients.
+        """
+        self._assert_all_made()
+        missing = [
+            f"{count} of {self._uses[parameter] * self._microbatches} for a parameter of shape {tuple(parameter.shape)}"
+            for parameter, count in self._missing.items()
+            if count not in (0, self._uses[parameter] * self._microbatches)
+        ]
+        assert not missing, f"weight gradients are missing at the end of the step: {', '.join(missing)}"
+
+    def _assert_all_made(self) -> None:
+        assert not self._work, f"weight gradients of {list(self._work)} were put off and never made"
 
     @contextmanager
     def deferred(self, key: Hashable) -> Iterator[None]:

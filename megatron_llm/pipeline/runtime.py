@@ -126,6 +126,8 @@ class _Execution:
             for outbox in self.outboxes.values():
                 outbox.finish()
         assert not (self.inputs or self.outputs or self.local), "the schedule was not checked"
+        if self.training:
+            self.gradients.end_step()
 
     def _open_boxes(self) -> None:
         buffer = partial(torch.empty, self.runtime.shape, dtype=self.runtime.dtype, device=self.runtime.device)

@@ -277,6 +277,42 @@ def test_what_was_put_off_must_have_been_made_before_the_next_step() -> None:
     gradients.begin_step(1)
 
 
+def test_what_was_put_off_must_have_been_made_at_the_end_of_the_step() -> None:
+    gradients = WeightGradients(())
+    gradients.begin_step(1)
+    with gradients.deferred((1, 2)):
+        pass
+    with pytest.raises(AssertionError, match=r"\(1, 2\).* never made"):
+        gradients.end_step()
+    gradients.run((1, 2))
+    gradients.end_step()
+
+
+def test_a_parameter_gets_all_of_its_gradients_in_a_step_or_none() -> None:
+    """Three micro-batches; the second layer is frozen, no loss depends on the third, the fourth has no buffer."""
+    layers = [RowParallelLinear(name, 4, 4, Axis("tp"), torch.float64, CPU) for name in "abcd"]
+    layers[1].weight.requires_grad_(False)
+    for layer in layers[:3]:
+        layer.weight.main_grad = torch.zeros(4, 4, dtype=torch.float64)  # type: ignore[attr-defined]
+    gradients = WeightGradients(layers)
+
+    def backward(seed: int) -> None:
+        x = layers[0](_random(seed, 5, 4), False)
+        layers[3](layers[1](x, False), False).sum().backward()
+
+    for _ in range(2):
+        gradients.begin_step(3)
+        backward(0)
+        backward(1)
+        with pytest.raises(AssertionError, match=r"missing at the end of the step: 1 of 3 for a parameter of shape \(4, 4\)$"):
+            gradients.end_step()
+        backward(2)
+        gradients.end_step()
+    backward(3)
+    with pytest.raises(AssertionError, match=r"-1 of 3"):
+        gradients.end_step()
+
+
 def test_a_weight_without_a_buffer_gets_its_gradient_in_b() -> None:
     """Autograd accumulates it, so it cannot come later."""
     layer = RowParallelLinear("o", 4, 3, Axis("tp"), torch.float64, CPU)

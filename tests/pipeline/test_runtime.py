@@ -199,6 +199,17 @@ def _traced_alone(schedule: Schedule) -> list[Event]:
     return events
 
 
+# Weight gradients
+
+
+def test_a_weight_gradient_that_is_never_made_ends_the_very_step() -> None:
+    schedule = Schedule(
+        (0,), 2, ((Action("F", 0, 0), Action("B", 0, 0), Action("F", 0, 1), Action("B", 0, 1), Action("W", 0, 1)),)
+    )
+    with pytest.raises(AssertionError, match=r"weight gradients of \[\(0, 0\)\] were put off and never made"):
+        Toy((0,)).run(schedule)
+
+
 # Messages
 
 
