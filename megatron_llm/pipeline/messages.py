@@ -19,10 +19,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_llm.parallel.grid import Axis, Grid
-from megatron_llm.pipeline.actions import Action
+from megatron_llm.pipeline.actions import Action, Schedule
 from megatron_llm.pipeline.failure import PeerLostError
 
 _RECEIVES_AHEAD = 2  # of every channel, beyond the message that is needed: one travels while another is being used
+
+
+def most_under_way(schedule: Schedule) -> int | None:
+    """How many messages of a channel may be under way before its sender waits; None if a step holds as many anyway.
+
+    Without backwards nothing else keeps a rank from running ahead of a slower one, by a whole evaluation. The lists of
+    `forward_only` are made by a common clock. Whoever keeps to that clock never has more than two messages of a channel under
+    way in a loop or a V; and if one order of events needs no more, none deadlocks. The rest is slack for ranks that are late.
+    """
+    training = any(action.kind == "B" for actions in schedule.actions for action in actions)
+    return None if training else max(2, 2 * len(schedule.placement))
 
 
 def axis_of_channel(grid: Grid, sender: int, receiver: int) -> Axis:
@@ -77,15 +88,21 @@ class Inbox:
 class Outbox:
     """The sending end. A message's memory is held until it has gone, and no longer.
 
-    timeout_seconds: limit on the wait of `finish` for the receiver.
+    timeout_seconds: limit on the wait for the receiver, of `finish` and of `send` at its limit.
+    limit: how many messages may be under way; None for any number.
     """
 
-    def __init__(self, receiver: int, axis: Axis, timeout_seconds: float):
-        self._receiver, self._axis, self._timeout = receiver, axis, timeout_seconds
+    def __init__(self, receiver: int, axis: Axis, timeout_seconds: float, limit: int | None = None):
+        self._receiver, self._axis, self._timeout, self._limit = receiver, axis, timeout_seconds, limit
         self._under_way: deque[_StreamSend | _HostSend] = deque()
 
     def send(self, message: Tensor) -> None:
-        """Begin to send; returns at once."""
+        """Begin to send; returns at once, unless as many are under way as may be: then the oldest is waited for.
+
+        On a GPU the stream waits, not the host.
+        """
+        while self._limit is not None and len(self._under_way) >= self._limit:
+            self._wait_for_first()
         with _lost(self._receiver, "sending to"):
             work = dist.isend(message, self._axis.ranks[self._receiver], group=self._axis.group)
         assert work is not None

@@ -23,7 +23,7 @@ from megatron_llm.parallel.grid import Grid
 from megatron_llm.parallel.weight_grad import WeightGradients
 from megatron_llm.pipeline.actions import Action, Schedule
 from megatron_llm.pipeline.failure import PeerLostError, cause_of_loss, leave_cause
-from megatron_llm.pipeline.messages import Inbox, Outbox, axis_of_channel
+from megatron_llm.pipeline.messages import Inbox, Outbox, axis_of_channel, most_under_way
 from megatron_llm.pipeline.recorder import EventKind, Recorder
 from megatron_llm.pipeline.timeline import Event
 
@@ -39,7 +39,8 @@ class PipelineRuntime:
         placement: the pipeline rank of every stage, in all schedules that will run.
         gradients: the queue through which the stages' weights put off their gradients; without one, weight gradients are
             made in B and W finds nothing to do.
-        timeout_seconds: limit on the wait for sends at the end of a step; that on receives is the groups'.
+        timeout_seconds: limit on waits for sends: at the end of a step, and in an evaluation that is far ahead of a slower
+            rank. That on receives is the groups'.
 
     Attributes:
         before_layer: called with the global index of a layer that is about to run forward, see `DecoderStage.forward`. The other
@@ -131,12 +132,13 @@ class _Execution:
 
     def _open_boxes(self) -> None:
         buffer = partial(torch.empty, self.runtime.shape, dtype=self.runtime.dtype, device=self.runtime.device)
+        limit = most_under_way(self.schedule)
         for (sender, receiver), messages in self.schedule.channels.items():
             axis = axis_of_channel(self.grid, sender, receiver)
             if receiver == self.rank:
                 self.inboxes[sender] = Inbox(sender, axis, messages, buffer)
             elif sender == self.rank:
-                self.outboxes[receiver] = Outbox(receiver, axis, self.runtime.timeout_seconds)
+                self.outboxes[receiver] = Outbox(receiver, axis, self.runtime.timeout_seconds, limit)
 
     @contextmanager
     def _naming(self, where: str) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_llm.parallel.grid import Axis
-from megatron_llm.pipeline.messages import Outbox
+from megatron_llm.pipeline.messages import Outbox, most_under_way
 from megatron_llm.pipeline.runtime import Forward
 from megatron_llm.pipeline.schedules import Action, Schedule, forward_only, make_schedule
 from tests.pipeline.toy import Toy
@@ -57,6 +58,37 @@ def _unsent(schedule: Schedule) -> list[int]:
 @pytest.mark.parametrize("schedule", [make_schedule("gpipe", 2, 5), forward_only((0, 1), 5)], ids=["gpipe", "evaluation"])
 def test_an_output_is_let_go_of_once_it_is_sent_long_before_its_backward(schedule: Schedule) -> None:
     assert run_ranks(2, _unsent, schedule)[0] == [0, 0, 0, 0]
+
+
+def _ahead(microbatches: int) -> tuple[int, int]:
+    """(most messages that the first rank has unsent, most threads beyond those at the start) while the second rank sleeps."""
+    toy, most = Toy((0, 1)), [0, 0]
+    threads = threading.active_count()
+
+    def wrap(forward: Forward) -> Forward:
+        def watched(stage: int, microbatch: int, x: Tensor | None) -> Tensor:
+            if stage == 1:
+                time.sleep(0.5 if microbatch == 0 else 0)
+            most[1] = max(most[1], threading.active_count() - threads)
+            return forward(stage, microbatch, x)
+
+        return watched
+
+    send = Outbox.send
+
+    def counted(outbox: Outbox, message: Tensor) -> None:
+        send(outbox, message)
+        most[0] = max(most[0], len(outbox._under_way))
+
+    with mock.patch.object(Outbox, "send", counted):
+        toy.run(forward_only((0, 1), microbatches), wrap)
+    return most[0], most[1]
+
+
+def test_an_evaluation_runs_ahead_of_a_slow_rank_by_a_few_messages_only() -> None:
+    under_way, threads = run_ranks(2, _ahead, 100)[0]
+    assert under_way == most_under_way(forward_only((0, 1), 100)) == 4
+    assert threads <= 5, "one more may be about to end"
 
 
 def _held_inputs(schedule: Schedule, direct: bool) -> list[tuple[int, int]]:
@@ -117,8 +149,8 @@ class _Work:
         self.over = True
 
 
-def _outbox(works: list[_Work]) -> tuple[Outbox, Callable[[], weakref.ref]]:
-    outbox = Outbox(1, Axis("pp_forward", 0, 2, (0, 1)), 1.0)
+def _outbox(works: list[_Work], limit: int | None = None) -> tuple[Outbox, Callable[[], weakref.ref]]:
+    outbox = Outbox(1, Axis("pp_forward", 0, 2, (0, 1)), 1.0, limit)
 
     def send() -> weakref.ref:
         message = torch.empty(3, device="meta")  # not on the host
@@ -128,6 +160,13 @@ def _outbox(works: list[_Work]) -> tuple[Outbox, Callable[[], weakref.ref]]:
         return weakref.ref(message)
 
     return outbox, send
+
+
+def test_a_send_beyond_the_limit_waits_for_the_oldest() -> None:
+    works: list[_Work] = []
+    _, send = _outbox(works, limit=2)
+    messages = [send() for _ in range(3)]
+    assert [work.over for work in works] == [True, False, False] and messages[0]() is None
 
 
 def test_messages_are_let_go_of_in_order_without_waiting() -> None:

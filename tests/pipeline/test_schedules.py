@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_llm.pipeline.check import check
+from megatron_llm.pipeline.messages import most_under_way
 from megatron_llm.pipeline.schedules import NAMES, Action, Schedule, forward_only, make_schedule, placement
 from megatron_llm.pipeline.simulate import Costs, Simulation, simulate
 
@@ -263,6 +264,74 @@ def test_an_evaluation_fills_the_pipeline(name: str, ranks: int, v: int, microba
     work = -(-microbatches // ranks) * len(owners)  # of a rank, for the next multiple of `ranks` micro-batches
     makespan = simulate(forward_only(owners, microbatches), Costs.uniform(len(owners))).timeline.makespan
     assert makespan <= work + 2 * (ranks - 1)
+
+
+def _ends_with_bounded_channels(schedule: Schedule, limit: int) -> bool:
+    """Whether all ranks get to their end if a channel holds `limit` messages, and the sender of one more waits.
+
+    A message is out of its channel once the receiver needs it or a later one (receives that are posted ahead only help). Who
+    can go on does: what the others wait for cannot be undone by that, so the order of trying is of no effect.
+    """
+    stages, rows = len(schedule.placement), schedule.actions
+    place = {(ends, action): i for ends, messages in schedule.channels.items() for i, action in enumerate(messages)}
+    sent, taken = dict.fromkeys(schedule.channels, 0), dict.fromkeys(schedule.channels, 0)
+    done: set[Action] = set()
+    position, computed = [0] * len(rows), [False] * len(rows)
+    moved = True
+    while moved:
+        moved = False
+        for rank, actions in enumerate(rows):
+            while position[rank] < len(actions):
+                action = actions[position[rank]]
+                if not computed[rank]:
+                    if action.stage:
+                        ends = schedule.placement[action.stage - 1], rank
+                        if ends[0] == rank and action._replace(stage=action.stage - 1) not in done:
+                            break
+                        if ends[0] != rank:
+                            taken[ends] = max(taken[ends], place[ends, action] + 1)  # the receive is posted, and waits
+                            if sent[ends] <= place[ends, action]:
+                                break
+                    computed[rank] = moved = True
+                if (target := action.consumer(stages)) and (ends := (rank, schedule.placement[target.stage]))[1] != rank:
+                    if sent[ends] - taken[ends] >= limit:
+                        break
+                    sent[ends] += 1
+                done.add(action)
+                position[rank], computed[rank] = position[rank] + 1, False
+    return all(at == len(actions) for at, actions in zip(position, rows, strict=True))
+
+
+@pytest.mark.parametrize("ranks", range(1, 9))
+def test_an_evaluation_ends_with_bounded_channels(ranks: int) -> None:
+    """With the limit that the runtime uses, and with the two messages that the common clock needs."""
+    for owners in (*(tuple(range(ranks)) * v for v in (1, 2, 3, 4)), (*range(ranks), *reversed(range(ranks)))):
+        for microbatches in (*range(1, 18), 31, 32, 33, 60):
+            schedule = forward_only(owners, microbatches)
+            used = most_under_way(schedule)
+            assert used is not None and 2 <= used == 2 * len(owners)
+            assert _ends_with_bounded_channels(schedule, used) and _ends_with_bounded_channels(schedule, 2), (
+                owners,
+                microbatches,
+            )
+
+
+@fast
+@given(owners=st.lists(st.integers(0, 7), min_size=1, max_size=16), microbatches=st.integers(1, 60))
+def test_an_evaluation_ends_with_bounded_channels_on_any_placement(owners: list[int], microbatches: int) -> None:
+    ranks = sorted(set(owners))
+    schedule = forward_only(tuple(map(ranks.index, owners)), microbatches)
+    used = most_under_way(schedule)
+    assert used is not None and _ends_with_bounded_channels(schedule, used)
+
+
+def test_channels_are_not_bounded_where_that_may_deadlock() -> None:
+    """In training; forwards alone in this order would show why. Two ranks, each all through one stage before the next."""
+    assert [most_under_way(make_schedule(name, 2, 4, 1)) for name in NAMES] == [None] * len(NAMES)
+    rows = tuple(tuple(Action("F", s, mb) for s in (rank, rank + 2) for mb in range(30)) for rank in range(2))
+    breadth_first = Schedule((0, 1, 0, 1), 30, rows)
+    check(breadth_first)
+    assert not _ends_with_bounded_channels(breadth_first, 8) and _ends_with_bounded_channels(breadth_first, 30)
 
 
 @pytest.mark.parametrize(
