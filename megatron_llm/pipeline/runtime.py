@@ -88,7 +88,8 @@ class PipelineRuntime:
         collective over the grid, so given on all ranks or on none.
 
         Raises RuntimeError naming rank and action if this rank fails or loses a peer, and then also which rank failed first;
-        other errors of `forward` keep their type and get a note that names rank and action.
+        other errors of `forward`, also of subclasses such as torch.OutOfMemoryError, keep their type and get a note that
+        names rank and action.
         """
         assert schedule.placement == self.placement, (schedule.placement, self.placement)
         recorder = None if trace is None else Recorder(self.grid, self.device)
@@ -143,17 +144,17 @@ class _Execution:
     @contextmanager
     def _naming(self, where: str) -> Iterator[None]:
         """Say on which rank and where an error happened, in the message or, to keep its type, in a note."""
-        here = f"pipeline rank {self.rank} failed {where}"
+        here = f"pipeline rank {self.rank} (rank {self.grid.pp.ranks[self.rank]} of the run) failed {where}"
         try:
             yield
         except PeerLostError as error:
             cause = cause_of_loss(self.grid, error.peer)
             leave_cause(self.grid, cause)  # who loses this rank need not search again
             raise RuntimeError(f"{here}, {error}; {cause}") from error
-        except RuntimeError as error:
-            leave_cause(self.grid, f"{here}: {error}")
-            raise RuntimeError(f"{here}: {error}") from error
         except Exception as error:
+            if type(error) is RuntimeError:
+                leave_cause(self.grid, f"{here}: {error}")
+                raise RuntimeError(f"{here}: {error}") from error
             leave_cause(self.grid, f"{here}: {type(error).__name__}: {error}")
             error.add_note(here)
             raise

@@ -10,8 +10,11 @@ from collections.abc import Iterator
 from unittest import mock
 
 import pytest
+import torch
 from torch import Tensor
 
+from megatron_llm.config import ParallelConfig
+from megatron_llm.parallel.grid import Grid
 from megatron_llm.pipeline.runtime import Forward
 from megatron_llm.pipeline.schedules import Action, Schedule, forward_only, make_schedule
 from tests import ranks
@@ -36,7 +39,7 @@ def _end(how: str) -> None:
     elif how == "hangs":
         time.sleep(6)  # longer than the others wait
         os._exit(0)
-    raise {"RuntimeError": RuntimeError, "ValueError": ValueError}[how]("planted")
+    raise {"RuntimeError": RuntimeError, "ValueError": ValueError, "OutOfMemoryError": torch.OutOfMemoryError}[how]("planted")
 
 
 def _run(schedule: Schedule, where: Action, how: str, timeout_seconds: float) -> None:
@@ -75,7 +78,8 @@ def test_all_ranks_name_the_one_that_died(name: str, rank: int, stage: int, how:
         if other == rank:
             assert said[other].startswith(GONE)
         else:
-            here = rf"RuntimeError: pipeline rank {other} failed (in [FBW]\(stage \d, micro-batch \d\)|with all actions done)"
+            rank_is = rf"pipeline rank {other} \(rank {other} of the run\)"
+            here = rf"RuntimeError: {rank_is} failed (in [FBW]\(stage \d, micro-batch \d\)|with all actions done)"
             assert re.search(here, said[other])
             assert f"; pipeline rank {rank} (rank {rank} of the run) left no word: it was killed, or it hangs" in said[other]
 
@@ -83,24 +87,28 @@ def test_all_ranks_name_the_one_that_died(name: str, rank: int, stage: int, how:
 def test_all_ranks_name_the_one_that_hangs() -> None:
     said = _said_by_each(make_schedule("1f1b", 3, 4), Action("F", 2, 0), "hangs", timeout_seconds=3)
     assert said[2].startswith(GONE)
-    assert "pipeline rank 1 failed in B(stage 1, micro-batch 0), receiving from pipeline rank 2: " in said[1]
-    assert "pipeline rank 0 failed in B(stage 0, micro-batch 0), receiving from pipeline rank 1: " in said[0]
+    assert "pipeline rank 1 (rank 1 of the run) failed in B(stage 1, micro-batch 0), receiving from pipeline rank 2: " in said[1]
+    assert "pipeline rank 0 (rank 0 of the run) failed in B(stage 0, micro-batch 0), receiving from pipeline rank 1: " in said[0]
     for message in said[:2]:
         assert "; pipeline rank 2 (rank 2 of the run) left no word: it was killed, or it hangs" in message
 
 
-@pytest.mark.parametrize("error", ["RuntimeError", "ValueError"])
+@pytest.mark.parametrize("error", ["RuntimeError", "ValueError", "OutOfMemoryError"])
 def test_an_error_keeps_its_type_and_all_ranks_learn_of_it(error: str) -> None:
     said = _said_by_each(make_schedule("1f1b", 3, 4), Action("F", 2, 1), error)
-    here = "pipeline rank 2 failed in F(stage 2, micro-batch 1)"
+    here = "pipeline rank 2 (rank 2 of the run) failed in F(stage 2, micro-batch 1)"
     if error == "RuntimeError":
         cause = f"{here}: planted"
         assert f"RuntimeError: {cause}" in said[2]
     else:
-        cause = f"{here}: ValueError: planted"
-        assert f"ValueError: planted\n{here}" in said[2]
-    assert re.search(rf"pipeline rank 1 failed in [FB]\(.*\), .* pipeline rank 2: .*; {re.escape(cause)}", said[1])
-    assert re.search(rf"pipeline rank 0 failed in [FB]\(.*\), .* pipeline rank 1: .*; {re.escape(cause)}", said[0])
+        cause = f"{here}: {error}: planted"
+        assert f"{error}: planted\n{here}" in said[2]
+    assert re.search(
+        rf"pipeline rank 1 \(rank 1 of the run\) failed in [FB]\(.*\), .* pipeline rank 2: .*; {re.escape(cause)}", said[1]
+    )
+    assert re.search(
+        rf"pipeline rank 0 \(rank 0 of the run\) failed in [FB]\(.*\), .* pipeline rank 1: .*; {re.escape(cause)}", said[0]
+    )
 
 
 @pytest.mark.parametrize("how", ["killed", "hangs"])
@@ -115,3 +123,28 @@ def test_a_peer_that_takes_no_messages_is_named(how: str) -> None:
         where = "to pipeline rank 1: "
     assert where in said[0]
     assert "; pipeline rank 1 (rank 1 of the run) left no word: it was killed, or it hangs" in said[0]
+
+
+def _fail_in_the_second_pipeline() -> str:
+    """Four ranks, two replicas; returns what the last rank says."""
+    grid = Grid.build(ParallelConfig(pipeline_parallel=2), 1)
+    toy = Toy((0, 1), grid=grid)
+
+    def wrap(forward: Forward) -> Forward:
+        def failing(stage: int, microbatch: int, x: Tensor | None) -> Tensor:
+            if grid.world.rank == 3:
+                raise RuntimeError("planted")
+            return forward(stage, microbatch, x)
+
+        return failing
+
+    try:
+        toy.run(forward_only((0, 1), 1), wrap)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_the_rank_of_the_run_is_named_where_it_is_another() -> None:
+    said = run_ranks(4, _fail_in_the_second_pipeline)
+    assert said[3] == "pipeline rank 1 (rank 3 of the run) failed in F(stage 1, micro-batch 0): planted"
