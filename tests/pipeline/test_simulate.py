@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from megatron_llm.pipeline.schedules import NAMES, Action, Schedule, forward_only, make_schedule
 from megatron_llm.pipeline.simulate import Costs, Simulation, simulate
 from megatron_llm.pipeline.timeline import Event, Timeline
+from tests.test_readme import ROOT
 
 TINY = 1e-9
 
@@ -189,6 +190,19 @@ def test_the_two_bubbles_differ_where_ranks_start_and_end_at_different_times() -
     timeline = Timeline((0, 1), events)
     assert timeline.ranks == 2
     assert (timeline.bubble_of_span, timeline.bubble_of_makespan) == (0, 0.25)
+
+
+@pytest.mark.parametrize("costs", ["1 : 1 : 1", "1 : 1.1 : 0.8"])
+def test_uneven_costs_make_the_bubbles_that_the_page_lists(costs: str) -> None:
+    page = (ROOT / "docs/pipeline.md").read_text(encoding="utf-8")
+    table = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith(("| F : B : W |", f"| {costs} |"))]
+    names = [name.strip("`") for name in table[0][1:]]
+    published = {"1 : 1 : 1": [".073", ".000", ".089", ".141"], "1 : 1.1 : 0.8": [".098", ".023", ".129", ".286"]}[costs]
+    assert names == ["zb_h1", "zb_v", "v_half", "v_min"] and table[1][1:] == published
+    for name, bubble in zip(names, published, strict=True):
+        schedule = make_schedule(name, 8, 32)
+        timeline = simulate(schedule, Costs.uniform(len(schedule.placement), *map(float, costs.split(" : ")))).timeline
+        assert timeline.bubble_of_span == pytest.approx(float(bubble), abs=5.1e-4), name
 
 
 def test_ranks_without_work_have_no_bubble() -> None:
