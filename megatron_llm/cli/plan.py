@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file")
     parser.add_argument("--gpus", type=int, metavar="N", help="world size (default: the least that the layout needs)")
-    parser.add_argument("--timeline", metavar="FILE.png", help="draw what every pipeline rank does when")
+    parser.add_argument("--timeline", metavar="FILE.png|pdf|svg", help="draw what every pipeline rank does when")
     parser.add_argument(
         "--tflops", type=_positive, default=400.0, metavar="X", help="TFLOP/s that one GPU achieves (default: %(default)g)"
     )
@@ -40,9 +40,11 @@ def run(args: argparse.Namespace) -> int:
     """
     from megatron_llm.config import ConfigError
     from megatron_llm.planning.compare import Assumptions, alternatives, chosen
-    from megatron_llm.planning.timeline import draw, held_over_time
+    from megatron_llm.planning.timeline import counted, draw, held_over_time, picture_format
     from megatron_llm.training.resolve import layout_problems, load_config
 
+    if args.timeline:
+        picture_format(args.timeline)  # a mistake is told before the simulation
     config = load_config(args.config, args.overrides).config
     parallel, training = config.parallel, config.training
     least = parallel.tensor_parallel * parallel.pipeline_parallel * parallel.context_parallel
@@ -59,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     if parallel.pipeline_parallel > 1:
         print(_comparison(plan, list(alternatives(config, microbatches, assumed))))
     if args.timeline:
-        title = f"{_name(plan)}: {parallel.pipeline_parallel} ranks, {microbatches} micro-batches"
+        title = f"{_name(plan)}: {counted(parallel.pipeline_parallel, 'rank')}, {counted(microbatches, 'micro-batch')}"
         timeline = plan.simulation.timeline
         draw(args.timeline, title, {"simulated": timeline}, held_over_time(timeline, plan.costs))
         print(f"wrote {args.timeline}")
@@ -67,12 +69,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _heading(config: Config, gpus: int, microbatches: int, args: argparse.Namespace) -> str:
+    from megatron_llm.planning.timeline import counted
+
     parallel, training = config.parallel, config.training
     tp, pp = parallel.tensor_parallel, parallel.pipeline_parallel
-    world = "1 GPU" if gpus == 1 else f"{gpus} GPUs"
+    layers, micro = counted(config.model.num_hidden_layers, "layer"), counted(microbatches, "micro-batch")
     return (
-        f"{config.model.num_hidden_layers} layers on {world}: tensor {tp}, pipeline {pp}, data {gpus // (tp * pp)}; "
-        f"{microbatches} micro-batches of {training.micro_batch_size * training.sequence_length:,} tokens a step and replica\n"
+        f"{layers} on {counted(gpus, 'GPU')}: tensor {tp}, pipeline {pp}, data {gpus // (tp * pp)}; "
+        f"{micro} of {training.micro_batch_size * training.sequence_length:,} tokens a step and replica\n"
         f"assumed: {args.tflops:g} TFLOP/s a GPU (matrix products and attention), "
         f"{args.bandwidth:g} GB/s between pipeline neighbours\n"
     )
@@ -85,7 +89,7 @@ def _name(plan: Candidate) -> str:
 def _ranks(config: Config, plan: Candidate) -> str:
     """A line a rank: its layers, its work, its idle time, its memory."""
     from megatron_llm.planning.stages import stage_layers
-    from megatron_llm.planning.timeline import byte_unit, time_unit
+    from megatron_llm.planning.timeline import byte_unit, idle_share, time_unit
 
     timeline, placement = plan.simulation.timeline, plan.schedule.placement
     scale, unit = time_unit(timeline.makespan)
@@ -107,8 +111,8 @@ def _ranks(config: Config, plan: Candidate) -> str:
     for rank, name in enumerate(names):
         busy = timeline.busy(rank)
         lines.append(
-            f"{rank:>4}  {name:{width}}  {busy * scale:>8.4g}  {_over(timeline.span(rank), busy):>14}  "
-            f"{_over(timeline.makespan, busy):>10}  {plan.simulation.peak_bytes[rank] / size:>10.3g}"
+            f"{rank:>4}  {name:{width}}  {busy * scale:>8.4g}  {idle_share(timeline.span(rank), busy):>14}  "
+            f"{idle_share(timeline.makespan, busy):>10}  {plan.simulation.peak_bytes[rank] / size:>10.3g}"
         )
     return "\n".join(lines) + "\n"
 
@@ -121,24 +125,21 @@ def _held(layers: range, first: bool, last: bool) -> str:
     return ", ".join(parts + ["head"] * last) or "none"
 
 
-def _over(total: float, busy: float) -> str:
-    """Idle time as a share of the work."""
-    return f"{max(0.0, total / busy - 1):.1%}" if busy else "no work"
-
-
 def _comparison(plan: Candidate, others: list[Candidate]) -> str:
-    """A line a schedule, the fastest first."""
+    """A line a schedule, the fastest first. Of the step it has the busiest rank's idle time, of its own span the worst rank's."""
     from megatron_llm.planning.timeline import byte_unit, time_unit
 
     rows = sorted([plan, *others], key=lambda row: (row.simulation.timeline.makespan, max(row.simulation.peak_bytes)))
     scale, unit = time_unit(plan.simulation.timeline.makespan)
     size, size_unit = byte_unit(max(plan.simulation.peak_bytes))
     step, peak = f"step, {unit}", f"peak, {size_unit}"
-    lines = [f"{'schedule':14}  {'stages a rank':>13}  {step:>18}  {'bubble':>7}  {'own span':>8}  {peak:>10}"]
+    lines = [f"{'schedule':14}  {'stages a rank':>13}  {step:>18}  {'idle, step':>10}  {'idle, own span':>14}  {peak:>10}"]
     for row in rows:
         timeline = row.simulation.timeline
         lines.append(
-            f"{row.name:14}  {row.chunks:>13}  {timeline.makespan * scale:>18.4g}  {timeline.bubble_of_makespan:>7.1%}  "
-            f"{timeline.bubble_of_span:>8.1%}  {max(row.simulation.peak_bytes) / size:>10.3g}" + "  <- configured" * (row is plan)
+            f"{row.name:14}  {row.chunks:>13}  {timeline.makespan * scale:>18.4g}  {timeline.bubble_of_makespan:>10.1%}  "
+            f"{timeline.bubble_of_span:>14.1%}  {max(row.simulation.peak_bytes) / size:>10.3g}"
+            + "  <- configured"
+            * (row is plan)
         )
     return "\n".join(lines) + "\n"

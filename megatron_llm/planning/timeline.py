@@ -36,6 +36,7 @@ LEFT, RIGHT, ABOVE, BELOW, BETWEEN, MEMORY = 0.95, 1.75, 0.95, 0.62, 0.66, 1.7
 # Parts of a lane's height: from where, how much.
 BAR, STRIP = (0.04, 0.70), (0.78, 0.15)
 NUMBER = 4.5, 9.0  # points: smaller micro-batch numbers are left out
+FORMATS = ("png", "pdf", "svg")
 CURVES = 16  # more ranks than this: memory curves of some of them
 
 
@@ -92,13 +93,15 @@ def held_over_time(timeline: Timeline, costs: Costs) -> list[Held]:
 
 
 def draw(path: str | Path, title: str, timelines: Mapping[str, Timeline], held: Sequence[Held] | None = None) -> None:
-    """Write a PNG with the timelines one above the other on one time scale.
+    """Write a picture, in the format of the suffix, with the timelines one above the other on one time scale.
 
+    Raises ValueError if the path cannot be that of a picture, see `picture_format`.
     title: of the picture; the keys of `timelines` are theirs. held: of every rank, drawn below the last timeline.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    picture = picture_format(path)
     ranks = max(timeline.ranks for timeline in timelines.values())
     longest = max(timeline.makespan for timeline in timelines.values())
     actions = [
@@ -126,7 +129,28 @@ def draw(path: str | Path, title: str, timelines: Mapping[str, Timeline], held: 
         top -= lane * ranks + BETWEEN
     if held is not None:
         _memory(page, page.axes(BELOW, MEMORY), held)
-    figure.savefig(str(path), format="png")
+    figure.savefig(str(path), format=picture)
+
+
+def picture_format(path: str | Path) -> str:
+    """The format that the suffix of a picture's path names. Raises ValueError if it names none, or if the folder is missing."""
+    suffix = Path(path).suffix.lower().lstrip(".")
+    if suffix not in FORMATS:
+        raise ValueError(f"{path}: a picture's name ends in {' or '.join(f'.{known}' for known in FORMATS)}")
+    if not Path(path).parent.is_dir():
+        raise ValueError(f"{path}: No such folder as {Path(path).parent}; make it first")
+    return suffix
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things: 1 rank, 4 ranks, 8 micro-batches."""
+    plural = noun + ("es" if noun.endswith("ch") else "s")
+    return f"{number:,} {noun if number == 1 else plural}"
+
+
+def idle_share(total: float, busy: float) -> str:
+    """Idle time, of `total` seconds of which `busy` are work, in % of the work: what table and picture call idle."""
+    return f"{max(0.0, total / busy - 1):.1%}" if busy else "no work"
 
 
 def byte_unit(largest: float) -> tuple[float, str]:
@@ -144,8 +168,9 @@ def time_unit(seconds: float) -> tuple[float, str]:
 
 def _summary(timeline: Timeline, page: _Page) -> str:
     seconds = timeline.makespan * page.scale
-    bubbles = f"{timeline.bubble_of_makespan:.1%} of the work ({timeline.bubble_of_span:.1%} within a rank's own span)"
-    return f"{seconds:,.4g} {page.unit}, bubble {bubbles}"
+    step, span = f"{timeline.bubble_of_makespan:.1%}", f"{timeline.bubble_of_span:.1%}"
+    bubbles = f"{step} in the step (busiest rank), {span} from its first action to its last (worst rank)"
+    return f"{seconds:,.4g} {page.unit}, idle time in % of a rank's work: {bubbles}"
 
 
 def _legend(page: _Page, kinds: Sequence[str]) -> None:
@@ -231,8 +256,8 @@ def _numbers(page: _Page, axes: Axes, events: Sequence[Event], start: float, sha
 
 
 def _rank_figures(page: _Page, axes: Axes, timeline: Timeline, held: Sequence[Held] | None) -> None:
-    """Beside every lane: the share of the step that the rank idles, and the most that it holds."""
-    columns = [("idle", [f"{1 - timeline.busy(rank) / timeline.makespan:.1%}" for rank in range(timeline.ranks)])]
+    """Beside every lane: how long the rank idles in the step, in % of its work, and the most that it holds."""
+    columns = [("idle, step", [idle_share(timeline.makespan, timeline.busy(rank)) for rank in range(timeline.ranks)])]
     if held is not None:
         divisor, unit = byte_unit(max(of_rank.peak for of_rank in held))
         columns.append((f"peak, {unit}", [f"{of_rank.peak / divisor:.3g}" for of_rank in held]))

@@ -21,7 +21,7 @@ from megatron_llm.parallel.grid import Grid
 from megatron_llm.pipeline.schedules import Schedule
 from megatron_llm.pipeline.simulate import Costs, simulate
 from megatron_llm.pipeline.timeline import Event, Timeline
-from megatron_llm.planning.timeline import draw
+from megatron_llm.planning.timeline import counted, draw
 
 
 def write_trace(run_dir: str | Path, step: int, events: Sequence[Event], schedule: Schedule, grid: Grid) -> None:
@@ -46,7 +46,7 @@ def write_trace(run_dir: str | Path, step: int, events: Sequence[Event], schedul
     path.write_text(json.dumps(chrome_trace(measured)), encoding="utf-8")
     draw(
         path.with_suffix(".png"),
-        f"step {step:,}: {schedule.microbatches} micro-batches, {measured.ranks} ranks",
+        f"step {step:,}: {counted(schedule.microbatches, 'micro-batch')}, {counted(measured.ranks, 'rank')}",
         {"measured": measured, "simulated with the measured medians": simulated},
     )
 

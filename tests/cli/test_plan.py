@@ -108,8 +108,52 @@ def test_timeline_is_a_picture(config_file: str, tmp_path: Path, capsys: pytest.
     assert cli.main(["plan", config_file, "--timeline", str(tmp_path / "out.png")]) == 0
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
     assert f"wrote {tmp_path / 'out.png'}" in capsys.readouterr().out
-    assert cli.main(["plan", config_file, "--timeline", str(tmp_path / "no" / "folder.png")]) == 1
-    assert "No such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("suffix", "begins"), [("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml"), ("PNG", b"\x89PNG")])
+def test_the_suffix_says_the_format_of_the_picture(config_file: str, tmp_path: Path, suffix: str, begins: bytes) -> None:
+    assert cli.main(["plan", config_file, "--timeline", str(tmp_path / f"out.{suffix}")]) == 0
+    assert (tmp_path / f"out.{suffix}").read_bytes().startswith(begins)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("out.jpg", "out.jpg: a picture's name ends in .png or .pdf or .svg"),
+        ("out", "a picture's name ends in"),
+        ("no/folder.png", "no; make it first"),
+    ],
+)
+def test_a_picture_that_cannot_be_written_is_refused_before_the_simulation(
+    config_file: str, tmp_path: Path, name: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["plan", config_file, "--timeline", str(tmp_path / name)]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and expected in captured.err and list(tmp_path.iterdir()) == [Path(config_file)]
+
+
+def test_idle_time_is_the_same_in_table_and_picture(config_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And so is that of the whole schedule, of which each figure says what it is. Text of an SVG is in its comments."""
+    path = tmp_path / "out.svg"
+    assert cli.main(["plan", config_file, "parallel.pipeline_schedule=zb_v", "--timeline", str(path)]) == 0
+    out = capsys.readouterr().out
+    shown = [text.strip() for text in re.findall(r"<!-- (.*?) -->", path.read_text(encoding="utf-8"))]
+    idle = [re.findall(r"[\d.]+%", line) for line in out.splitlines() if re.match(r" +\d  ", line)]
+    first = shown.index("idle, step") + 1
+    assert shown[first : first + 4] == [in_step for _, in_step in idle] and len(idle) == 4
+    _, _, in_step, in_span, *_ = _rows(out)["zb_v"]
+    summary = (
+        f"idle time in % of a rank's work: {in_step} in the step (busiest rank), {in_span} from its first action to its last"
+    )
+    assert any(summary in text for text in shown)
+
+
+def test_one_of_a_thing(config_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "out.svg"
+    overrides = ["parallel.pipeline_parallel=1", "training.global_batch_size=1"]
+    assert cli.main(["plan", config_file, *overrides, "--timeline", str(path)]) == 0
+    assert "8 layers on 1 GPU: tensor 1, pipeline 1, data 1; 1 micro-batch of 4 tokens" in capsys.readouterr().out
+    assert "1f1b: 1 rank, 1 micro-batch -->" in path.read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
