@@ -20,7 +20,6 @@ from torch import Tensor
 
 from megatron_llm.parallel.grid import Axis, Grid
 from megatron_llm.pipeline.actions import Action, Schedule
-from megatron_llm.pipeline.failure import PeerLostError
 
 _RECEIVES_AHEAD = 2  # of every channel, beyond the message that is needed: one travels while another is being used
 
@@ -36,6 +35,10 @@ def most_under_way(schedule: Schedule) -> int | None:
     return None if training else max(2, 2 * len(schedule.placement))
 
 
+class PeerLostError(RuntimeError):
+    """A message could not be exchanged: the rank at the other end is gone, or later than the time limit."""
+
+
 def axis_of_channel(grid: Grid, sender: int, receiver: int) -> Axis:
     """The axis whose group carries the messages from one pipeline rank to another."""
     return grid.pp_forward if sender < receiver else grid.pp_backward
@@ -47,7 +50,7 @@ def _lost(peer: int, doing: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, TimeoutError) as error:
-        raise PeerLostError(peer, f"{doing} pipeline rank {peer}: {str(error) or type(error).__name__}") from error
+        raise PeerLostError(f"{doing} pipeline rank {peer}: {str(error) or type(error).__name__}") from error
 
 
 class Inbox:

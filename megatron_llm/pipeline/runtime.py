@@ -22,8 +22,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.parallel.weight_grad import WeightGradients
 from megatron_llm.pipeline.actions import Action, Schedule
-from megatron_llm.pipeline.failure import PeerLostError, cause_of_loss, leave_cause
-from megatron_llm.pipeline.messages import Inbox, Outbox, axis_of_channel, most_under_way
+from megatron_llm.pipeline.messages import Inbox, Outbox, PeerLostError, axis_of_channel, most_under_way
 from megatron_llm.pipeline.recorder import EventKind, Recorder
 from megatron_llm.pipeline.timeline import Event
 
@@ -87,7 +86,7 @@ class PipelineRuntime:
         to backpropagate (a scalar). trace: gets an event for every action of this rank and every wait for a message;
         collective over the grid, so given on all ranks or on none.
 
-        Raises RuntimeError naming rank and action if this rank fails or loses a peer, and then also which rank failed first;
+        Raises RuntimeError naming rank and action if this rank fails, PeerLostError naming the peer too if it loses one;
         other errors of `forward`, also of subclasses such as torch.OutOfMemoryError, keep their type and get a note that
         names rank and action.
         """
@@ -148,14 +147,10 @@ class _Execution:
         try:
             yield
         except PeerLostError as error:
-            cause = cause_of_loss(self.grid, error.peer)
-            leave_cause(self.grid, cause)  # who loses this rank need not search again
-            raise RuntimeError(f"{here}, {error}; {cause}") from error
+            raise PeerLostError(f"{here}, {error}") from error
         except Exception as error:
             if type(error) is RuntimeError:
-                leave_cause(self.grid, f"{here}: {error}")
                 raise RuntimeError(f"{here}: {error}") from error
-            leave_cause(self.grid, f"{here}: {type(error).__name__}: {error}")
             error.add_note(here)
             raise
 

@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
+from megatron_llm.training.roll_call import roll_call
+
 
 def launched_world_size() -> int:
     """How many ranks the launcher started; 1 without a launcher."""
@@ -45,7 +47,8 @@ def process_group(device: torch.device, timeout_seconds: float) -> Iterator[None
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
     try:
-        yield
+        with roll_call(timeout_seconds):
+            yield
     except ValueError as error:
         error.add_note(f"on rank {launched_rank()}")  # not every rank may have failed: this one must be heard
         raise

@@ -49,7 +49,8 @@ class RunFolder:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if error is not None and self.path.is_dir() and not self._failed():
-            self.report("failed", reason=f"rank {self.rank}: {type(error).__name__}: {error}")
+            reason = [f"rank {self.rank}: {type(error).__name__}: {error}", *getattr(error, "__notes__", [])]
+            self.report("failed", reason="; ".join(reason))
         if self._lock is not None:
             self._lock.close()
 

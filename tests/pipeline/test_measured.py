@@ -8,7 +8,7 @@ from pipeline_schedules import Case, Measured, measure, summary
 from megatron_llm.pipeline.schedules import NAMES
 from tests.ranks import run_ranks
 
-ATTEMPTS = 4  # other programs may slow one, but make none faster
+ATTEMPTS = 8  # other programs may slow one, but make none faster
 
 
 @pytest.mark.slow
