@@ -9,17 +9,20 @@ of sending, and what arrives before it is needed is kept.
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import accumulate
 
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_llm.parallel.grid import Axis, Grid
 from megatron_llm.pipeline.actions import Action, Schedule
+from megatron_llm.pipeline.check import dependencies, walk
 
 _RECEIVES_AHEAD = 2  # of every channel, beyond the message that is needed: one travels while another is being used
 
@@ -27,12 +30,25 @@ _RECEIVES_AHEAD = 2  # of every channel, beyond the message that is needed: one 
 def most_under_way(schedule: Schedule) -> int | None:
     """How many messages of a channel may be under way before its sender waits; None if a step holds as many anyway.
 
-    Without backwards nothing else keeps a rank from running ahead of a slower one, by a whole evaluation. The lists of
-    `forward_only` are made by a common clock. Whoever keeps to that clock never has more than two messages of a channel under
-    way in a loop or a V; and if one order of events needs no more, none deadlocks. The rest is slack for ranks that are late.
+    Without backwards nothing else keeps a rank from running ahead of a slower one, by a whole evaluation. The limit is what is
+    under way at most if all actions take the same time: if one order of events needs no more, none deadlocks (a bounded Kahn
+    network). In a loop or a V that is two messages; the rest is slack for ranks that are late.
     """
-    training = any(action.kind == "B" for actions in schedule.actions for action in actions)
-    return None if training else max(2, 2 * len(schedule.placement))
+    if any(action.kind == "B" for actions in schedule.actions for action in actions):
+        return None
+    starts: dict[Action, int] = {}
+    free = [0] * len(schedule.actions)
+    for rank, action in walk(schedule):
+        needed = dependencies(action, len(schedule.placement))
+        starts[action] = max([free[rank], *(starts[other] + 1 for other in needed)])
+        free[rank] = starts[action] + 1
+    most = 2 * len(schedule.placement)
+    for messages in schedule.channels.values():
+        taken = list(accumulate(reversed([starts[action] for action in messages]), min))[::-1]  # it, or a later one, is needed
+        for place, action in enumerate(messages):
+            sent = starts[action._replace(stage=action.stage - 1)] + 1
+            most = max(most, place + 1 - bisect_left(taken, sent))
+    return most
 
 
 class PeerLostError(RuntimeError):

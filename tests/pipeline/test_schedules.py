@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_llm.pipeline.check import check
@@ -318,6 +318,7 @@ def test_an_evaluation_ends_with_bounded_channels(ranks: int) -> None:
 
 @fast
 @given(owners=st.lists(st.integers(0, 7), min_size=1, max_size=16), microbatches=st.integers(1, 60))
+@example(owners=[1, 0, 0, 0, 1], microbatches=40)
 def test_an_evaluation_ends_with_bounded_channels_on_any_placement(owners: list[int], microbatches: int) -> None:
     ranks = sorted(set(owners))
     schedule = forward_only(tuple(map(ranks.index, owners)), microbatches)
