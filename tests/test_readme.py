@@ -67,7 +67,8 @@ def prepare(folder: Path) -> None:
 def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
     prepare(tmp_path)
     run_commands("README.md", tmp_path, at_least=10)  # the runs share a folder: each continues the one before in another layout
-    assert json.loads((tmp_path / "runs/demo/status.json").read_text()) == {"outcome": "done", "step": 12}
+    status = json.loads((tmp_path / "runs/demo/status.json").read_text())
+    assert status == {"outcome": "done", "step": 12, "schedule_changes": ["training.steps: 8 -> 12"]}
     assert (tmp_path / "hf/demo/tokenizer.json").is_file()
 
 
