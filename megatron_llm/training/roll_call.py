@@ -10,7 +10,6 @@ With NCCL a lost message does not surface in Python: torch's watchdog thread end
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +22,8 @@ from megatron_llm.pipeline.messages import PeerLostError
 
 _BEAT_SECONDS = 1.0
 _SILENCE_SECONDS = 4.0  # without a beat
+_LOOK_SECONDS = 0.2
+_JUDGES = 4  # look at all ranks, the others wait for what they say: a store answers thousands of questions a second, not millions
 _STORE_SECONDS = 10.0  # that the store may take beyond all waiting, as it hangs or dies with the rank that holds it
 
 
@@ -37,7 +38,8 @@ def roll_call(timeout_seconds: float) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        error.add_note(call.verdict(error))
+        if verdict := call.verdict(error):
+            error.add_note(verdict)
         raise
     finally:
         call.end()
@@ -57,81 +59,90 @@ class RollCall:
         self._ended.set()
 
     def verdict(self, error: Exception) -> str:
-        """Who failed first, as far as can be known in bounded time, when this rank fails with `error`. Leaves word for others."""
+        """Who failed first, as far as can be known in bounded time, when this rank ends with `error`; "" if that says it itself.
+
+        Leaves word for the others.
+        """
         said: list[str] = []
 
         def ask() -> None:
             try:
-                self._leave_word(error)
-                said.append(self._judge())
-                self._store.set(f"roll call, gone {self._rank}", "")
+                said.append(self._leave_word_and_ask(error))
+                self._store.set(self._key("gone", self._rank), "")
                 if self._rank == 0:  # it may hold the store, which the others still need
                     self._wait_until(self._all_gone, _SILENCE_SECONDS + 2 * _BEAT_SECONDS)
             except RuntimeError:
-                said.append("")
+                pass  # the store has gone
 
         thread = threading.Thread(target=ask, daemon=True)  # a store that hangs cannot be waited for with a limit
         thread.start()
         thread.join(self._patience + 2 * _SILENCE_SECONDS + _STORE_SECONDS)
-        return (said and said[0]) or "nothing more is known: the store of the run is gone, which its rank 0 or its launcher holds"
+        if said or not is_loss(error):
+            return said[0] if said else ""
+        return "nothing more is known: the store of the run is gone, which its rank 0 or its launcher holds"
 
     def _beat(self, store: dist.Store) -> None:
         number = 0
         while not self._ended.is_set():
             try:
-                store.set(f"roll call, beat {self._rank}", str(number))
+                store.set(self._key("beat", self._rank), str(number))
             except RuntimeError:
                 return  # the store has gone
             number += 1
             self._ended.wait(_BEAT_SECONDS)
 
-    def _leave_word(self, error: Exception) -> None:
-        text = "; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
-        word = {"by itself": not is_loss(error), "text": text, "time": time.time()}
-        self._store.set(f"roll call, word {self._rank}", json.dumps(word))
+    def _leave_word_and_ask(self, error: Exception) -> str:
+        self._store.set(self._key("word", self._rank), "")
+        if not is_loss(error):
+            text = "; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
+            number = self._store.add("roll call, failures", 1)
+            self._store.set(self._key("failure", number), f"rank {self._rank} failed first: {text}")
+            return ""
+        if self._store.add("roll call, judges", 1) <= _JUDGES:
+            self._store.set("roll call, verdict", self._judge())
+        limit = self._patience + 2 * _SILENCE_SECONDS
+        return self._wait_until(lambda: self._read("roll call, verdict"), limit) or "no rank could say who failed first"
 
     def _judge(self) -> str:
         """Wait until it is clear who failed."""
-        heard = {rank: (self._read("beat", rank), time.monotonic()) for rank in range(self._world)}
-
-        def silent(seconds: float) -> list[int]:
-            """Ranks without a word whose beat has stood still for so long."""
-            for rank in range(self._world):
-                if (beat := self._read("beat", rank)) != heard[rank][0]:
-                    heard[rank] = beat, time.monotonic()
-            now = time.monotonic()
-            return [rank for rank, (_, since) in heard.items() if now - since > seconds and self._read("word", rank) is None]
+        heard: dict[int, tuple[str | None, float]] = {}
 
         def found() -> str:
-            words = {rank: json.loads(word) for rank in range(self._world) if (word := self._read("word", rank))}
-            own = {rank: word for rank, word in words.items() if word["by itself"]}
-            if own:
-                first = min(own, key=lambda rank: own[rank]["time"])
-                return "this rank failed first" if first == self._rank else f"rank {first} failed first: {own[first]['text']}"
-            if gone := silent(_SILENCE_SECONDS):
-                return f"{_ranks(gone)} gave no sign of life for {_SILENCE_SECONDS:g} s: killed, or stopped"
-            return ""
+            if failure := self._read(self._key("failure", 1)):
+                return failure
+            now = time.monotonic()
+            for rank in range(self._world):
+                beat = self._read(self._key("beat", rank))
+                if rank not in heard or heard[rank][0] != beat:
+                    heard[rank] = beat, now
+            silent = [rank for rank in self._without_word() if now - heard[rank][1] > _SILENCE_SECONDS]
+            return f"{_ranks(silent)} gave no sign of life for {_SILENCE_SECONDS:g} s: killed, or stopped" if silent else ""
 
-        verdict = self._wait_until(found, self._patience + _SILENCE_SECONDS)
-        if verdict:
-            return verdict
-        waited_for = [rank for rank in range(self._world) if self._read("word", rank) is None]
-        return f"only {_ranks(waited_for)} left no word: alive, and not going on" if waited_for else "no rank failed by itself"
+        if verdict := self._wait_until(found, self._patience + _SILENCE_SECONDS):
+            return str(verdict)
+        left = self._without_word()
+        return f"only {_ranks(left)} left no word: alive, and not going on" if left else "no rank failed by itself"
+
+    def _without_word(self) -> list[int]:
+        return [rank for rank in range(self._world) if not self._store.check([self._key("word", rank)])]
 
     def _all_gone(self) -> bool:
         """Whether every rank has had its verdict."""
-        return all(self._read("gone", rank) is not None for rank in range(self._world))
+        return all(self._store.check([self._key("gone", rank)]) for rank in range(self._world))
 
-    def _read(self, what: str, rank: int) -> str | None:
-        key = f"roll call, {what} {rank}"
+    def _read(self, key: str) -> str | None:
         return self._store.get(key).decode() if self._store.check([key]) else None
+
+    @staticmethod
+    def _key(what: str, number: int) -> str:
+        return f"roll call, {what} {number}"
 
     @staticmethod
     def _wait_until(condition: Callable[[], Any], seconds: float) -> Any:
         """The condition's value as soon as it is true, or when the time is over."""
         deadline = time.monotonic() + seconds
         while not (value := condition()) and time.monotonic() < deadline:
-            time.sleep(0.1)
+            time.sleep(_LOOK_SECONDS)
         return value
 
 

@@ -1,4 +1,4 @@
-"""Real processes without a launcher, so that rank 0 holds the store of the run: whoever is lost is named by all that are left."""
+"""Whoever is lost is named by all that are left; also in real processes without a launcher, where rank 0 holds the store."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 import yaml
 
+from megatron_llm.pipeline.messages import PeerLostError
+from megatron_llm.training.roll_call import RollCall
 from tests.runs import config_of
 
 SECONDS = 60  # in which all must have ended; the time limit of collectives is 5
@@ -73,3 +78,35 @@ def test_who_is_lost_is_named_by_all_others(tmp_path: Path, lost: int, how: sign
         expected = "nothing more is known: the store of the run is gone, which its rank 0 or its launcher holds"
     for rank, text in said.items():
         assert expected in text, f"rank {rank}:\n{text[-3000:]}"
+
+
+def _verdicts(world: int, errors: dict[int, Exception], silent: Sequence[int] = (), timeout_seconds: float = 5) -> dict[int, str]:
+    """What each failing rank is told; the ranks share a store and a process."""
+    store = dist.HashStore()
+    calls = [RollCall(store.clone(), rank, world, timeout_seconds) for rank in range(world)]
+    for rank in silent:
+        calls[rank].end()
+    with ThreadPoolExecutor(world) as pool:
+        asked = {rank: pool.submit(calls[rank].verdict, error) for rank, error in errors.items()}
+        said = {rank: future.result() for rank, future in asked.items()}
+    for call in calls:
+        call.end()
+    return said
+
+
+def test_more_ranks_than_judges_are_told_of_the_silent_one() -> None:
+    lost = {rank: PeerLostError("receiving from somebody") for rank in (0, 1, 3, 4, 5, 6, 7)}
+    said = _verdicts(8, lost, silent=[2])
+    assert set(said.values()) == {"rank 2 of the run gave no sign of life for 4 s: killed, or stopped"} and len(said) == 7
+
+
+def test_who_failed_by_itself_is_named_with_its_reason() -> None:
+    lost: dict[int, Exception] = {rank: RuntimeError("gloo: connection closed by peer") for rank in range(5)}
+    said = _verdicts(6, {**lost, 5: KeyError("planted")})
+    assert said.pop(5) == "", "its own error says it"
+    assert set(said.values()) == {"rank 5 failed first: KeyError: 'planted'"}
+
+
+def test_a_rank_that_lives_and_does_not_go_on_is_named() -> None:
+    said = _verdicts(3, {rank: PeerLostError("timed out") for rank in (0, 2)}, timeout_seconds=1)
+    assert set(said.values()) == {"only rank 1 of the run left no word: alive, and not going on"}
