@@ -5,6 +5,7 @@ settings from the `Config` object that is passed to it; nothing reads environmen
 """
 
 from megatron_llm.config.load import ConfigError, parse_config, read_raw_config, sentences
+from megatron_llm.config.optimization import LrScheduleConfig, OptimizerConfig, ParameterRuleConfig, PrecisionConfig
 from megatron_llm.config.schema import (
     BatchSizeRampupConfig,
     CheckpointConfig,
@@ -12,11 +13,9 @@ from megatron_llm.config.schema import (
     DataConfig,
     KernelsConfig,
     LoggingConfig,
-    LrScheduleConfig,
+    LossSpikeConfig,
     ModelConfig,
-    OptimizerConfig,
     ParallelConfig,
-    PrecisionConfig,
     RopeScalingConfig,
     SourceConfig,
     TrainingConfig,
@@ -30,10 +29,12 @@ __all__ = [
     "DataConfig",
     "KernelsConfig",
     "LoggingConfig",
+    "LossSpikeConfig",
     "LrScheduleConfig",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "ParameterRuleConfig",
     "PrecisionConfig",
     "RopeScalingConfig",
     "SourceConfig",

@@ -43,6 +43,16 @@ class _Loader(yaml.SafeLoader):
                 seen.add((key_node.tag, key_node.value))
         return node
 
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Expands merge keys. Of equal keys the later one counts; PyYAML 6.0.4 leaves both, and merges the earlier one on."""
+        super().flatten_mapping(node)
+        last = {(key.tag, key.value): number for number, (key, _) in enumerate(node.value) if isinstance(key, yaml.ScalarNode)}
+        node.value = [
+            (key, value)
+            for number, (key, value) in enumerate(node.value)
+            if not isinstance(key, yaml.ScalarNode) or last[key.tag, key.value] == number
+        ]
+
 
 _Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 _Loader.add_implicit_resolver(

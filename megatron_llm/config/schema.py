@@ -7,17 +7,12 @@ Checks that involve two sections, the world size, files or an HF folder live in 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import Field, model_validator
 
-PositiveInt = Field(gt=0)
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys and numbers that are not finite are refused, instances are read-only."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+from megatron_llm.config.optimization import LrScheduleConfig, OptimizerConfig, PrecisionConfig
+from megatron_llm.config.section import PositiveInt, Section
 
 
 class RopeScalingConfig(Section):
@@ -79,16 +74,31 @@ class ParallelConfig(Section):
     sequence_parallel: bool = Field(
         default=True, description="shard activations between TP regions along tokens; no effect at tensor_parallel 1"
     )
-    pipeline_schedule: Literal["gpipe", "1f1b", "interleaved", "breadth_first", "zb_h1", "zb_h2", "zb_v", "v_half", "v_min"] = (
-        "1f1b"
-    )
+    pipeline_schedule: Literal[
+        "gpipe", "1f1b", "interleaved", "breadth_first", "zb_h1", "zb_h2", "zb_v", "v_half", "v_min", "auto"
+    ] = Field(default="1f1b", description="auto: the one with the shortest simulated step that fits into device_memory_gib")
     virtual_stages: int = Field(
         default=1,
         gt=0,
         description="pieces of the model on a pipeline rank: any number for interleaved and breadth_first, two for zb_v, v_half "
         "and v_min whether set or not, one for the others",
     )
-    bucket_size: int = Field(default=40_000_000, gt=0, description="elements of a gradient bucket, the unit of communication")
+    zero_stage: Literal[0, 1] = Field(
+        default=1,
+        description="1: a data-parallel rank keeps its share of masters and moments; 0: every rank keeps all of them",
+    )
+    bucket_size: int | None = Field(
+        default=None,
+        gt=0,
+        description="elements of a gradient bucket, the unit of communication; if unset an eighth of a rank's parameters, but at "
+        "least a million for each data-parallel rank, and at most 40 million or that",
+    )
+    overlap: bool = Field(
+        default=True, description="exchange gradients during the backward and new weights during the next forward"
+    )
+    device_memory_gib: float | None = Field(
+        default=None, gt=0, description="what pipeline_schedule: auto may use of a device; all that a GPU has if unset"
+    )
     timeout_seconds: float = Field(default=600.0, gt=0, le=1e7, description="a collective that waits longer ends the run")
 
     @property
@@ -173,6 +183,14 @@ class BatchSizeRampupConfig(Section):
     rows: int = Field(gt=0, description="rows after which the batch is whole; every size lasts for an equal part of them")
 
 
+class LossSpikeConfig(Section):
+    """Going back to the last checkpoint, past the rows since then, when the loss leaps (as PaLM did: arXiv 2204.02311, 5.1)."""
+
+    threshold: float = Field(default=6.0, gt=0, description="standard deviations above the mean of the last steps' losses")
+    window: int = Field(default=64, gt=1, le=1024, description="steps that mean and deviation are taken over")
+    max_rollbacks: int = Field(default=3, gt=0, description="one more ends the run")
+
+
 class TrainingConfig(Section):
     """How long, on what batch. A row is `sequence_length` tokens; batch sizes count rows."""
 
@@ -185,6 +203,24 @@ class TrainingConfig(Section):
     eval_every: int = Field(default=0, ge=0, description="steps between evaluations; 0: only after the last step")
     eval_rows: int = Field(default=64, gt=0, description="rows of each validation set")
     document_isolation: bool = Field(default=True, description="attention and positions restart at every document")
+    recompute: Literal["none", "selective", "full"] = Field(
+        default="none",
+        description="what backward computes again instead of keeping it. full: whole layers, from their inputs; "
+        "selective: recompute_modules. The numbers stay the same to the bit",
+    )
+    recompute_every: int = Field(default=1, gt=0, description="recompute in the layers whose index this divides")
+    recompute_modules: list[Literal["attention", "norms", "activation"]] = Field(
+        default=["attention", "norms", "activation"],
+        description="of recompute: selective. attention: rotation, scores and their product with the values; norms: what "
+        "normalized inputs of the projections are; activation: the product of gate and up",
+    )
+    max_skipped_steps: int = Field(
+        default=50, ge=0, description="steps in a row without a finite loss or gradient that end the run; 0: never"
+    )
+    loss_spike: LossSpikeConfig | None = None
+    check_replicas_every: int = Field(
+        default=0, ge=0, description="steps between checks that all copies of weights are equal to the bit; 0: never"
+    )
 
     @model_validator(mode="after")
     def _rampup_reaches_the_batch(self) -> TrainingConfig:
@@ -232,114 +268,6 @@ class TrainingConfig(Section):
             count = -(-(grows_at - rows) // size)
             yield count, size
             rows += count * size
-
-
-_POSITIVE_NUMBER = TypeAdapter(Annotated[float, Field(gt=0, allow_inf_nan=False)])
-
-
-class OptimizerConfig(Section):
-    """AdamW with decoupled weight decay, not applied to norms and biases."""
-
-    name: Literal["adamw"] = "adamw"
-    lr: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
-        description="peak of lr_schedule. auto, for packed fine-tuning: 0.0003 * sqrt(tokens with loss in a global batch / 4e6), "
-        "an upper bound, measured over the first rows of data.train"
-    )
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.1, ge=0)
-    grad_clip: float = Field(default=1.0, ge=0, description="largest global gradient norm; 0: no clipping")
-
-    @field_validator("lr", mode="before")
-    @classmethod
-    def _number_or_auto(cls, lr: Any) -> Any:
-        """One error for what is neither, and not one for each of the two."""
-        if lr == "auto":
-            return lr
-        try:
-            return _POSITIVE_NUMBER.validate_python(lr)
-        except ValidationError as error:
-            raise ValueError(f"{error.errors()[0]['msg']}, or auto") from None
-
-    @model_validator(mode="after")
-    def _betas_in_range(self) -> OptimizerConfig:
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas {self.betas} must lie in [0, 1)")
-        return self
-
-
-class LrScheduleConfig(Section):
-    """Linear warm-up to `optimizer.lr`, then a rule. Counted in steps that changed the weights, or all of it in tokens read."""
-
-    kind: Literal["constant", "linear", "cosine", "inverse_sqrt", "wsd"] = Field(
-        default="cosine", description="wsd: warm-up, stable, and a decay that ends with the run"
-    )
-    warmup_steps: int = Field(default=0, ge=0)
-    warmup_tokens: int | None = Field(default=None, gt=0)
-    decay_steps: int | None = Field(
-        default=None,
-        gt=0,
-        description="linear, cosine: step at which the least rate is reached, the run's last if unset; "
-        "wsd: length of the decay. Counted from a restart, if there was one",
-    )
-    decay_tokens: int | None = Field(default=None, gt=0, description="the same in tokens")
-    decay_shape: Literal["linear", "cosine", "1-sqrt"] | None = Field(default=None, description="wsd only; 1-sqrt if unset")
-    min_lr: float = Field(default=0.0, ge=0, description="least rate after the warm-up")
-    min_lr_ratio: float | None = Field(default=None, ge=0, le=1, description="the same as a part of optimizer.lr")
-    restart_steps: list[Annotated[int, PositiveInt]] | None = Field(
-        default=None,
-        description="continued pretraining: after these steps the schedule begins anew, with a warm-up from the rate it had; "
-        "the one before ends there",
-    )
-    restart_tokens: list[Annotated[int, PositiveInt]] | None = Field(default=None, description="the same in tokens")
-
-    @model_validator(mode="after")
-    def _one_meaning(self) -> LrScheduleConfig:
-        steps, tokens = (
-            [f"{name}_{unit}" for name in ("warmup", "decay", "restart") if getattr(self, f"{name}_{unit}")]
-            for unit in ("steps", "tokens")
-        )
-        if steps and tokens:
-            raise ValueError(f"{steps[0]} counts steps and {tokens[0]} counts tokens; give all lengths in one of the two")
-        if self.min_lr and self.min_lr_ratio is not None:
-            raise ValueError(
-                f"min_lr {self.min_lr} and min_lr_ratio {self.min_lr_ratio} both say where the rate ends; remove one of them"
-            )
-        if self.kind == "inverse_sqrt" and not self.warmup:
-            raise ValueError("kind inverse_sqrt falls on the scale of its warm-up; give warmup_steps or warmup_tokens")
-        if self.kind == "wsd" and not self.decay:
-            raise ValueError("kind wsd needs the length of its decay; give decay_steps or decay_tokens")
-        if any(later <= earlier for earlier, later in zip(self.restarts, self.restarts[1:], strict=False)):
-            raise ValueError(f"restarts {self.restarts} must ascend")
-        return self
-
-    @property
-    def unit(self) -> Literal["steps", "tokens"]:
-        """What the schedule counts."""
-        return "tokens" if self.warmup_tokens or self.decay_tokens or self.restart_tokens else "steps"
-
-    @property
-    def warmup(self) -> int:
-        """Length of a warm-up in `unit`."""
-        return self.warmup_tokens or self.warmup_steps
-
-    @property
-    def decay(self) -> int | None:
-        """Length or end of the decay in `unit`, as it was given."""
-        return self.decay_tokens or self.decay_steps
-
-    @property
-    def restarts(self) -> list[int]:
-        """Positions in `unit`, ascending."""
-        return self.restart_tokens or self.restart_steps or []
-
-
-class PrecisionConfig(Section):
-    """dtype of weights and activations. Gradients, masters, moments and statistics use at least float32."""
-
-    compute: Literal["auto", "float64", "float32", "bfloat16"] = Field(
-        default="auto", description="auto: bfloat16 on GPU, float32 on CPU"
-    )
 
 
 class CheckpointConfig(Section):

@@ -97,6 +97,15 @@ class Bucket:
                         yield part, a - self.lo, b - self.lo
 
 
+def default_bucket_size(elements: int, ranks: int) -> int:
+    """Elements of a bucket, for that many parameters of a rank and data-parallel ranks.
+
+    Eight buckets leave seven eighths of the communication something to hide behind. But a message below about a million
+    elements a rank does not fill a network, and one above 40 million only comes later (Megatron-LM's rule, its upper end).
+    """
+    return max(1_000_000 * ranks, min(40_000_000, -(-elements // 8)))
+
+
 def make_buckets(parameters: list[nn.Parameter], axis: Axis, bucket_size: int) -> list[Bucket]:
     """Buckets of at least `bucket_size` elements (the last may be smaller), in reverse order of the parameters.
 

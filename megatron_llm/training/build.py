@@ -13,6 +13,7 @@ from torch import nn
 from megatron_llm.config import Config, ModelConfig
 from megatron_llm.models.decoder import DecoderStage
 from megatron_llm.models.split import layer_costs, split_layers
+from megatron_llm.optim.buffers import default_bucket_size
 from megatron_llm.optim.zero1 import ZeroOptimizer
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.parallel.shard import TensorSource, pieces
@@ -22,7 +23,7 @@ from megatron_llm.pipeline.runtime import PipelineRuntime
 from megatron_llm.pipeline.schedules import Schedule, make_schedule
 from megatron_llm.training.sources import FreshWeights
 
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,9 @@ def build_engine(config: Config, grid: Grid, device: torch.device, weights: Tens
         check(schedule)
     placement = schedules[training.global_batch_size].placement
     stages = build_stages(config, grid, placement, device)
-    optimizer = ZeroOptimizer(parameters(stages), grid, config.optimizer, parallel.bucket_size)
+    weights_here = parameters(stages)
+    size = parallel.bucket_size or default_bucket_size(sum(p.numel() for p in weights_here), grid.dp_cp.size)
+    optimizer = ZeroOptimizer(weights_here, grid, config.optimizer, size)
     optimizer.load("weights", weights or FreshWeights(training.seed, config.model.initializer_range))
     shards = grid.tp.size if parallel.sequence_parallel else 1
     shape = (training.micro_batch_size * training.sequence_length // shards, config.model.hidden_size)
