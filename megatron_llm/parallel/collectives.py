@@ -71,6 +71,17 @@ def start_reduce_scatter(x: Tensor, axis: Axis, out: Tensor | None = None) -> Ha
     return Handle(out, _reduce_scatter(out, x, group=axis.group, async_op=True), x)
 
 
+def start_all_to_all(x: Tensor, axis: Axis, out: Tensor | None = None) -> Handle:
+    """Begin to send part r of [size * n, ...] to rank r. The result has the parts that were sent here, in the order of ranks."""
+    if axis.size == 1:
+        return Handle(x if out is None else out.copy_(x))
+    x = x.contiguous()
+    if out is None:
+        out = torch.empty_like(x)
+    axis.traffic.add("all_to_all", x)
+    return Handle(out, dist.all_to_all_single(out, x, group=axis.group, async_op=True), x)
+
+
 def all_reduce(x: Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM) -> Tensor:
     """Combine `x` in place over the axis and return it."""
     return start_all_reduce(x, axis, op).wait()

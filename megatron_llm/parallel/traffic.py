@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch import Tensor
 
-Exchange = Literal["all_reduce", "all_gather", "reduce_scatter", "message"]
+Exchange = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "message"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Traffic:
     Attributes:
         ranks: size of the axis.
         payload: bytes of the whole tensors by kind: of what is reduced, of what is gathered from all ranks or scattered to
-            them, of a message at its sender.
+            them, of what a rank has for all, of a message at its sender.
     """
 
     ranks: int
@@ -40,9 +40,10 @@ class Traffic:
     def sent(self) -> float:
         """Bytes that the rank sends where collectives go round a ring, on average the least that ranks can send.
 
-        (n - 1) / n of the tensor for a reduce-scatter or an all-gather, twice that for an all-reduce, which is one after the
-        other (Patarasuk and Yuan 2009), and a message once. Networks whose switches add need less; that is not subtracted.
+        (n - 1) / n of the tensor for a reduce-scatter, an all-gather or an all-to-all, twice that for an all-reduce, which is one
+        after the other (Patarasuk and Yuan 2009), and a message once. Networks whose switches add need less, which is not
+        subtracted.
         """
         ring, payload = (self.ranks - 1) / self.ranks, self.payload
-        once = payload["reduce_scatter"] + payload["all_gather"] + 2 * payload["all_reduce"]
+        once = payload["reduce_scatter"] + payload["all_gather"] + payload["all_to_all"] + 2 * payload["all_reduce"]
         return ring * once + payload["message"]

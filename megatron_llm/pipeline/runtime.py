@@ -107,7 +107,7 @@ class _Execution:
         self.actions = schedule.actions[self.rank]
         self.training = any(action.kind == "B" for action in self.actions)
         self.inputs: dict[tuple[int, int], Tensor | None] = {}
-        self.outputs: dict[tuple[int, int], Tensor | GradientEdge] = {}
+        self.outputs: dict[tuple[int, int], Tensor | GradientEdge | None] = {}  # None: nothing up to here takes gradients
         self.local: dict[Action, Tensor] = {}  # results for another stage on this same rank
         self.inboxes: dict[int, Inbox] = {}
         self.outboxes: dict[int, Outbox] = {}
@@ -191,7 +191,8 @@ class _Execution:
         if self.training:
             self.inputs[key] = x
             # The tensor itself may go as soon as it has been sent. (A loss is a scalar, and is its own root.)
-            self.outputs[key] = y if action.stage == self.stages - 1 else get_gradient_edge(y)
+            last = action.stage == self.stages - 1
+            self.outputs[key] = None if not y.requires_grad else y if last else get_gradient_edge(y)
         self._hand_over(y.detach(), action)
 
     def _backward(self, action: Action) -> None:
@@ -199,7 +200,8 @@ class _Execution:
         key = action.stage, action.microbatch
         x, root = self.inputs.pop(key), self.outputs.pop(key)
         with self._span("B", action), self.gradients.deferred(key) if self.schedule.split else nullcontext():
-            torch.autograd.backward(root, dy)
+            if root is not None:
+                torch.autograd.backward(root, dy)
         if x is not None:
             assert x.grad is not None
             self._hand_over(x.grad, action)

@@ -5,6 +5,7 @@ Called by `training/loop.py`, `benchmarks/` and the tests.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from megatron_llm.config import Config, ModelConfig
 from megatron_llm.models.decoder import DecoderStage
 from megatron_llm.models.split import layer_costs, split_layers
-from megatron_llm.optim.buffers import default_bucket_size
+from megatron_llm.optim.rules import freeze
 from megatron_llm.optim.zero1 import ZeroOptimizer
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.parallel.shard import TensorSource, pieces
@@ -92,6 +93,18 @@ def parameters(stages: dict[int, DecoderStage]) -> list[nn.Parameter]:
     return list(nn.ModuleList(stages.values()).parameters())
 
 
+def _needed(stages: Iterable[DecoderStage]) -> dict[int, list[nn.Parameter]]:
+    """The parameters that each layer reads, by the index that the layer has in `before_layer` of `DecoderStage.forward`."""
+    needed: dict[int, list[nn.Parameter]] = {}
+    for stage in stages:
+        needed |= {index: list(layer.parameters()) for index, layer in zip(stage.indices, stage.layers, strict=True)}
+        if stage.first:
+            needed[-1] = list(stage.embedding.parameters())
+        if stage.last:
+            needed[stage.model.num_hidden_layers] = [*stage.final_norm.parameters(), *stage.head.parameters()]
+    return needed
+
+
 def build_model(model: ModelConfig, weights: TensorSource, dtype: torch.dtype, device: torch.device) -> DecoderStage:
     """A whole model on one process, for inference: no optimizer, no buffers."""
     stage = DecoderStage(
@@ -131,13 +144,16 @@ def build_engine(config: Config, grid: Grid, device: torch.device, weights: Tens
         check(schedule)
     placement = schedules[training.global_batch_size].placement
     stages = build_stages(config, grid, placement, device)
-    weights_here = parameters(stages)
-    size = parallel.bucket_size or default_bucket_size(sum(p.numel() for p in weights_here), grid.dp_cp.size)
-    optimizer = ZeroOptimizer(weights_here, grid, config.optimizer, size)
+    freeze(parameters(stages), config.optimizer)
+    optimizer = ZeroOptimizer(
+        parameters(stages), grid, config.optimizer, parallel.bucket_size, config.precision, parallel.zero_stage
+    )
     optimizer.load("weights", weights or FreshWeights(training.seed, config.model.initializer_range))
     shards = grid.tp.size if parallel.sequence_parallel else 1
     shape = (training.micro_batch_size * training.sequence_length // shards, config.model.hidden_size)
     gradients = WeightGradients(stages.values())
     dtype, timeout = compute_dtype(config, device), parallel.timeout_seconds
     runtime = PipelineRuntime(grid, shape, dtype, device, placement, gradients, timeout)
+    if parallel.overlap:
+        runtime.before_layer = optimizer.overlap(gradients, _needed(stages.values()))
     return Engine(config, grid, device, stages, optimizer, runtime, schedules)

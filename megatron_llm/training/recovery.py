@@ -13,7 +13,6 @@ from megatron_llm.checkpoint.folders import checkpoint_folder, latest_checkpoint
 from megatron_llm.checkpoint.load import Checkpoint, open_checkpoint
 from megatron_llm.checkpoint.save import TensorToSave, save_checkpoint
 from megatron_llm.config import Config, ConfigError
-from megatron_llm.optim.zero1 import STATE_KINDS
 from megatron_llm.parallel.grid import Axis
 from megatron_llm.training.build import Engine
 from megatron_llm.training.step import RunState
@@ -101,7 +100,7 @@ def load_run(engine: Engine, checkpoint: Checkpoint) -> RunState:
 
     The engine was built from the checkpoint's weights already.
     """
-    for kind in ("m", "v"):
+    for kind in engine.optimizer.state_kinds[1:]:
         engine.optimizer.load(kind, checkpoint.source(kind))
     return RunState(**checkpoint.run_state)
 
@@ -112,7 +111,7 @@ def save_run(engine: Engine, state: RunState, assets: dict[str, bytes]) -> Path:
     folder = checkpoint_folder(checkpoints_folder(config), state.step)
     tensors = (
         TensorToSave(kind, piece.part.name, piece.part.shape, piece.box, values)
-        for kind in STATE_KINDS
+        for kind in engine.optimizer.state_kinds
         for piece, values in engine.optimizer.state_pieces(kind)
         if piece.part.replica_rank == 0
     )

@@ -18,6 +18,9 @@ from megatron_llm.config import Config, ConfigError, LrScheduleConfig, ModelConf
 from megatron_llm.data.stream import build_train_stream, check_data, steps_of_epochs
 from megatron_llm.data.tokenizer import fingerprint
 from megatron_llm.hf.reader import HFFolder
+from megatron_llm.models.decoder import DecoderStage
+from megatron_llm.optim.rules import rule_problems
+from megatron_llm.parallel.grid import Grid
 from megatron_llm.pipeline.schedules import placement
 
 
@@ -49,7 +52,7 @@ def resolve(path: str | Path, overrides: list[str] | None, world_size: int) -> R
     """The checked configuration of a run on `world_size` ranks. Raises ConfigError with every problem."""
     run = load_config(path, overrides)
     problems = layout_problems(run.config, world_size) + _setting_problems(run.config) + _schedule_problems(run.config)
-    problems += check_data(run.config)
+    problems += _rule_problems(run.config) + check_data(run.config)
     if run.source is not None:
         problems += run.source.problems(run.config.model)
     if not problems and run.config.training.steps == -1:
@@ -200,6 +203,24 @@ def _setting_problems(config: Config) -> list[str]:
         except ValueError as error:
             problems.append(f"data.tokenizer: {error}")
     return problems
+
+
+def _rule_problems(config: Config) -> list[str]:
+    """What is wrong with rules for parameters by name, which the whole model knows, without its weights."""
+    if not config.optimizer.rules:
+        return []
+    layers, device = range(config.model.num_hidden_layers), torch.device("meta")
+    model = DecoderStage(
+        config.model,
+        Grid.single(),
+        layers,
+        first=True,
+        last=True,
+        sequence_parallel=False,
+        dtype=torch.float32,
+        device=device,
+    )
+    return rule_problems(list(model.parameters()), config.optimizer)
 
 
 def _schedule_problems(config: Config) -> list[str]:

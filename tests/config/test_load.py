@@ -60,7 +60,10 @@ def _read(folder: Path, text: str, *overrides: str) -> dict[str, Any]:
             ("model", "rope_scaling", "low_freq"),
             "model.rope_scaling.low_freq: unknown key; did you mean model.rope_scaling.low_freq_factor?",
         ),
-        (("precision", "zzz"), "precision.zzz: unknown key; known keys: compute, gradient_reduction, gradients, loss_scale, loss_scale_window"),
+        (
+            ("precision", "zzz"),
+            "precision.zzz: unknown key; known keys: compute, gradient_reduction, gradients, loss_scale, loss_scale_window",
+        ),
     ],
 )
 def test_unknown_key_names_its_place_and_the_nearest_known_one(path: tuple[str | int, ...], hint: str) -> None:

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from megatron_llm.optim.buffers import Bucket, make_buckets
+from megatron_llm.optim.buffers import Bucket
+from megatron_llm.optim.layout import bucket_layout, default_bucket_size
 from megatron_llm.parallel.grid import Axis
 from megatron_llm.parallel.shard import Box, Part, ShardSpec
 
@@ -24,6 +25,10 @@ def parameter(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.floa
     whole = Box.full(shape)
     result.shard = ShardSpec((Part(name, shape, ((whole, whole),), **fields),))  # type: ignore[attr-defined]
     return result
+
+
+def make_buckets(parameters: list[nn.Parameter], axis: Axis, bucket_size: int) -> list[Bucket]:
+    return [Bucket(layout, axis) for layout in bucket_layout(parameters, axis.size, bucket_size)]
 
 
 shapes = st.lists(st.lists(st.integers(1, 20), min_size=1, max_size=2).map(tuple), min_size=1, max_size=6)
@@ -44,7 +49,7 @@ def test_slices_of_all_ranks_hold_every_element_once(shapes: list[tuple[int, ...
             held = sum(span.parameter.numel() for span in bucket.spans)
             assert held >= bucket_size or bucket is buckets[-1]
             assert held - bucket.spans[-1].parameter.numel() < bucket_size, "closed as soon as it is full"
-            for piece, a, b in bucket.owned_pieces():
+            for piece, a, b in bucket.pieces(bucket.lo, bucket.hi):
                 found[piece.part.name][piece.box.slices] = piece.view(bucket.own_data[a:b])
                 visits[piece.part.name][piece.box.slices] += 1
     for name, tensor in found.items():
@@ -65,7 +70,7 @@ def _check_layout(bucket: Bucket, rank: int, size: int) -> None:
     for span in bucket.spans:
         used[span.start : span.stop] = True
     assert not bucket.data[~used].any()
-    owned = [(a, b) for _, a, b in bucket.owned_spans()]
+    owned = [(a, b) for _, _, a, b in bucket.parts(bucket.lo, bucket.hi)]
     assert all(0 <= a < b <= share for a, b in owned)
     assert all(b <= c for (_, b), (c, _) in itertools.pairwise(owned))
     assert sum(b - a for a, b in owned) == int(used[bucket.lo : bucket.hi].sum())
@@ -105,7 +110,7 @@ def test_tied_parameter_has_a_bucket_of_its_own_and_dtypes_do_not_mix() -> None:
     assert [bucket.data.dtype for bucket in make_buckets(mixed, Axis("dp"), 10_000)] == [torch.float64, torch.float32]
 
 
-def test_owned_ranges_are_the_replicated_rows() -> None:
+def test_owned_replicas_are_the_replicated_rows() -> None:
     """A fused weight whose middle 2 of 6 rows another rank holds too, cut between two data-parallel ranks."""
     kv = Axis("kv_replica", 0, 2, (0, 1))
     parts = [
@@ -119,5 +124,21 @@ def test_owned_ranges_are_the_replicated_rows() -> None:
         weight.shard = ShardSpec(tuple(parts))  # type: ignore[attr-defined]
         (bucket,) = make_buckets([weight], Axis("dp", rank, 2), 10)
         assert bucket.hi - bucket.lo == 128
-        found.append([(part.name, a, b) for part, a, b in bucket.owned_ranges()])
+        found.append([(part.name, a, b) for part, a, b in bucket.owned_replicas()])
     assert found == [[("k", 90, 128)], [("k", 0, 150 - 128)]]
+
+
+def test_the_default_size_leaves_several_buckets_and_fills_a_network() -> None:
+    assert default_bucket_size(8_000_000_000, 8) == 40_000_000  # of an eighth, 1e9, and 8e6
+    assert default_bucket_size(80_000_000, 8) == 10_000_000
+    assert default_bucket_size(80_000_000, 64) == 64_000_000
+    assert default_bucket_size(8_000_000_000, 64) == 64_000_000
+    assert default_bucket_size(5000, 1) == 1_000_000
+
+
+def test_frozen_parameters_are_left_out_and_one_order_keeps_neighbours_together() -> None:
+    parameters = [parameter(name, (10,)) for name in "abcd"]
+    parameters[1].requires_grad_(False)
+    rank = {id(parameters[0]): 0, id(parameters[2]): 1, id(parameters[3]): 0}
+    (layout,) = bucket_layout(parameters, 1, 1000, lambda p: rank[id(p)])
+    assert [span.spec.parts[0].name for span in layout.spans] == ["d", "a", "c"]

@@ -13,7 +13,7 @@ from megatron_llm.parallel.linear import RowParallelLinear
 from megatron_llm.parallel.shard import Box, Part, ShardSpec
 from megatron_llm.parallel.weight_grad import WeightGradients
 
-TOKENS, SIZE, LAYERS, MICROBATCHES = 3, 8, 5, 3
+TOKENS, SIZE, LAYERS, MICROBATCHES = 3, 8, 6, 3
 
 
 class _Scale(nn.Module):

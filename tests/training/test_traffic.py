@@ -39,9 +39,9 @@ Payload = dict[str, Counter[Exchange]]
 Place = tuple[int, int]  # pipeline and tensor-parallel rank
 
 
-def _config(size: int = 2, tied: bool = False, compute: str = "bfloat16", **parallel: Any) -> Config:
-    model = {**MODEL, "tie_word_embeddings": tied}
-    return config_of(TINY, model=model, parallel=parallel, training={"micro_batch_size": size}, precision={"compute": compute})
+def _config(size: int = 2, tied: bool = False, compute: str = "bfloat16", sent: str = "auto", **parallel: Any) -> Config:
+    model, precision = {**MODEL, "tie_word_embeddings": tied}, {"compute": compute, "gradient_reduction": sent}
+    return config_of(TINY, model=model, parallel=parallel, training={"micro_batch_size": size}, precision=precision)
 
 
 class _Dispatched(TorchDispatchMode):
@@ -150,17 +150,23 @@ def _assert_minimal(config: Config, world: int) -> None:
 def _assert_zero_is_minimal(counted: Counter[Exchange], config: Config, world: int, place: Place, layers: int) -> float:
     """Every element of the buckets is reduced once and gathered once, and buckets are weights and what rounds them up.
 
+    With stage 0 gradients are gathered and not weights; gradients sent in bfloat16 go from all to all.
+
     Returns the bytes that all data-parallel ranks together send for it.
     """
     parallel = config.parallel
     replicas = world // (parallel.tensor_parallel * parallel.pipeline_parallel)
     element, stat = SIZES[config.precision.compute]
-    elements = counted["all_gather"] // (replicas * element)
-    assert counted == Counter(reduce_scatter=replicas * stat * elements, all_gather=replicas * element * elements)
+    gathered = element if parallel.zero_stage else stat
+    narrow = config.precision.gradient_reduction == "bfloat16"
+    reduced, kind = (2, "all_to_all") if narrow else (stat, "reduce_scatter")
+    elements = counted["all_gather"] // (replicas * gathered)
+    assert counted == Counter({kind: replicas * reduced * elements, "all_gather": replicas * gathered * elements})
     weights = _parameters(config, place, layers)
-    buckets = weights // parallel.bucket_size + 1 + 2 * config.model.tie_word_embeddings  # a tied matrix has its own
+    buckets = weights // (parallel.bucket_size or 1_000_000) + 1
+    buckets += 2 * config.model.tie_word_embeddings  # a tied matrix has its own
     assert weights <= elements < weights + buckets * replicas * LINE, (elements, weights)
-    return (replicas - 1) * elements * (element + stat)
+    return (replicas - 1) * elements * (gathered + reduced)
 
 
 def _by_kind(dispatched: Counter[str]) -> Counter[Exchange]:
@@ -169,6 +175,7 @@ def _by_kind(dispatched: Counter[str]) -> Counter[Exchange]:
         "allreduce_": "all_reduce",
         "_allgather_base_": "all_gather",
         "_reduce_scatter_base_": "reduce_scatter",
+        "alltoall_base_": "all_to_all",
         "send": "message",
     }
     assert dispatched.keys() <= {*names, "recv_"}, "an operation that nobody counts"
@@ -196,6 +203,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp2": (2, {}),
     "dp4": (4, {}),
     "dp4 in small buckets": (4, {"bucket_size": 10_000}),
+    "dp4 stage 0": (4, {"bucket_size": 10_000, "zero_stage": 0}),
+    "dp4 gradients sent in bfloat16": (4, {"bucket_size": 10_000, "sent": "bfloat16"}),
+    "tp2 dp2 stage 0 tied, gradients sent in bfloat16": (
+        4,
+        {"tensor_parallel": 2, "zero_stage": 0, "tied": True, "sent": "bfloat16"},
+    ),
     "dp2 tied in small buckets": (2, {"bucket_size": 10_000, "tied": True}),
     "tp2 dp2 in small buckets": (4, {"tensor_parallel": 2, "bucket_size": 10_000}),
     "pp2 dp2": (4, {"pipeline_parallel": 2}),
