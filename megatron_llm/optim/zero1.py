@@ -158,10 +158,13 @@ class ZeroOptimizer:
             self._gathering[bucket] = start_all_gather(bucket.own_data, self.grid.dp_cp, bucket.data)
 
     def state_pieces(self, kind: str) -> Iterator[tuple[Piece, Tensor]]:
-        """Every rectangle of a logical tensor in this rank's share of a kind of state, as a view of it."""
+        """Every rectangle of a logical tensor in this rank's share of a kind of state, as a view of it.
+
+        Frozen weights are their own average. They are dealt to the ranks one by one.
+        """
         for state in self.states:
             yield from state.pieces(kind, state.bucket.lo, state.bucket.hi)
-        if kind == "weights":
+        if kind in ("weights", "ema"):
             for number, parameter in enumerate(self.frozen):
                 if number % self.grid.dp_cp.size == self.grid.dp_cp.rank:
                     yield from _frozen_pieces(parameter)

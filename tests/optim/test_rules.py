@@ -148,7 +148,8 @@ def _whole(tensors: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
 
 
 def test_frozen_parameters_cost_nothing_and_are_saved() -> None:
-    config = _config(rules=[{"match": "embedding.*", "frozen": True}, {"match": "layers.1.[qk].*", "frozen": True}])
+    rules = [{"match": "embedding.*", "frozen": True}, {"match": "layers.1.[qk].*", "frozen": True}]
+    config = _config(rules=rules, ema_decay=0.9)
     parameters = _parameters()
     freeze(parameters, config)
     before = [p.detach().clone() for p in parameters]
@@ -158,7 +159,7 @@ def test_frozen_parameters_cost_nothing_and_are_saved() -> None:
     for p, old in zip(parameters, before, strict=True):
         assert torch.equal(p, old) != p.requires_grad and hasattr(p, "main_grad") == p.requires_grad
     saved = {kind: {piece.part.name for piece, _ in optimizer.state_pieces(kind)} for kind in optimizer.state_kinds}
-    assert saved["weights"] == {*NAMES, "layers.1.q.weight", "layers.1.k.weight"}
+    assert saved["weights"] == saved["ema"] == {*NAMES, "layers.1.q.weight", "layers.1.k.weight"}
     assert saved["m"] == saved["v"] == {"layers.0.norm.weight", "layers.1.o.weight"}
 
 
