@@ -41,20 +41,32 @@ class StochasticRounding:
     start: int
 
 
-def round_bits(rounding: StochasticRounding, first: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Two independent sets of 16 random bits for elements first ... first + count of the run: int32 [count] in [0, 2^16)."""
-    offset = stream_key(rounding.key) + (rounding.start + first) * _GOLDEN
-    z = torch.arange(count, dtype=torch.int32, device=device).mul_(_signed(_GOLDEN)).add_(_signed(offset))
-    t = z >> 16
-    z.bitwise_xor_(t.bitwise_and_(0xFFFF)).mul_(_signed(_MIX_1))
-    torch.bitwise_right_shift(z, 15, out=t)
-    z.bitwise_xor_(t.bitwise_and_(0x1FFFF)).mul_(_signed(_MIX_2))
-    torch.bitwise_right_shift(z, 16, out=t)
-    return z.bitwise_xor_(t).bitwise_and_(0xFFFF), t.bitwise_and_(0xFFFF)
+class RoundingBits:
+    """Draws the random bits of a run, in buffers for `size` elements at a time: new ones for every chunk would be new pages."""
+
+    def __init__(self, rounding: StochasticRounding, size: int, device: torch.device):
+        self._rounding = rounding
+        self._steps = torch.arange(size, dtype=torch.int32, device=device).mul_(_signed(_GOLDEN))
+        self._z, self._t = torch.empty_like(self._steps), torch.empty_like(self._steps)
+
+    def draw(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Two independent sets of 16 bits for elements first ... first + count of the run: int32 [count] in [0, 2^16).
+
+        They are valid until the next call.
+        """
+        offset = stream_key(self._rounding.key) + (self._rounding.start + first) * _GOLDEN
+        z, t = self._z[:count], self._t[:count]
+        torch.add(self._steps[:count], _signed(offset), out=z)
+        torch.bitwise_right_shift(z, 16, out=t)
+        z.bitwise_xor_(t.bitwise_and_(0xFFFF)).mul_(_signed(_MIX_1))
+        torch.bitwise_right_shift(z, 15, out=t)
+        z.bitwise_xor_(t.bitwise_and_(0x1FFFF)).mul_(_signed(_MIX_2))
+        torch.bitwise_right_shift(z, 16, out=t)
+        return z.bitwise_xor_(t).bitwise_and_(0xFFFF), t.bitwise_and_(0xFFFF)
 
 
 def round_into(narrow: Tensor, wide: Tensor, bits: Tensor) -> None:
-    """Round float32 (or float64, to nearest first) [n] into bfloat16 [n] with `bits` of `round_bits`; `wide` is consumed."""
+    """Round float32 (or float64, to nearest first) [n] into bfloat16 [n] with bits of `RoundingBits`; `wide` is consumed."""
     # NaN first gets the one bit pattern to which 16 bits can be added: CUDA's own, 0x7FFFFFFF, would become -0.
     wide = wide.float().nan_to_num_(torch.nan, torch.inf, -torch.inf)
     wide.view(torch.int32).add_(bits).bitwise_and_(-0x10000)
