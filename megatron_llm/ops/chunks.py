@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megatron_llm.ops.rounding import StochasticRounding, round_bits, round_into
+from megatron_llm.ops.rounding import RoundingBits, StochasticRounding, round_into
 
 CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 21}  # five float32 arrays of them: 5 MB in L2 and L3; 42 MB in a GPU's L2
 
@@ -28,30 +28,36 @@ def update_in_chunks(
     moments: tuple[Tensor, ...],
     out: Tensor | None,
     rounding: StochasticRounding | None,
+    *,
+    scratch: int = 0,
     chunk: int | None = None,
 ) -> None:
-    """Call `update(weights, gradient, *moments)` on chunks [n] of one dtype, which it changes in place; then round into `out`.
+    """Call `update(weights, gradient, *moments, *scratch)` on chunks [n] of one dtype, which it changes; then round into `out`.
 
     Moments in bfloat16 are widened before and rounded stochastically after, each with bits of its own.
-    chunk: elements, by default what fits in the cache of the device. Raises ValueError if bfloat16 moments come without
-    `rounding` or other moments with it.
+    scratch: how many more tensors [n] the update works in. chunk: elements, by default what fits in the cache of the device.
+    Raises ValueError if bfloat16 moments come without `rounding`, or other moments with it.
     """
     narrow = moments[0].dtype is torch.bfloat16
     if narrow is not (rounding is not None):
         raise ValueError(
             f"moments are {moments[0].dtype} and rounding is {rounding}: bfloat16 moments need a StochasticRounding, others none"
         )
-    size, chunk = weights.numel(), chunk or CHUNK_ELEMENTS[weights.device.type]
+    size = weights.numel()
+    chunk = max(1, min(size, chunk or CHUNK_ELEMENTS[weights.device.type]))
+    spare = weights.new_empty(scratch + (len(moments) if narrow else 0), chunk)
+    bits = RoundingBits(rounding, chunk, weights.device) if rounding is not None else None
     for start in range(0, size, chunk):
         at = slice(start, min(start + chunk, size))
         w = weights[at]
-        if rounding is None:
-            update(w, gradient[at], *(moment[at] for moment in moments))
+        working, wide = spare[:scratch, : w.numel()], spare[scratch:, : w.numel()]
+        if bits is None:
+            update(w, gradient[at], *(moment[at] for moment in moments), *working)
         else:
-            wide = [moment[at].to(w.dtype) for moment in moments]
-            update(w, gradient[at], *wide)
-            bits = round_bits(rounding, start, w.numel(), w.device)
-            for moment, x, random in zip(moments, wide, bits, strict=False):
+            for moment, x in zip(moments, wide, strict=True):
+                x.copy_(moment[at])
+            update(w, gradient[at], *wide, *working)
+            for moment, x, random in zip(moments, wide, bits.draw(start, w.numel()), strict=False):
                 round_into(moment[at], x, random)
         if out is not None:
             out[at].copy_(w)

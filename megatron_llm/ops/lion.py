@@ -26,9 +26,9 @@ def lion_(
 ) -> None:
     """Update weights and m in place; the gradient is consumed. Arguments as those of `adamw_`."""
 
-    def chunk_update(w: Tensor, g: Tensor, m: Tensor) -> None:
-        direction = torch.mul(m, betas[0]).add_(g * (scale * (1.0 - betas[0]))).sign_()
+    def chunk_update(w: Tensor, g: Tensor, m: Tensor, direction: Tensor) -> None:
+        torch.mul(m, betas[0], out=direction).add_(g.mul_(scale * (1.0 - betas[0]))).sign_()
         w.mul_(1.0 - lr * weight_decay).sub_(direction.mul_(lr))
-        m.mul_(betas[1]).add_(g.mul_(scale * (1.0 - betas[1])))
+        m.mul_(betas[1]).add_(g.mul_((1.0 - betas[1]) / (1.0 - betas[0])))
 
-    update_in_chunks(chunk_update, weights, gradient, (m,), out, rounding)
+    update_in_chunks(chunk_update, weights, gradient, (m,), out, rounding, scratch=1)
