@@ -23,9 +23,11 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy_TF: Tensor) -> Tensor:
         (gate_up_T2F,) = ctx.saved_tensors
-        gate_TF, up_TF = gate_up_T2F.chunk(2, dim=-1)
         grad_T2F = torch.empty_like(gate_up_T2F)
         dgate_TF, dup_TF = grad_T2F.chunk(2, dim=-1)
+        if dy_TF.dtype is torch.float16:  # a product of gradient and activation overflows long before the results do
+            dy_TF, gate_up_T2F = dy_TF.float(), gate_up_T2F.float()
+        gate_TF, up_TF = gate_up_T2F.chunk(2, dim=-1)
         # Two roundings each in bfloat16: of a product, and of the result; torch's kernels are float32 inside.
         torch.mul(dy_TF, functional.silu(gate_TF), out=dup_TF)
         dgate_TF.copy_(torch.ops.aten.silu_backward(dy_TF * up_TF, gate_TF))

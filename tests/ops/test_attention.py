@@ -87,16 +87,35 @@ def test_documents_are_isolated_and_causal(backend: str) -> None:
     assert moved == [6, 7, 8]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES)
-def test_bfloat16_is_within_two_roundings(case: str, backend: str) -> None:
+def test_narrow_dtypes_are_within_two_roundings(case: str, backend: str, dtype: torch.dtype) -> None:
     """Relative to the mean of |v| under the same weights: rounding the probabilities, then the result."""
     q_lens, k_lens = CASES[case]
-    narrow = [x.detach().bfloat16() for x in _inputs(q_lens, k_lens, 4, 2, 16)]
+    narrow = [x.detach().to(dtype) for x in _inputs(q_lens, k_lens, 4, 2, 16)]
     expected, bound = _loop(*(x.double() for x in narrow), q_lens, k_lens)
     actual = attention(*narrow, _boundaries(q_lens), _boundaries(k_lens), backend)
-    assert actual.dtype is torch.bfloat16
-    assert ((actual.double() - expected).abs() <= 2.02 * 2.0**-8 * bound).all()
+    assert actual.dtype is dtype
+    assert ((actual.double() - expected).abs() <= 2.02 * 0.5 * torch.finfo(dtype).eps * bound).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float16_scores_and_gradients_may_pass_its_range_inside(backend: str) -> None:
+    """q k^T before the root of D is beyond 65,504; the gradient carries a factor that leaves it in range."""
+    q, k, v = (x.detach().half() for x in _inputs([5], [5], 2, 1, 64))
+    inputs = [x.requires_grad_() for x in (q * 300, k * 300, v)]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    expected, _ = _loop(*wide, [5], [5])
+    assert (torch.einsum("tnd,skd->ns", wide[0], wide[1])).abs().max() > 65_504
+    actual = attention(*inputs, (0, 5), (0, 5), backend)
+    torch.testing.assert_close(actual.double(), expected, rtol=2e-3, atol=2e-3)
+    dy = torch.full_like(actual, 2_000.0)
+    for ours, exact in zip(
+        torch.autograd.grad(actual, inputs, dy), torch.autograd.grad(expected, wide, dy.double()), strict=True
+    ):
+        assert ours.isfinite().all()
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-2, atol=5e-3 * exact.abs().max().item() + 1.0)
 
 
 def test_unknown_backend_is_refused() -> None:

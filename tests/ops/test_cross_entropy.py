@@ -72,15 +72,17 @@ def test_labels_outside_the_slice_have_no_logit() -> None:
     assert target.tolist() == [0.0, 0.0, 0.0, logits[3, 2].item()]
 
 
-def test_bfloat16_logits_keep_float32_statistics() -> None:
-    """The loss is exact to float32 although the logits are narrow; their gradient is rounded once."""
-    logits, labels = _logits(50, dtype=torch.bfloat16)
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_logits_keep_float32_statistics(dtype: torch.dtype, scale: float) -> None:
+    """The loss is exact to float32 although the logits are narrow; their gradient, with a loss scale, is rounded once."""
+    logits, labels = _logits(50, dtype=dtype)
     exact = logits.double().requires_grad_()
     expected = functional.cross_entropy(exact, labels, reduction="none")
-    (expected_gradient,) = torch.autograd.grad(expected.sum(), exact)
+    (expected_gradient,) = torch.autograd.grad(scale * expected.sum(), exact)
     loss, log_sum_exp = _combined(logits, labels, CUTS["halves"])
     assert loss.dtype is torch.float32
     torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-6, atol=1e-6)
-    logits_gradient_(logits, labels, log_sum_exp, torch.ones(50))
+    logits_gradient_(logits, labels, log_sum_exp, torch.full((50,), scale))
     error = (logits.double() - expected_gradient).abs()
-    assert (error <= 2.0**-8 * expected_gradient.abs() + 1e-6).all()
+    assert (error <= 0.5 * torch.finfo(dtype).eps * expected_gradient.abs() + 1e-6 * scale).all()

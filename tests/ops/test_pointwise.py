@@ -14,7 +14,8 @@ from megatron_llm.ops.rms_norm import rms_norm
 from megatron_llm.ops.rope import rope_frequencies, rope_tables, rotary
 from megatron_llm.ops.swiglu import swiglu
 
-U = 2.0**-8  # half a unit in the last place of bfloat16, relative
+U = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half a unit in the last place, relative
+NARROW = pytest.mark.parametrize("dtype", U)
 
 
 def _random(*shape: int, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> Tensor:
@@ -27,9 +28,8 @@ def _leaf(x: Tensor) -> Tensor:
 
 
 def assert_within_roundings(actual: Tensor, exact: Tensor, roundings: int, noise: float = 1e-5) -> None:
-    """Every element is within so many bfloat16 roundings of the exact one; `noise` covers the float32 arithmetic."""
-    bound = ((1 + U) ** roundings - 1) * exact.abs() + noise * exact.abs().max()
-    assert actual.dtype is torch.bfloat16
+    """Every element is within so many narrow roundings of the exact one; `noise` covers the float32 arithmetic."""
+    bound = ((1 + U[actual.dtype]) ** roundings - 1) * exact.abs() + noise * exact.abs().max()
     assert ((actual.double() - exact).abs() <= bound).all(), ((actual.double() - exact).abs() / bound).max()
 
 
@@ -51,9 +51,10 @@ def test_rms_norm_is_its_formula(eps: float) -> None:
     assert gradcheck(lambda x, w: rms_norm(x, w, eps), (x, weight))
 
 
-def test_rms_norm_in_bfloat16() -> None:
+@NARROW
+def test_rms_norm_in_narrow_dtypes(dtype: torch.dtype) -> None:
     """The value is rounded after normalizing and after the weight, each gradient once."""
-    x, weight, dy = (_random(*shape, dtype=torch.bfloat16, scale=3.0) for shape in ((33, 64), (64,), (33, 64)))
+    x, weight, dy = (_random(*shape, dtype=dtype, scale=3.0) for shape in ((33, 64), (64,), (33, 64)))
     wide = [_leaf(x.double()), _leaf(weight.double())]
     exact = _rms_norm_exact(*wide, 1e-5)
     exact_gradients = torch.autograd.grad(exact, wide, dy.double())
@@ -70,6 +71,17 @@ def test_rms_norm_of_large_and_small_bfloat16_values() -> None:
         x = torch.full((1, 4096), scale, dtype=torch.bfloat16)
         y = rms_norm(x, torch.ones(4096, dtype=torch.bfloat16), 1e-30)
         torch.testing.assert_close(y, torch.ones_like(y))
+
+
+def test_rms_norm_in_float16_of_values_whose_squares_overflow() -> None:
+    """Forward and backward, the gradient scaled as far as it fits."""
+    x, dy = (sign * _random(9, 64, scale=1e4).flip(dim).half() for sign, dim in ((1, 0), (-1, 1)))
+    weight = torch.ones(64).half()
+    wide, narrow = _leaf(x.double()), _leaf(x)
+    exact, y = _rms_norm_exact(wide, weight.double(), 1e-5), rms_norm(narrow, weight, 1e-5)
+    assert_within_roundings(y, exact, 2)
+    (expected,) = torch.autograd.grad(exact, wide, dy.double())
+    assert_within_roundings(torch.autograd.grad(y, narrow, dy)[0], expected, 1)
 
 
 # SwiGLU
@@ -89,13 +101,25 @@ def test_swiglu_is_its_formula() -> None:
     assert gradcheck(swiglu, (x,))
 
 
-def test_swiglu_in_bfloat16() -> None:
-    x, dy = _random(65, 66, dtype=torch.bfloat16, scale=3.0), _random(65, 33, dtype=torch.bfloat16)
+@NARROW
+def test_swiglu_in_narrow_dtypes(dtype: torch.dtype) -> None:
+    x, dy = _random(65, 66, dtype=dtype, scale=3.0), _random(65, 33, dtype=dtype)
     wide, narrow = _leaf(x.double()), _leaf(x)
     exact, y = _swiglu_exact(wide), swiglu(narrow)
     assert_within_roundings(y, exact, 2)
     (expected,) = torch.autograd.grad(exact, wide, dy.double())
     assert_within_roundings(torch.autograd.grad(y, narrow, dy)[0], expected, 2)
+
+
+def test_swiglu_in_float16_overflows_only_where_its_gradient_does() -> None:
+    """With the factor of loss scaling, dy * up passes 65,504 where the gradient of the gate does not."""
+    gate, up = torch.linspace(-30, -4, 50), torch.full((50,), 30.0)
+    x, dy = _leaf(torch.cat((gate, up))[None].half()), torch.full((1, 50), 30_000.0).half()
+    (actual,) = torch.autograd.grad(swiglu(x), x, dy)
+    wide = _leaf(x.double())
+    (expected,) = torch.autograd.grad(_swiglu_exact(wide), wide, dy.double())
+    assert (dy.double() * up > 65_504).all() and (expected.abs() < 65_504).all()
+    assert_within_roundings(actual, expected, 1)
 
 
 # Rotary embeddings
@@ -130,15 +154,16 @@ def test_rotary_gradient() -> None:
     assert gradcheck(lambda x: rotary(x, *tables), (_leaf(_random(3, 2, 6)),))
 
 
-def test_rotary_in_bfloat16_rounds_once() -> None:
+@NARROW
+def test_rotary_in_narrow_dtypes_rounds_once(dtype: torch.dtype) -> None:
     positions = torch.arange(40)
-    narrow = _leaf(_random(40, 2, 16, dtype=torch.bfloat16))
+    narrow = _leaf(_random(40, 2, 16, dtype=dtype))
     wide = _leaf(narrow.double())
     frequencies = rope_frequencies(16, 10000.0, None, torch.float32)
     y = rotary(narrow, *rope_tables(positions, frequencies))
     exact = rotary(wide, *rope_tables(positions, frequencies.double()))
     assert_within_roundings(y, exact, 1, noise=1e-5)
-    dy = _random(40, 2, 16, dtype=torch.bfloat16)
+    dy = _random(40, 2, 16, dtype=dtype)
     assert_within_roundings(torch.autograd.grad(y, narrow, dy)[0], torch.autograd.grad(exact, wide, dy.double())[0], 1)
 
 
