@@ -133,27 +133,11 @@ class ZeroOptimizer:
             for view, value in zip(views, total.split([view.numel() for view in views]), strict=True):
                 view.copy_(value)
 
-    def update(self, number: int, lr: float, scale: float) -> None:
-        """AdamW update `number` (from 1) with gradients multiplied by `scale`, then every rank gets the new weights."""
-        for shard in self.shards:
-            grad = shard.bucket.own_grad
-            for parts, decay in ((shard.decay, self.config.weight_decay), (shard.no_decay, 0.0)):
-                for part in parts:
-                    adamw_(
-                        shard.master[part],
-                        grad[part],
-                        shard.m[part],
-                        shard.v[part],
-                        out=None,
-                        scale=scale,
-                        update=number,
-                        lr=lr,
-                        betas=self.config.betas,
-                        eps=self.config.eps,
-                        weight_decay=decay,
-                        rounding=None,
-                    )
-        self._publish_weights()
+    def owned_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """(logical name, complete gradient) of every rectangle in this rank's slices, after `reduce_gradients`."""
+        for bucket in self.buckets:
+            for piece, a, b in bucket.pieces(bucket.lo, bucket.hi):
+                yield piece.part.name, piece.view(bucket.own_grad[a:b])
 
     def update(self, number: int, lr: float, scale: float) -> None:
         """Update `number` (from 1) with gradients multiplied by `scale`; then every rank gets the new weights.
