@@ -56,6 +56,9 @@ bench: $(STAMP)
 	$(PY) benchmarks/open_rows.py
 	$(PY) benchmarks/packing.py
 	$(PY) benchmarks/pipeline_schedules.py
+	$(PY) benchmarks/update.py
+	$(PY) benchmarks/data_parallel.py
+	$(PY) benchmarks/overlap.py
 
 clean:
 	rm -rf .venv build runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
