@@ -140,7 +140,8 @@ def defer_linear_weight_gradient(weight_OI: Tensor, dy_TO: Tensor, x: Tensor, ga
 
     x: [T, I], or the shard [S, I] that W gathers over the axis `gather`. Only dy and x stay alive until then.
     """
-    x = x.detach()  # what was saved for backward knows its history, and with it the whole graph
+    # What was saved for backward knows its history, and with it the whole graph; the loss makes dy of such a tensor.
+    x, dy_TO = x.detach(), dy_TO.detach()
 
     def start() -> Finish:
         gathering = Handle(x) if gather is None else start_all_gather(x, gather)
