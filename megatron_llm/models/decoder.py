@@ -17,6 +17,7 @@ from megatron_llm.config import ModelConfig
 from megatron_llm.models.block import DecoderLayer
 from megatron_llm.models.context import ForwardContext, KeyValueCache
 from megatron_llm.models.norm import RMSNorm
+from megatron_llm.models.recompute import Recompute
 from megatron_llm.ops.batch import Batch
 from megatron_llm.ops.dtypes import stat_dtype
 from megatron_llm.ops.rope import rope_frequencies, rope_tables
@@ -33,6 +34,7 @@ class DecoderStage(nn.Module):
         layers: global indices of the layers held here.
         first, last: whether the embedding, or final norm and head, are here.
         sequence_parallel: what training uses; a call may choose otherwise (generation does).
+        recompute: what backward makes again instead of keeping it.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class DecoderStage(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
         attention_backend: str = "auto",
+        recompute: Recompute = Recompute(),
     ):
         super().__init__()
         self.model, self.tp = model, grid.tp
@@ -63,7 +66,9 @@ class DecoderStage(nn.Module):
         if first:
             self.embedding = VocabParallelEmbedding(embedding_weight, embedding_shard.start, grid.tp)
         partial = self.sequence_parallel
-        self.layers = nn.ModuleList(DecoderLayer(model, index, grid, partial, dtype, device) for index in layers)
+        self.layers = nn.ModuleList(
+            DecoderLayer(model, index, grid, partial, recompute.at(index), dtype, device) for index in layers
+        )
         if last:
             self.final_norm = RMSNorm("final_norm.weight", model.hidden_size, model.rms_norm_eps, grid.tp, partial, dtype, device)
             self.head_shard = OutputShard.even("head.weight", model.vocab_size, grid.tp)

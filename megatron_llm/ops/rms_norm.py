@@ -28,13 +28,13 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x_TH: Tensor, weight_H: Tensor, eps: float, weight_gradient: WeightGradient) -> Tensor:
         wide_TH = x_TH.to(stat_dtype(x_TH.dtype))
         rstd_T1 = torch.rsqrt(wide_TH.square().mean(-1, keepdim=True) + eps)
-        ctx.save_for_backward(x_TH, weight_H, rstd_T1)
-        ctx.weight_gradient = weight_gradient
+        ctx.save_for_backward(x_TH, rstd_T1)
+        ctx.weight, ctx.weight_gradient = weight_H, weight_gradient
         return (wide_TH * rstd_T1).to(x_TH.dtype) * weight_H
 
     @staticmethod
     def backward(ctx: Any, dy_TH: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        x_TH, weight_H, rstd_T1 = ctx.saved_tensors
+        (x_TH, rstd_T1), weight_H = ctx.saved_tensors, ctx.weight
         wide = rstd_T1.dtype
         n_TH = x_TH.to(wide) * rstd_T1
         dy_wide_TH = dy_TH.to(wide)

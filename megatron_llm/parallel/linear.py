@@ -17,6 +17,9 @@ Overlap of communication with compute is written here, once, for every layer:
 The gathered input is not kept for backward: sequence parallelism would otherwise save nothing. In a split backward the weight
 gradient, and with it the second gather of x_s, waits in `parallel/weight_grad.py`; the reduction of dx then overlaps nothing.
 
+A weight is an attribute of `ctx` and not a saved tensor: hooks on those (`models/recompute.py`) would give it back without its
+`main_grad`.
+
 Shape suffixes: T tokens, S tokens of this rank's sequence shard (T / tp), I input features, O output features (local).
 """
 
@@ -124,14 +127,14 @@ class RowParallelLinear(nn.Module):
 class _ColumnParallel(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_OI: Tensor, tp: Axis, gather: bool, keep_wide: bool) -> Tensor:
-        ctx.save_for_backward(x, weight_OI)
-        ctx.tp, ctx.gather = tp, gather
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.tp, ctx.gather = weight_OI, tp, gather
         x_TI = widen(all_gather(x, tp) if gather else x)
         return matmul(x_TI, weight_OI.t(), x_TI.dtype if keep_wide else x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        x, weight_OI = ctx.saved_tensors
+        (x,), weight_OI = ctx.saved_tensors, ctx.weight
         need_dx, need_dw = ctx.needs_input_grad[:2]
         if need_dw and defer_linear_weight_gradient(weight_OI, dy_TO, x, ctx.tp if ctx.gather else None):
             need_dw = False
@@ -148,14 +151,14 @@ class _ColumnParallel(torch.autograd.Function):
 class _RowParallel(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TI: Tensor, weight_OI: Tensor, tp: Axis, scatter: bool) -> Tensor:
-        ctx.save_for_backward(x_TI, weight_OI)
-        ctx.tp, ctx.scatter = tp, scatter
+        ctx.save_for_backward(x_TI)
+        ctx.weight, ctx.tp, ctx.scatter = weight_OI, tp, scatter
         y_TO = matmul(x_TI, weight_OI.t())
         return reduce_scatter(y_TO, tp) if scatter else all_reduce(y_TO, tp)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        x_TI, weight_OI = ctx.saved_tensors
+        (x_TI,), weight_OI = ctx.saved_tensors, ctx.weight
         need_dx, need_dw = ctx.needs_input_grad[:2]
         dy_TO = all_gather(dy, ctx.tp) if ctx.scatter else dy
         if need_dw and defer_linear_weight_gradient(weight_OI, dy_TO, x_TI):

@@ -1,21 +1,25 @@
 """Bytes of activations that a pipeline stage holds for one micro-batch. Called by `planning/stages.py`.
 
-From F to B, per layer, what autograd saves (tensors that several operations save count once; weights do not count):
+From F to B, per layer, what autograd saves (tensors that several operations save count once; weights do not count), and the
+setting of recompute_modules with which it is made again instead. Full recomputation keeps the input of the layer only.
 
-    tensor                                    elements of the compute dtype        of at least float32
+    tensor                                    elements of the compute dtype        of at least float32     made again
     input of the layer and of the MLP norm    2 * S * H
-    reciprocal norms                                                               2 * S
-    outputs of both norms                     2 * S * H
+    reciprocal norms                                                               2 * S                   norms
+    outputs of both norms                     2 * S * H                                                    norms
     q, k, v as projected (v is a view)        T * (N + 2 K) * D
-    q and k, rotated                          T * (N + K) * D
-    attention output, log-sum-exp             T * N * D                            T * N
-    the same output with documents joined     T * N * D, only if several documents attend on their own
-    gate and up; their product                T * 3 F
+    q and k, rotated                          T * (N + K) * D                                              attention
+    attention output, log-sum-exp             T * N * D                            T * N                   attention
+    the same output with documents joined     T * N * D, only if several documents attend on their own     attention
+    gate and up                               T * 2 F
+    their product                             T * F                                                        activation
+
+What is made again comes back in B: one layer at a time with full recomputation, else one norm, one attention or one product.
 
 Besides, per stage: the rotary tables; on the first the ids; on the last what the final norm, the head and the loss save. It holds
 for attention kernels that keep no score matrix, and for devices that compute in the compute dtype itself.
 
-From B to W, per layer, the inputs and the output gradients of its four products:
+From B to W, per layer and however recomputed, the inputs and the output gradients of its four products:
 
     inputs                                    2 * S * H + T * N * D + T * F
     output gradients                          2 * T * H + T * (N + 2 K) * D + T * 2 F
@@ -29,10 +33,13 @@ K key/value heads of D channels, F intermediate size, V vocabulary; H hidden siz
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from megatron_llm.config import Config
+from megatron_llm.models.recompute import Recompute
 
 IDS = 8  # bytes of an int64
-_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
+_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def compute_bytes(config: Config) -> int:
@@ -41,8 +48,21 @@ def compute_bytes(config: Config) -> int:
     return _BYTES[("float32" if config.device == "cpu" else "bfloat16") if name == "auto" else name]
 
 
-def stage_bytes(config: Config, layers: int, first: bool, last: bool) -> tuple[float, float]:
-    """(bytes from F to B, bytes from B to W) of one micro-batch on one rank, for a stage with that many layers.
+class StageBytes(NamedTuple):
+    """Bytes of one micro-batch on one rank.
+
+    Attributes:
+        forward: held from F to B. backward: held from B to W.
+        again: the most that recomputation brings back at once during B, besides.
+    """
+
+    forward: float
+    backward: float
+    again: float
+
+
+def stage_bytes(config: Config, layers: range, first: bool, last: bool) -> StageBytes:
+    """What a stage of those layers holds; which layers are recomputed depends on their index in the whole model.
 
     Documents are taken to attend on their own wherever the configuration isolates them, which holds the most.
     """
@@ -54,15 +74,24 @@ def stage_bytes(config: Config, layers: int, first: bool, last: bool) -> tuple[f
     h, d, f = model.hidden_size, model.head_dim, model.intermediate_size / tp
     n, k = model.num_attention_heads / tp, max(1.0, model.num_key_value_heads / tp)
     v = -(-model.vocab_size // tp)
-    qkv, joined = t * (n + 2 * k) * d, t * n * d * training.document_isolation
+    qkv, outputs = t * (n + 2 * k) * d, t * n * d * (1 + training.document_isolation)
 
-    saved = layers * (size * (4 * s * h + qkv + t * (2 * n + k) * d + joined + 3 * t * f) + wide * (2 * s + t * n))
+    norm = size * s * h + wide * s
+    parts = {"norms": 2 * norm, "attention": size * (t * (n + k) * d + outputs) + wide * t * n, "activation": size * t * f}
+    whole = size * (2 * s * h + qkv + 2 * t * f) + sum(parts.values())
+    saved = again = 0.0
+    for layer in layers:
+        chosen = Recompute.of(training).at(layer)
+        dropped = whole - size * s * h if "layer" in chosen else sum(parts[name] for name in chosen)
+        saved += whole - dropped
+        at_once = [dropped] if "layer" in chosen else [norm if name == "norms" else parts[name] for name in chosen]
+        again = max(again, *at_once, 0.0)
     saved += wide * t * d if layers else 0
-    deferred = layers * (size * (2 * s * h + 2 * t * h + qkv + t * n * d + 3 * t * f) + wide * 2 * h)
+    deferred = len(layers) * (size * (2 * s * h + 2 * t * h + qkv + t * n * d + 3 * t * f) + wide * 2 * h)
     if first:
         saved += (IDS + (tp > 1)) * t  # over tp also which ids are not held here
         deferred += IDS * t + size * t * h
     if last:
         saved += size * (2 * s * h + t * v) + wide * (s + 2 * t) + IDS * t
         deferred += size * (s * h + t * v) + wide * h
-    return saved, deferred
+    return StageBytes(saved, deferred, again)

@@ -2,12 +2,14 @@
 
 Time is FLOPs over an assumed rate: forward, input gradient and weight gradient of a matrix product cost the same; attention
 scores have no weights, and their gradient costs twice their forward. The embedding costs nothing, the head what its product
-costs. Norms, rotary embeddings, the loss, tensor-parallel communication and the optimizer are left out.
+costs. Recomputation adds to the backward what it runs again: of a whole layer the forward without its last product, of attention
+its scores. Norms, rotary embeddings, the loss, tensor-parallel communication and the optimizer are left out.
 """
 
 from __future__ import annotations
 
 from megatron_llm.config import Config
+from megatron_llm.models.recompute import Recompute
 from megatron_llm.models.split import layer_costs, split_layers
 from megatron_llm.pipeline.simulate import Costs
 from megatron_llm.planning.activations import compute_bytes, stage_bytes
@@ -28,17 +30,22 @@ def stage_costs(config: Config, placement: tuple[int, ...], flops: float, bandwi
     tokens = training.micro_batch_size * training.sequence_length
     _, linear, head = layer_costs(model, 0)  # at length 0 a layer has no attention scores
     scores = layer_costs(model, training.sequence_length)[1] - linear
-    layers = [len(layers) for layers in stage_layers(config, placement)]
-    products = [count * linear for count in layers]
+    layers = stage_layers(config, placement)
+    products = [len(held) * linear for held in layers]
     products[-1] += head
+    attention = [len(held) * scores for held in layers]
+    down = float(model.hidden_size * model.intermediate_size)
+    costs = {"layer": linear - down + scores, "attention": scores, "norms": 0.0, "activation": 0.0}
+    recompute = Recompute.of(training)
+    again = [sum(costs[part] for layer in held for part in recompute.at(layer)) for held in layers]
     seconds = 2.0 * tokens / parallel.tensor_parallel / flops  # of one multiply-add per token
     messages = tokens // (parallel.tensor_parallel if parallel.sequence_parallel else 1)
-    held = [stage_bytes(config, count, stage == 0, stage == len(layers) - 1) for stage, count in enumerate(layers)]
+    held_bytes = [stage_bytes(config, held, stage == 0, stage == len(layers) - 1) for stage, held in enumerate(layers)]
     return Costs(
-        forward=tuple(seconds * (product + count * scores) for product, count in zip(products, layers, strict=True)),
-        backward=tuple(seconds * (product + 2 * count * scores) for product, count in zip(products, layers, strict=True)),
+        forward=tuple(seconds * sum(parts) for parts in zip(products, attention, strict=True)),
+        backward=tuple(seconds * sum(parts) for parts in zip(products, attention, attention, again, strict=True)),
         weight=tuple(seconds * product for product in products),
         message=messages * model.hidden_size * compute_bytes(config) / bandwidth,
-        held_after_forward=tuple(first for first, _ in held),
-        held_after_backward=tuple(second for _, second in held),
+        held_after_forward=tuple(stage.forward for stage in held_bytes),
+        held_after_backward=tuple(stage.backward for stage in held_bytes),
     )

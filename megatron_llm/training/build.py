@@ -13,6 +13,7 @@ from torch import nn
 
 from megatron_llm.config import Config, ModelConfig
 from megatron_llm.models.decoder import DecoderStage
+from megatron_llm.models.recompute import Recompute
 from megatron_llm.models.split import layer_costs, split_layers
 from megatron_llm.optim.rules import freeze
 from megatron_llm.optim.zero1 import ZeroOptimizer
@@ -82,6 +83,7 @@ def build_stages(config: Config, grid: Grid, placement: tuple[int, ...], device:
                 dtype=compute_dtype(config, device),
                 device=device,
                 attention_backend=config.kernels.attention,
+                recompute=Recompute.of(config.training),
             )
     if model.tie_word_embeddings and stages.keys() >= {0, last}:
         stages[last].head.weight = stages[0].embedding.weight

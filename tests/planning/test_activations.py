@@ -1,40 +1,57 @@
-"""The bytes that a stage is said to hold are those that autograd and the queue of weight gradients really hold."""
+"""The bytes that a stage is said to hold are those that autograd and the queue of weight gradients really hold.
+
+Held is what is alive and was not before; what autograd keeps in C++ a hook makes visible to Python.
+"""
 
 from __future__ import annotations
 
 import gc
 import time
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from megatron_llm.config import Config
 from megatron_llm.models.decoder import DecoderStage
+from megatron_llm.models.recompute import Recompute, _Recomputation
 from megatron_llm.ops.batch import Batch
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.parallel.weight_grad import WeightGradients
-from megatron_llm.planning.activations import stage_bytes
+from megatron_llm.planning.activations import StageBytes, stage_bytes
 from tests.ranks import run_ranks
 from tests.runs import config_of
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 STAGES = {  # layers, first, last
-    "one layer": (1, False, False),
-    "three layers": (3, False, False),
-    "embedding": (0, True, False),
-    "embedding and layers": (2, True, False),
-    "head": (0, False, True),
-    "layers and head": (2, False, True),
-    "everything": (2, True, True),
+    "one layer": (range(1), False, False),
+    "three layers": (range(3), False, False),
+    "embedding": (range(0), True, False),
+    "embedding and layers": (range(2), True, False),
+    "head": (range(0), False, True),
+    "layers and head": (range(1, 3), False, True),
+    "everything": (range(2), True, True),
+}
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "full": {"recompute": "full"},
+    "full, every second layer": {"recompute": "full", "recompute_every": 2},
+    "selective": {"recompute": "selective"},
+    "selective, every second layer": {"recompute": "selective", "recompute_every": 2},
+    "attention": {"recompute": "selective", "recompute_modules": ["attention"]},
+    "norms": {"recompute": "selective", "recompute_modules": ["norms"]},
+    "activation": {"recompute": "selective", "recompute_modules": ["activation"]},
 }
 
 
-def _config(tp: int, dtype: str, isolated: bool, sequence_parallel: bool) -> Config:
+def _config(tp: int, dtype: str, isolated: bool, sequence_parallel: bool, **training: Any) -> Config:
     return config_of(
         model={"num_hidden_layers": 3},
         parallel={"tensor_parallel": tp, "sequence_parallel": sequence_parallel},
-        training={"sequence_length": 24, "micro_batch_size": 2, "document_isolation": isolated},
+        training={"sequence_length": 24, "micro_batch_size": 2, "document_isolation": isolated, **training},
         precision={"compute": dtype},
     )
 
@@ -47,11 +64,15 @@ def _storages(tensors: list[Tensor]) -> dict[int, int]:
 def _alive() -> dict[int, int]:
     """Storages of all tensors; the fewest of several looks, as gloo's threads let go of a buffer a moment late."""
     looks = []
-    for _ in range(4):
+    for _ in range(4 if dist.is_initialized() else 1):
         gc.collect()
-        looks.append(_storages([thing for thing in gc.get_objects() if type(thing) is Tensor]))
+        looks.append(_look())
         time.sleep(0.02)
     return min(looks, key=len)
+
+
+def _look() -> dict[int, int]:
+    return _storages([thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)])
 
 
 def _added(before: dict[int, int]) -> int:
@@ -59,19 +80,20 @@ def _added(before: dict[int, int]) -> int:
     return sum(size for pointer, size in _alive().items() if pointer not in before)
 
 
-def _measured(config: Config, layers: int, first: bool, last: bool) -> tuple[int, int]:
-    """(bytes that autograd saves in F, bytes alive after B that were not before F) on this rank."""
+def _measured(config: Config, layers: range, first: bool, last: bool) -> StageBytes:
+    """Bytes alive after F and after B that were not before F, and the most that a recomputation brings back, on this rank."""
     grid = Grid.build(config.parallel, config.model.num_key_value_heads)
     dtype, tokens = DTYPES[config.precision.compute], config.training.micro_batch_size * config.training.sequence_length
     stage = DecoderStage(
         config.model,
         grid,
-        range(layers),
+        layers,
         first=first,
         last=last,
         sequence_parallel=config.parallel.sequence_parallel,
         dtype=dtype,
         device=torch.device("cpu"),
+        recompute=Recompute.of(config.training),
     )
     for parameter in stage.parameters():
         parameter.data.normal_()
@@ -80,36 +102,44 @@ def _measured(config: Config, layers: int, first: bool, last: bool) -> tuple[int
     queue.begin_step(1)
     bounds = (0, 11, tokens) if config.training.document_isolation else (0, tokens)
     positions = torch.cat([torch.arange(stop - start) for start, stop in zip(bounds, bounds[1:], strict=False)])
-    ids = torch.randint(0, config.model.vocab_size, (tokens,))
-    batch = Batch(ids, ids, torch.ones(tokens, dtype=dtype), positions, bounds)
     rows = tokens // (grid.tp.size if stage.sequence_parallel else 1)
-    x = None if first else torch.randn(rows, config.model.hidden_size, dtype=dtype, requires_grad=True)
 
-    def forward() -> Tensor:
+    def forward() -> tuple[Tensor | None, Tensor]:
+        ids = torch.randint(0, config.model.vocab_size, (tokens,))
+        batch = Batch(ids, ids, torch.ones(tokens, dtype=dtype), positions, bounds)
+        x = None if first else torch.randn(rows, config.model.hidden_size, dtype=dtype, requires_grad=True)
         y = stage(x, batch)
-        return stage.loss(y, batch) if last else y
-
-    saved: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
-        forward()  # not run backward: hooks hide the parameters' attributes
-    parameters = _storages(list(stage.parameters()))
-    kept = sum(size for pointer, size in _storages(saved).items() if pointer not in parameters)
-    saved.clear()
+        return x, stage.loss(y, batch) if last else y
 
     before = _alive()
-    y = forward()
-    with queue.deferred("B"):
+    with saved_tensors_hooks(Tensor.detach, Tensor.detach):  # not run backward: hooks hide the parameters' attributes
+        x, y = forward()
+    edge = get_gradient_edge(y)
+    del x, y
+    kept = _added(before)
+    del edge
+
+    again = [0]
+    make_again = _Recomputation._make_again
+
+    def watched(recomputation: _Recomputation) -> None:
+        known = _look()
+        make_again(recomputation)
+        made = _storages([*recomputation.made.values()])
+        again.append(sum(size for pointer, size in made.items() if pointer not in known))
+
+    before = _alive()
+    x, y = forward()
+    with queue.deferred("B"), mock.patch.object(_Recomputation, "_make_again", watched):
         torch.autograd.backward(y, None if last else torch.randn_like(y))
-    if x is not None:
-        x.grad = None
-    del y
+    del x, y
     waiting = _added(before)
     queue.run("B")
     assert _added(before) == 0, "W leaves something behind"
-    return kept, waiting
+    return StageBytes(kept, waiting, max(again))
 
 
-def _measured_stages(config: Config, names: list[str]) -> list[tuple[int, int]]:
+def _measured_stages(config: Config, names: list[str]) -> list[StageBytes]:
     gc.freeze()  # what the process held before is not looked at again and again
     try:
         return [_measured(config, *STAGES[name]) for name in names]
@@ -130,5 +160,14 @@ def test_bytes_are_those_that_are_held(dtype: str, isolated: bool) -> None:
 def test_bytes_of_a_tensor_parallel_rank(tp: int, sequence_parallel: bool) -> None:
     """4 ranks are more than key/value heads: each holds a copy."""
     config, names = _config(tp, "float32", False, sequence_parallel), ["one layer", "embedding and layers", "layers and head"]
+    for measured in run_ranks(tp, _measured_stages, config, names):
+        assert measured == [stage_bytes(config, *STAGES[name]) for name in names]
+
+
+@pytest.mark.parametrize(("tp", "dtype", "isolated"), [(1, "float64", True), (2, "float32", False)])
+@pytest.mark.parametrize("setting", RECOMPUTE)
+def test_bytes_with_recomputation(setting: str, tp: int, dtype: str, isolated: bool) -> None:
+    config = _config(tp, dtype, isolated, True, **RECOMPUTE[setting])
+    names = ["one layer", "three layers", "layers and head"]
     for measured in run_ranks(tp, _measured_stages, config, names):
         assert measured == [stage_bytes(config, *STAGES[name]) for name in names]

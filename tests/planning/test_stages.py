@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_llm.config import Config
 from megatron_llm.models.decoder import DecoderStage
+from megatron_llm.models.recompute import Recompute
 from megatron_llm.ops.batch import Batch
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.parallel.weight_grad import WeightGradients
@@ -17,11 +20,11 @@ from megatron_llm.planning.stages import stage_costs, stage_layers
 from tests.runs import config_of
 
 
-def _config(tp: int = 1, pp: int = 4, name: str = "zb_v") -> Config:
+def _config(tp: int = 1, pp: int = 4, name: str = "zb_v", **training: Any) -> Config:
     return config_of(
         model={"num_hidden_layers": 7},
         parallel={"tensor_parallel": tp, "pipeline_parallel": pp, "pipeline_schedule": name},
-        training={"sequence_length": 64, "micro_batch_size": 2},
+        training={"sequence_length": 64, "micro_batch_size": 2, **training},
         precision={"compute": "float32"},
     )
 
@@ -35,10 +38,15 @@ def test_all_stages_together_do_the_model_flops(tp: int, name: str) -> None:
     assert total == pytest.approx(model_flops_per_token(config.model, 64) * 2 * 64 / tp, rel=1e-12)
 
 
-def test_products_of_a_stage_are_those_that_torch_counts() -> None:
+@pytest.mark.parametrize(
+    "training",
+    [{}, {"recompute": "full"}, {"recompute": "full", "recompute_every": 2}, {"recompute": "selective"}],
+    ids=["none", "full", "every second layer", "selective"],
+)
+def test_products_of_a_stage_are_those_that_torch_counts(training: dict[str, Any]) -> None:
     """Forward, input gradients and weight gradients of the last stage, without attention, whose causal half torch ignores."""
-    config = _config()
-    owners = placement("zb_v", 4)
+    config = _config(pp=2, name="1f1b", **training)
+    owners = placement("1f1b", 2)
     layers = stage_layers(config, owners)[-1]
     stage = DecoderStage(
         config.model,
@@ -49,6 +57,7 @@ def test_products_of_a_stage_are_those_that_torch_counts() -> None:
         sequence_parallel=False,
         dtype=torch.float32,
         device=torch.device("cpu"),
+        recompute=Recompute.of(config.training),
     )
     for parameter in stage.parameters():
         parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
@@ -72,10 +81,12 @@ def test_products_of_a_stage_are_those_that_torch_counts() -> None:
         queue.run("B")
         counted.append(products() - sum(counted))
     costs = stage_costs(config, owners, flops=1.0, bandwidth=1.0)
-    assert counted == [costs.weight[-1]] * 3
-    scores = len(layers) * config.model.num_attention_heads * config.model.head_dim * 64 * 2 * 128
-    assert costs.forward[-1] - costs.weight[-1] == pytest.approx(scores)
-    assert costs.backward[-1] - costs.weight[-1] == pytest.approx(2 * scores)
+    scores = config.model.num_attention_heads * config.model.head_dim * 64 * 2 * 128
+    again = sum(bool(Recompute.of(config.training).at(layer)) for layer in layers)
+    assert counted[0] == counted[2] == costs.weight[-1]
+    assert costs.forward[-1] - counted[0] == pytest.approx(len(layers) * scores)
+    assert costs.backward[-1] - counted[1] == pytest.approx((2 * len(layers) + again) * scores)
+    assert (counted[1] > counted[0]) == (training.get("recompute") == "full")
 
 
 def test_a_message_is_the_activation_of_the_rank() -> None:

@@ -39,9 +39,12 @@ Payload = dict[str, Counter[Exchange]]
 Place = tuple[int, int]  # pipeline and tensor-parallel rank
 
 
-def _config(size: int = 2, tied: bool = False, compute: str = "bfloat16", sent: str = "auto", **parallel: Any) -> Config:
+def _config(
+    size: int = 2, tied: bool = False, compute: str = "bfloat16", sent: str = "auto", recompute: str = "none", **parallel: Any
+) -> Config:
     model, precision = {**MODEL, "tie_word_embeddings": tied}, {"compute": compute, "gradient_reduction": sent}
-    return config_of(TINY, model=model, parallel=parallel, training={"micro_batch_size": size}, precision=precision)
+    training = {"micro_batch_size": size, "recompute": recompute}
+    return config_of(TINY, model=model, parallel=parallel, training=training, precision=precision)
 
 
 class _Dispatched(TorchDispatchMode):
@@ -98,16 +101,17 @@ def _needed(config: Config, world: int, place: Place, layers: int) -> Payload:
     tokens = config.training.micro_batch_size * LENGTH
     activations = microbatches * tokens * HIDDEN * element
     first, last = place[0] == owners[0], place[0] == owners[-1]
+    again = layers * (config.training.recompute == "full")  # layers whose forward runs twice but for the last product
     needed: Payload = {axis: Counter() for axis in ("tp", "pp_forward", "pp_backward", "kv_replica", "tied", "world")}
 
     if tp > 1:
         needed["tp"]["all_reduce"] = last * microbatches * 3 * tokens * stat
         if parallel.sequence_parallel:
-            needed["tp"]["all_gather"] = activations * (layers * (2 + 2 + 2) + first + last * 2)
-            needed["tp"]["reduce_scatter"] = activations * (layers * (2 + 2) + first + last)
+            needed["tp"]["all_gather"] = activations * (layers * (2 + 2 + 2) + first + last * 2 + again * 2)
+            needed["tp"]["reduce_scatter"] = activations * (layers * (2 + 2) + first + last + again)
             needed["tp"]["all_reduce"] += (2 * layers + last) * HIDDEN * stat
         else:
-            needed["tp"]["all_reduce"] += activations * (layers * (2 + 2) + first + last)
+            needed["tp"]["all_reduce"] += activations * (layers * (2 + 2) + first + last + again)
     if tp > KV_HEADS:
         needed["kv_replica"]["all_reduce"] = layers * 2 * HEAD_DIM * HIDDEN * stat
     message = activations // (tp if parallel.sequence_parallel else 1)
@@ -222,6 +226,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2 pp2 dp2": (8, {"tensor_parallel": 2, "pipeline_parallel": 2, "size": 4}),
     "tp2 pp2 dp2 interleaved": (8, {"tensor_parallel": 2, **_pipeline("interleaved", 2), "size": 4}),
     "tp4 dp2 over 2 kv heads": (8, {"tensor_parallel": 4, "size": 4}),
+    "tp2 with full recomputation": (2, {"tensor_parallel": 2, "recompute": "full"}),
+    "tp2 with selective recomputation": (2, {"tensor_parallel": 2, "recompute": "selective"}),
+    "tp2 with full recomputation, without sequence parallel": (
+        2,
+        {"tensor_parallel": 2, "recompute": "full", "sequence_parallel": False},
+    ),
+    "tp2 pp2 split backward with full recomputation": (4, {"tensor_parallel": 2, **_pipeline("zb_h1", 2), "recompute": "full"}),
 }
 
 
