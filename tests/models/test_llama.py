@@ -130,7 +130,7 @@ def gradients_of_layout(path: str, parallel: dict[str, Any]) -> tuple[float, lis
     engine.optimizer.reduce_gradients()
     held = []
     for bucket in engine.optimizer.buckets:
-        for piece, a, b in bucket.owned_pieces():
+        for piece, a, b in bucket.pieces(bucket.lo, bucket.hi):
             held.append((piece.part.name, piece.box.slices, piece.view(bucket.own_grad[a:b]).clone()))
     return float(sums[0]), held
 
