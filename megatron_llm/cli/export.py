@@ -8,6 +8,7 @@ import re
 HELP = "write a checkpoint as a Hugging Face folder"
 
 _DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+_COMPUTE_DTYPES = {"bfloat16": "BF16", "float16": "F16"}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -22,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=_DTYPES,
         help="dtype of all tensors; default: as in the folder the run started from, else the run's own",
     )
+    parser.add_argument("--ema", action="store_true", help="the average of the weights that optimizer.ema_decay kept")
     parser.add_argument("--shard-size", type=parse_size, default="5GB", metavar="SIZE", help="largest file (default: 5GB)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
 
@@ -42,17 +44,21 @@ def run(args: argparse.Namespace) -> int:
     from megatron_llm.hf import export_hf
 
     checkpoint = open_checkpoint(find_checkpoint(args.checkpoint))
+    if args.ema and "ema" not in checkpoint.kinds:
+        raise ValueError(
+            f"{checkpoint.folder} has no average of the weights: it was trained without optimizer.ema_decay; leave out --ema"
+        )
     config = parse_config(checkpoint.config)
     model = config.model
     if not model.max_position_embeddings:
         model = model.model_copy(update={"max_position_embeddings": config.training.sequence_length})
     files = export_hf(
-        checkpoint.source("weights"),
+        checkpoint.source("ema" if args.ema else "weights"),
         model,
         checkpoint.assets,
         args.output,
         dtype=_DTYPES[args.dtype] if args.dtype else None,
-        default_dtype="BF16" if config.precision.compute == "bfloat16" else "F32",
+        default_dtype=_COMPUTE_DTYPES.get(config.precision.compute, "F32"),
         shard_size=args.shard_size,
         overwrite=args.overwrite,
         progress=True,

@@ -56,7 +56,10 @@ def inspect_checkpoint(path: str, verify: bool = False) -> str:
     from megatron_llm.checkpoint.load import open_checkpoint
 
     checkpoint = open_checkpoint(find_checkpoint(path))
-    lines = [str(checkpoint.folder), "state: " + ", ".join(f"{key} {value:,}" for key, value in checkpoint.run_state.items())]
+    numbers = {key: value for key, value in checkpoint.run_state.items() if not isinstance(value, list)}
+    lines = [str(checkpoint.folder), "state: " + ", ".join(f"{key} {value:,}" for key, value in numbers.items())]
+    if skipped := checkpoint.run_state.get("skipped_rows"):
+        lines.append("rows left out: " + ", ".join(f"[{start}, {stop})" for start, stop in skipped))
     for kind in checkpoint.kinds:
         tensors = checkpoint.tensors(kind)
         elements = sum(math.prod(info.shape) for info in tensors.values())

@@ -134,10 +134,14 @@ class ZeroOptimizer:
                 view.copy_(value)
 
     def owned_gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """(logical name, complete gradient) of every rectangle in this rank's slices, after `reduce_gradients`."""
+        """(logical name, complete gradient) of every rectangle in this rank's slices, from `reduce_gradients` to `update`.
+
+        Elements that several ranks of a model hold come from one of them.
+        """
         for bucket in self.buckets:
             for piece, a, b in bucket.pieces(bucket.lo, bucket.hi):
-                yield piece.part.name, piece.view(bucket.own_grad[a:b])
+                if piece.part.replica_rank == 0:
+                    yield piece.part.name, piece.view(bucket.own_grad[a:b])
 
     def update(self, number: int, lr: float, scale: float) -> None:
         """Update `number` (from 1) with gradients multiplied by `scale`; then every rank gets the new weights.

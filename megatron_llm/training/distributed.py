@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
+from megatron_llm.training.agreement import AgreedError
 from megatron_llm.training.roll_call import roll_call
 
 
@@ -49,6 +50,8 @@ def process_group(device: torch.device, timeout_seconds: float) -> Iterator[None
     try:
         with roll_call(timeout_seconds):
             yield
+    except AgreedError:
+        raise
     except ValueError as error:
         error.add_note(f"on rank {launched_rank()}")  # not every rank may have failed: this one must be heard
         raise

@@ -18,14 +18,18 @@ from megatron_llm.hf.assets import collect_assets
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.parallel.shard import TensorSource
 from megatron_llm.pipeline.timeline import Event
+from megatron_llm.training.agreement import check_same_config
 from megatron_llm.training.build import Engine, build_engine, compute_dtype, parameters
 from megatron_llm.training.distributed import launched_rank, pick_device, process_group
 from megatron_llm.training.metrics import Metrics, setup_logging
+from megatron_llm.training.nonfinite import end_if_hopeless
 from megatron_llm.training.recovery import check_agreement, find_resume, load_run, save_run, schedule_changes
+from megatron_llm.training.replicas import check_replicas
 from megatron_llm.training.resolve import ResolvedRun
+from megatron_llm.training.rollback import find_spike, go_back, ranges, remember_loss
 from megatron_llm.training.run_folder import RunFolder
 from megatron_llm.training.signals import EXIT_STOPPED, StopRequest
-from megatron_llm.training.step import RunState, evaluate, next_rate, train_step
+from megatron_llm.training.step import RunState, StepResult, evaluate, next_rate, train_step
 from megatron_llm.training.trace import write_trace
 
 logger = logging.getLogger("megatron_llm")
@@ -33,7 +37,7 @@ logger = logging.getLogger("megatron_llm")
 
 @dataclass
 class Run:
-    """Everything that the steps of a run share. `metrics` exists on rank 0 only."""
+    """Everything that the steps of a run share. `metrics` exists on rank 0 only; `changes` are those of `schedule_changes`."""
 
     engine: Engine
     state: RunState
@@ -43,10 +47,18 @@ class Run:
     metrics: Metrics | None
     stop: StopRequest
     saved_step: int | None
+    folder: RunFolder
+    changes: list[str]
 
     @property
     def config(self) -> Config:
         return self.engine.config
+
+    def report(self, outcome: str, **details: Any) -> None:
+        """Say in the status how the run stands, and what in it is not as a reader of the config would think. On rank 0."""
+        if self.metrics is not None:
+            notable = {"schedule_changes": self.changes, "skipped_rows": self.state.skipped_rows}
+            self.folder.report(outcome, **details, **{name: value for name, value in notable.items() if value})
 
 
 def train(resolved: ResolvedRun) -> int:
@@ -63,6 +75,7 @@ def train(resolved: ResolvedRun) -> int:
         process_group(device, config.parallel.timeout_seconds),
         StopRequest() as stop,  # not earlier: a rank that waits for one that failed must end when the launcher says so
     ):
+        check_same_config(config)
         grid = Grid.build(config.parallel, config.model.num_key_value_heads)
         check_agreement(checkpoint, grid.world)
         weights: TensorSource | None = None
@@ -74,19 +87,17 @@ def train(resolved: ResolvedRun) -> int:
         state = load_run(engine, checkpoint) if checkpoint else RunState()
         metrics = Metrics(config, grid.world.size, device, state.step) if grid.world.first else None
         saved = state.step if checkpoint else None
-        run = Run(engine, state, build_train_stream(config), build_valid_streams(config), assets, metrics, stop, saved)
         changes = schedule_changes(checkpoint.config, config) if checkpoint else []
-        details = {"schedule_changes": changes} if changes else {}
-        _announce(run, resolved.notes, checkpoint.folder if checkpoint else None, changes)
-        if grid.world.first and details:
-            folder.report("running", **details)
+        streams = build_train_stream(config), build_valid_streams(config)
+        run = Run(engine, state, *streams, assets, metrics, stop, saved, folder, changes)
+        _announce(run, resolved.notes, checkpoint.folder if checkpoint else None)
+        run.report("running")
         stopped = _steps(run)
-        if grid.world.first:
-            folder.report("stopped" if stopped else "done", step=state.step, **details)
+        run.report("stopped" if stopped else "done", step=run.state.step)
     return EXIT_STOPPED if stopped else 0
 
 
-def _announce(run: Run, notes: tuple[str, ...], resumed: Path | None, changes: list[str]) -> None:
+def _announce(run: Run, notes: tuple[str, ...], resumed: Path | None) -> None:
     """Say what is about to be trained, and how that differs from what the checkpoint was trained for."""
     config, grid = run.config, run.engine.grid
     local = sum(parameter.numel() for parameter in parameters(run.engine.stages))
@@ -100,7 +111,7 @@ def _announce(run: Run, notes: tuple[str, ...], resumed: Path | None, changes: l
     if ramp := config.training.batch_size_rampup:
         logger.info(
             f"the batch grows from {ramp.start} rows to {config.training.global_batch_size} over the first {ramp.rows:,} rows, "
-            f"{ramp.increment} at a time; the next step has {config.training.batch_size(run.state.rows)}"
+            f"{ramp.increment} at a time; the next step has {config.training.batch_size(run.state.trained_rows)}"
         )
     for line in run.train_stream.summary:
         logger.info("data: %s", line)
@@ -108,42 +119,82 @@ def _announce(run: Run, notes: tuple[str, ...], resumed: Path | None, changes: l
         logger.warning(line)
     if resumed:
         logger.info("continuing from %s", resumed)
-    if changes:
+    if run.state.skipped_rows:
+        logger.warning("rows left out so far, because the loss leapt: %s", ranges(run.state.skipped_rows))
+    if run.changes:
         logger.warning(
             "the learning-rate schedule is not the one before: %s; the next step has lr %.3g",
-            ", ".join(changes),
+            ", ".join(run.changes),
             next_rate(config, run.state),
         )
 
 
 def _steps(run: Run) -> bool:
     """Train until the last step or a signal, evaluating and saving on the way. Returns whether a signal ended it."""
-    training, state = run.config.training, run.state
-    if state.step == 0:
+    training = run.config.training
+    if run.state.step == 0:
         values = _evaluate(run)
         if values and run.metrics:
             run.metrics.write({"step": 0, "tokens": 0, **values})
     stopped = False
-    while state.step < training.steps and not stopped:
-        trace: list[Event] | None = [] if state.step + 1 in run.config.logging.trace_steps else None
-        before = run.engine.grid.traffic()
-        start = time.perf_counter()
-        result = train_step(run.engine, run.train_stream, state, run.stop.requested, trace)
-        seconds = time.perf_counter() - start
-        if trace is not None:
-            write_trace(run.config.logging.run_dir, state.step, trace, run.engine.schedules[result.rows], run.engine.grid)
-        traffic = {axis: now - before[axis] for axis, now in run.engine.grid.traffic().items()}
-        values = run.metrics.step(state, result, seconds, traffic) if run.metrics else {}
-        stopped = result.stop and state.step < training.steps
-        if state.step == training.steps or (training.eval_every and state.step % training.eval_every == 0 and not stopped):
+    while run.state.step < training.steps and not stopped:
+        result, values = _step(run)
+        why = find_spike(run.state, result.loss, training.loss_spike)
+        if why and _go_back(run, why):
+            continue
+        remember_loss(run.state, result.loss, training.loss_spike)
+        step, last = run.state.step, run.state.step == training.steps
+        stopped = result.stop and not last
+        if last or (_due(training.eval_every, step) and not stopped):
             values |= _evaluate(run)
         if run.metrics:
             run.metrics.write(values)
-        every = run.config.checkpoint.every_steps
-        if every and state.step % every == 0:
+        if not result.finite:
+            end_if_hopeless(run.engine, run.state, result)
+        if _due(training.check_replicas_every, step):
+            check_replicas(run.engine)
+        if _due(run.config.checkpoint.every_steps, step):
             _save(run)
     _save(run)
     return stopped
+
+
+def _due(every: int, step: int) -> bool:
+    """Whether what happens every so many steps, 0: never, happens after this one."""
+    return every > 0 and step % every == 0
+
+
+def _step(run: Run) -> tuple[StepResult, dict[str, Any]]:
+    """Take a step: what came of it, and on rank 0 its metrics."""
+    engine, state = run.engine, run.state
+    trace: list[Event] | None = [] if state.step + 1 in run.config.logging.trace_steps else None
+    before = engine.grid.traffic()
+    start = time.perf_counter()
+    result = train_step(engine, run.train_stream, state, run.stop.requested, trace)
+    seconds = time.perf_counter() - start
+    if trace is not None:
+        write_trace(run.config.logging.run_dir, state.step, trace, engine.schedules[result.rows], engine.grid)
+    traffic = {axis: now - before[axis] for axis, now in engine.grid.traffic().items()}
+    return result, run.metrics.step(state, result, seconds, traffic) if run.metrics else {}
+
+
+def _go_back(run: Run, why: str) -> bool:
+    """Undo the steps since the last checkpoint and leave out their rows; False if there is no checkpoint yet.
+
+    The state is saved with the next checkpoint. Whoever starts again before has the same losses, and goes back alike.
+    """
+    undone = run.state.step
+    back = go_back(run.engine, run.state, why)
+    if back is None:
+        logger.warning("%s; there is no checkpoint to go back to yet: going on", why)
+        return False
+    logger.warning("%s: back to step %d, leaving out rows %s", why, back.step, ranges(back.skipped_rows[-1:]))
+    run.state, run.saved_step = back, back.step
+    if run.metrics:
+        run.metrics.forget_after(back.step)
+        run.metrics.write({"step": undone, "back_to_step": back.step, "skipped_rows": back.skipped_rows})
+    run.report("running")
+    return True
 
 
 def _evaluate(run: Run) -> dict[str, Any]:

@@ -43,13 +43,13 @@ class Metrics:
         self.flops_per_token = model_flops_per_token(config.model, config.training.sequence_length)
         self.peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self.mean_row_seconds: float | None = None
-        self._forget_after(start)
+        self.forget_after(start or -1)  # step 0 is evaluated again
 
-    def _forget_after(self, step: int) -> None:
+    def forget_after(self, step: int) -> None:
+        """Remove the lines of later steps, which will be taken again."""
         if not self.path.exists():
             return
-        lines = self.path.read_text(encoding="utf-8").splitlines() if step else []  # step 0 is evaluated again
-        kept = [line for line in lines if _step_of(line) <= step]
+        kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         temporary.replace(self.path)
@@ -81,6 +81,8 @@ class Metrics:
             "step_seconds": seconds,
             "memory_peak_bytes": self._memory_peak(),
             "skipped": result.skipped,
+            "skipped_steps": state.skipped,
+            **({"loss_scale": result.loss_scale} if self.config.precision.compute == "float16" else {}),
             **{f"traffic_bytes/{axis}": round(moved.sent) for axis, moved in traffic.items() if moved.payload},
         }
         # Smoothed, so that one slow step does not shake the estimate; the first steps of a process are slower anyway.
@@ -92,7 +94,7 @@ class Metrics:
 
     def _line(self, state: RunState, values: dict[str, Any]) -> str:
         training, steps = self.config.training, self.config.training.steps
-        rows_left = training.rows_after(steps - state.step, state.rows) - state.rows
+        rows_left = training.rows_after(steps - state.step, state.trained_rows) - state.trained_rows
         assert self.mean_row_seconds is not None
         fields = [
             f"step {state.step:>{len(str(steps))}}/{steps}",
@@ -104,6 +106,8 @@ class Metrics:
             f"{values['memory_peak_bytes'] / 2**30:.1f} GiB",
             f"ETA {_duration(rows_left * self.mean_row_seconds)}",
         ]
+        if "loss_scale" in values:
+            fields.append(f"loss scale {values['loss_scale']:g}")
         return " | ".join(fields + ["SKIPPED"] * values["skipped"])
 
     def _memory_peak(self) -> int:

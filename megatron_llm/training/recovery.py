@@ -7,13 +7,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
+import torch
+from torch import Tensor
 
 from megatron_llm.checkpoint.folders import checkpoint_folder, latest_checkpoint, prune_checkpoints
 from megatron_llm.checkpoint.load import Checkpoint, open_checkpoint
 from megatron_llm.checkpoint.save import TensorToSave, save_checkpoint
-from megatron_llm.config import Config, ConfigError
+from megatron_llm.config import Config, ConfigError, parse_config
 from megatron_llm.parallel.grid import Axis
+from megatron_llm.parallel.shard import Box, Part
+from megatron_llm.training.agreement import AgreedError, all_gather_objects
 from megatron_llm.training.build import Engine
 from megatron_llm.training.step import RunState
 
@@ -37,7 +40,8 @@ def find_resume(config: Config) -> Checkpoint | None:
     if folder is None:
         return None
     checkpoint = open_checkpoint(folder)
-    changes = _differences(checkpoint.config, config.model_dump(mode="json"))
+    saved = parse_config(checkpoint.config).model_dump(mode="json")  # with the defaults of settings that are younger
+    changes = _differences(saved, config.model_dump(mode="json"))
     foreign = [change for change in changes if _is_another_run(change)]
     if foreign:
         way_out = "choose another logging.run_dir, or start anew with checkpoint.resume=never"
@@ -54,18 +58,15 @@ def _is_another_run(change: str) -> bool:
 
 
 def check_agreement(checkpoint: Checkpoint | None, world: Axis) -> None:
-    """Raise ValueError on all ranks unless all are about to continue from the same step. Collective.
+    """Raise AgreedError on all ranks unless all are about to continue from the same step. Collective.
 
     Each rank has looked for itself. Without a shared folder, or with one whose listing is stale on some node, the weights
     of different steps would train on together and nothing would say so.
     """
-    if world.size == 1:
-        return
-    steps: list[int | None] = [None] * world.size
-    dist.all_gather_object(steps, checkpoint.run_state["step"] if checkpoint else None, group=world.group)
+    steps: list[int | None] = all_gather_objects(checkpoint.run_state["step"] if checkpoint else None, world)
     if len(set(steps)) > 1:
         found = (f"rank {steps.index(step)} {'none' if step is None else f'step {step}'}" for step in dict.fromkeys(steps))
-        raise ValueError(
+        raise AgreedError(
             f"ranks see different checkpoints to continue from: {', '.join(found)}; logging.run_dir must be a folder that all "
             "nodes share. If it is one, its listing was stale on some node: start again"
         )
@@ -96,13 +97,36 @@ def schedule_changes(before: dict[str, Any], config: Config) -> list[str]:
 
 
 def load_run(engine: Engine, checkpoint: Checkpoint) -> RunState:
-    """Fill the moments from a checkpoint of any layout, and return where the run stood. Collective.
+    """Fill all state but the weights from a checkpoint of any layout, and return where the run stood. Collective.
 
-    The engine was built from the checkpoint's weights already.
+    The engine has the checkpoint's weights already. Moments that the checkpoint lacks, or that mean something else because
+    another optimizer made them, start at zero; an average of the weights that it lacks starts from the weights.
     """
-    for kind in engine.optimizer.state_kinds[1:]:
-        engine.optimizer.load(kind, checkpoint.source(kind))
+    optimizer, name = engine.optimizer, engine.config.optimizer.name
+    saved_by = checkpoint.config["optimizer"].get("name", "adamw")
+    lost = [kind for kind in checkpoint.kinds if kind not in optimizer.state_kinds]
+    if lost and engine.grid.world.first:
+        logger.warning("%s has %s, for which this run has no use", checkpoint.folder, " and ".join(lost))
+    for kind in optimizer.state_kinds:
+        if kind == "weights":
+            continue
+        average = kind == "ema"
+        if kind in checkpoint.kinds and (average or saved_by == name):
+            optimizer.load(kind, checkpoint.source(kind))
+            continue
+        optimizer.load(kind, checkpoint.source("weights") if average else _Zeros())
+        if engine.grid.world.first:
+            reason = f"are of {saved_by}" if kind in checkpoint.kinds else "are not there"
+            start = "from the weights" if average else "at zero"
+            logger.warning("%r in %s %s: those of %s start %s", kind, checkpoint.folder, reason, name, start)
     return RunState(**checkpoint.run_state)
+
+
+class _Zeros:
+    """A `TensorSource` of zeros."""
+
+    def read(self, part: Part, box: Box) -> Tensor:
+        return torch.zeros(box.shape)
 
 
 def save_run(engine: Engine, state: RunState, assets: dict[str, bytes]) -> Path:

@@ -62,7 +62,7 @@ def resolve(path: str | Path, overrides: list[str] | None, world_size: int) -> R
     problems = problems or _schedule_problems(run.config)
     if problems:
         raise ConfigError(problems)
-    return dataclasses.replace(run, notes=(*run.notes, *_without_effect(run.config.lr_schedule)))
+    return dataclasses.replace(run, notes=(*run.notes, *_without_effect(run.config.lr_schedule), *_spike_notes(run.config)))
 
 
 def _plan_steps(run: ResolvedRun) -> tuple[ResolvedRun, list[str]]:
@@ -194,6 +194,11 @@ def _setting_problems(config: Config) -> list[str]:
         )
     if config.device == "cuda" and not torch.cuda.is_available():
         problems.append("device: cuda, but torch sees no GPU; use device: cpu or auto")
+    if config.training.loss_spike and config.data.kind != "synthetic" and config.data.order == "megatron":
+        problems.append(
+            "training.loss_spike: data.order megatron plans exactly the rows of training.steps, and has none in place of those "
+            "that are left out after a spike; change data.order to shuffled, or remove loss_spike"
+        )
     run_dir = Path(config.logging.run_dir)
     if run_dir.exists() and not run_dir.is_dir():
         problems.append(f"logging.run_dir: {run_dir} exists and is not a folder")
@@ -259,3 +264,15 @@ def _without_effect(schedule: LrScheduleConfig) -> list[str]:
     }
     given = [name for name in unused[schedule.kind] if getattr(schedule, name)]
     return [f"lr_schedule.{name}: {getattr(schedule, name)} has no effect with kind {schedule.kind}" for name in given]
+
+
+def _spike_notes(config: Config) -> list[str]:
+    """What going back after a spike of the loss will not do, or will do besides."""
+    if not config.training.loss_spike:
+        return []
+    notes = []
+    if not config.checkpoint.every_steps:
+        notes.append("training.loss_spike: without checkpoint.every_steps a run has no checkpoint of its own to go back to")
+    if config.data.kind != "synthetic" and any(source.epochs is not None for source in config.data.train):
+        notes.append("training.loss_spike: rows left out after a spike are replaced by rows beyond the epochs of data.train")
+    return notes

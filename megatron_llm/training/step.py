@@ -1,19 +1,21 @@
 """One optimizer step, and one evaluation: the heart of the engine. Called by `training/loop.py`.
 
     for every micro-batch: forward, backward of the *unnormalized* weighted sum of token losses      (pipeline runtime)
+                           (in float16 of a multiple of it, see optim/loss_scale.py)
     reduce-scatter gradients, add replicas' partial ones                                             (optim/zero1.py)
     one all-reduce of (squared norm, loss sum, weight sum, stop flag)
     scale = clip / weight sum;  update;  all-gather weights
 
 Because the division by the sum of weights happens once, at the end, and over the global batch, nothing depends on how
-rows fall into micro-batches and ranks.
+rows fall into micro-batches and ranks. The same all-reduce tells all ranks alike whether the numbers are finite; if not,
+nothing is updated. What a run does about that: `training/nonfinite.py`, `training/rollback.py`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from megatron_llm.config import Config
 from megatron_llm.data.stream import TokenStream
 from megatron_llm.ops.batch import Batch
 from megatron_llm.ops.dtypes import stat_dtype
+from megatron_llm.optim.loss_scale import INITIAL_LOSS_SCALE, loss_scale, next_loss_scale
 from megatron_llm.optim.lr_schedule import learning_rate
 from megatron_llm.parallel.collectives import all_reduce
 from megatron_llm.pipeline.schedules import Schedule, forward_only
@@ -34,13 +37,30 @@ class RunState:
     """What a checkpoint keeps besides tensors; data order and learning rates are computed from it.
 
     Attributes:
-        step: steps taken; updates: those of them that changed the weights; rows: rows consumed; tokens: rows' tokens.
+        step: steps taken; updates: those of them that changed the weights; rows: rows consumed, by which the next one is
+            found; tokens: of the rows trained on.
+        skipped: steps without a finite loss or gradient; skipped_in_a_row: those since the last update. (Steps that had no
+            weighted token are in neither: there are step - updates - skipped of them.)
+        loss_scale, finite_in_a_row: see `next_loss_scale`; they move in float16 only.
+        losses: finite ones of the last steps, the oldest first, kept if `training.loss_spike` is set.
+        skipped_rows: [start, stop) ranges of rows that were consumed and not trained on, since the loss leapt in their steps.
     """
 
     step: int = 0
     updates: int = 0
     rows: int = 0
     tokens: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    loss_scale: float = INITIAL_LOSS_SCALE
+    finite_in_a_row: int = 0
+    losses: list[float] = field(default_factory=list)
+    skipped_rows: list[list[int]] = field(default_factory=list)
+
+    @property
+    def trained_rows(self) -> int:
+        """Rows trained on. The batch size and the learning rate follow them, as if there were no others."""
+        return self.rows - sum(stop - start for start, stop in self.skipped_rows)
 
 
 @dataclass(frozen=True)
@@ -51,6 +71,9 @@ class StepResult:
     rows: size of the global batch.
     lr: learning rate used. skipped: the weights were left alone (no weighted token, or a number that is not finite).
     stop: some rank was asked to stop.
+    finite: loss and gradient are finite.
+    loss_scale: what the loss was multiplied with; 1 unless in float16.
+    local_sums: this rank's share of (loss sum, weight sum), [2] on the device.
     """
 
     loss: float
@@ -59,6 +82,9 @@ class StepResult:
     lr: float
     skipped: bool
     stop: bool
+    finite: bool
+    loss_scale: float
+    local_sums: Tensor
 
 
 def train_step(
@@ -70,37 +96,56 @@ def train_step(
     trace: gets what this rank's pipeline does, and when; given on all ranks or on none.
     """
     config = engine.config
-    rows = range(state.rows, state.rows + config.training.batch_size(state.rows))
+    rows = range(state.rows, state.rows + config.training.batch_size(state.trained_rows))
+    scale = loss_scale(config.precision, state.loss_scale)
     engine.optimizer.zero_gradients()
-    sums = _run_microbatches(engine, engine.schedules[len(rows)], stream, rows, trace)
+    sums = _run_microbatches(engine, engine.schedules[len(rows)], stream, rows, scale, trace)
     squares = engine.optimizer.reduce_gradients()
     flag = torch.tensor(float(stop), dtype=sums.dtype, device=sums.device)
     totals = all_reduce(torch.cat((sums, torch.stack((squares.to(sums), flag)))), engine.grid.world).tolist()
     loss_sum, weight_sum, square_sum, stops = totals
 
-    norm = math.sqrt(square_sum) / weight_sum if weight_sum and square_sum >= 0 else math.nan
-    skipped = not (math.isfinite(norm) and math.isfinite(loss_sum))
+    finite = math.isfinite(loss_sum) and 0 <= square_sum < math.inf
+    divisor = weight_sum * scale
+    norm = math.sqrt(square_sum) / divisor if divisor and square_sum >= 0 else math.nan
+    skipped = not (finite and weight_sum)
     lr = next_rate(config, state)
     if not skipped:
         state.updates += 1
         clip = config.optimizer.grad_clip
         coefficient = min(1.0, clip / norm) if clip and norm else 1.0
-        engine.optimizer.update(state.updates, lr, coefficient / weight_sum)
+        engine.optimizer.update(state.updates, lr, coefficient / divisor)
+    _advance(config, state, rows, finite, skipped)
+    loss = loss_sum / weight_sum if weight_sum else math.nan
+    return StepResult(loss, norm, len(rows), lr, skipped, bool(stops), finite, scale, sums)
+
+
+def _advance(config: Config, state: RunState, rows: range, finite: bool, skipped: bool) -> None:
+    """Count the step that was taken on `rows`."""
+    precision = config.precision
     state.step += 1
     state.rows = rows.stop
     state.tokens += len(rows) * config.training.sequence_length
-    return StepResult(loss_sum / weight_sum if weight_sum else math.nan, norm, len(rows), lr, skipped, bool(stops))
+    if not finite:
+        state.skipped += 1
+        state.skipped_in_a_row += 1
+    elif not skipped:
+        state.skipped_in_a_row = 0
+    # A step without weighted tokens says nothing about what fits into float16.
+    if precision.compute == "float16" and precision.loss_scale == "dynamic" and not (finite and skipped):
+        window = precision.loss_scale_window
+        state.loss_scale, state.finite_in_a_row = next_loss_scale(state.loss_scale, state.finite_in_a_row, finite, window)
 
 
 def next_rate(config: Config, state: RunState) -> float:
     """Learning rate of the step that comes next; of a schedule in tokens, the one at the end of the step's tokens."""
-    training, schedule, peak = config.training, config.lr_schedule, config.optimizer.lr
+    training, schedule, peak, rows = config.training, config.lr_schedule, config.optimizer.lr, state.trained_rows
     assert peak != "auto", "optimizer.lr: auto is resolved before anything else"
     if schedule.unit == "steps":
         return learning_rate(state.updates + 1, peak, schedule, training.steps)
     # What is left of the run is added to what was really read: the batch size may have changed at a restart.
-    end = training.rows_after(max(0, training.steps - state.step), state.rows) * training.sequence_length
-    position = state.tokens + training.batch_size(state.rows) * training.sequence_length
+    end = training.rows_after(max(0, training.steps - state.step), rows) * training.sequence_length
+    position = state.tokens + training.batch_size(rows) * training.sequence_length
     return learning_rate(position, peak, schedule, end)
 
 
@@ -121,9 +166,16 @@ def evaluate(engine: Engine, stream: TokenStream) -> tuple[float, float]:
 
 
 def _run_microbatches(
-    engine: Engine, schedule: Schedule, stream: TokenStream, rows: Sequence[int | None], trace: list[Event] | None = None
+    engine: Engine,
+    schedule: Schedule,
+    stream: TokenStream,
+    rows: Sequence[int | None],
+    scale: float = 1.0,
+    trace: list[Event] | None = None,
 ) -> Tensor:
     """Send the rows of a global batch that belong to this replica through the pipeline.
+
+    scale: factor on what is backpropagated.
 
     Returns this rank's share of (loss sum, weight sum): [2] in `stat_dtype`; the first tp rank of each last stage
     contributes, the others hold zeros. Every rank builds its batches from row numbers: nothing is broadcast.
@@ -146,7 +198,7 @@ def _run_microbatches(
         loss = stage.loss(hidden, batch)
         if grid.tp.first:
             sums.add_(torch.stack((loss.detach(), batch.weights_T.sum().to(dtype))))
-        return loss
+        return loss if scale == 1.0 else loss * scale
 
     engine.runtime.run(schedule, forward, trace)
     return sums
