@@ -5,7 +5,7 @@
      "tensors": {KIND: {NAME: {"shape", "dtype", "boxes": [{"offset", "shape", "file", "key"}]}}},
      "files": {FILE: {"bytes", "checksum"}}, "checksum": "xxh3_128", "manifest_checksum": ...}
 
-KIND is weights, m or v; NAME is a logical name; dtypes are safetensors' names; FILE is relative to the folder. The last
+KIND is weights, m, v or ema; NAME is a logical name; dtypes are safetensors' names; FILE is relative to the folder. The last
 entry is the checksum of all others as compact JSON with sorted keys. `save.py` writes it, `load.py` reads it.
 """
 

@@ -5,7 +5,7 @@ them: a flipped bit, or a collective that went wrong on one rank, would train on
 descriptions say: equal rectangles of equal logical tensors.
 
 Each rank hashes its rectangles on its device, waits for the device once, and sends the names, boxes and 8-byte hashes to all
-others: about 80 bytes for a rectangle (a decoder layer has nine), whatever its size.
+others: about 50 bytes for a rectangle (a decoder layer has nine), whatever its size.
 """
 
 from __future__ import annotations

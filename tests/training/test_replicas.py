@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,14 +11,17 @@ import torch
 
 from megatron_llm.config import Config
 from megatron_llm.data.stream import build_train_stream
+from megatron_llm.ops.batch import Batch
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.training import replicas
 from megatron_llm.training.agreement import AgreedError
 from megatron_llm.training.build import build_engine, parameters
+from megatron_llm.training.loop import _steps
 from megatron_llm.training.replicas import check_replicas, differing_copies, hash_bits
 from megatron_llm.training.step import RunState, train_step
 from tests.ranks import run_ranks
 from tests.runs import config_of
+from tests.training.planted import fresh_run
 
 Fault = tuple[int, str]
 """Rank, and the logical name of a tensor of which it has one bit wrong."""
@@ -99,6 +104,30 @@ def test_equal_copies_pass_and_one_wrong_bit_is_named(case: str) -> None:
         assert clean == ""
         for ((_, name), expected), message in zip(faults, messages, strict=True):
             assert f"copies of weights differ: {name} {expected}. A device" in message
+
+
+def first_step_that_notices(config: Config) -> int:
+    """The step after which the loop ends with an error, if a bit of rank 1's weights flips in the fifth."""
+    run = fresh_run(config)
+    ends, batch = 5 * config.training.global_batch_size, run.train_stream.batch
+
+    def flipping(rows: Sequence[int | None]) -> Batch:
+        if run.engine.grid.world.rank == 1 and ends - 1 in rows:
+            flip(run.engine.stages[0].final_norm.weight.data)
+        return batch(rows)
+
+    run.train_stream.batch = flipping  # type: ignore[method-assign]
+    with pytest.raises(AgreedError, match="copies of weights differ"):
+        _steps(run)
+    return run.state.step
+
+
+def test_a_run_checks_as_often_as_it_is_told(tmp_path: Path) -> None:
+    training = {"steps": 9, "check_replicas_every": 3, "micro_batch_size": 4}
+    # Not a copy of a data-parallel rank: those are all written anew in every step.
+    sections = {"parallel": {"tensor_parallel": 2}, "training": training, "logging": {"run_dir": str(tmp_path)}}
+    config = config_of(model={"num_hidden_layers": 1}, **sections)
+    assert run_ranks(2, first_step_that_notices, config) == [6, 6]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

@@ -6,30 +6,23 @@ import copy
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from megatron_llm.checkpoint.load import open_checkpoint
 from megatron_llm.cli.main import main
 from megatron_llm.config import Config, LossSpikeConfig
-from megatron_llm.data.stream import build_train_stream
 from megatron_llm.data.writer import IndexedWriter
-from megatron_llm.parallel.grid import Grid
-from megatron_llm.training.build import build_engine
-from megatron_llm.training.loop import Run, _steps
-from megatron_llm.training.metrics import Metrics
+from megatron_llm.training.loop import _steps
 from megatron_llm.training.resolve import resolve
 from megatron_llm.training.rollback import find_spike, remember_loss
-from megatron_llm.training.run_folder import RunFolder
-from megatron_llm.training.signals import StopRequest
 from megatron_llm.training.step import RunState, next_rate
 from tests.ranks import run_ranks
 from tests.runs import TINY, assemble, config_of, owned_weights
 from tests.training.commands import read_metrics, read_status, write_config
+from tests.training.planted import fresh_run
 
 ROWS, LENGTH, BATCH = 160, 16, 8
 SPIKE = {"threshold": 4.0, "window": 4, "max_rollbacks": 2}
@@ -140,14 +133,9 @@ def test_a_resumed_run_knows_the_losses_before(tmp_path: Path) -> None:
 
 def steps_on_this_rank(config: Config) -> Any:
     """Train with the loop of a real run. The weights owned at the end, and the rows left out."""
-    grid = Grid.build(config.parallel, config.model.num_key_value_heads)
-    engine = build_engine(config, grid, torch.device("cpu"))
-    metrics = Metrics(config, grid.world.size, engine.device, 0) if grid.world.first else None
-    stop = cast(StopRequest, SimpleNamespace(requested=False))
-    with RunFolder(config, grid.world.rank) as folder:
-        run = Run(engine, RunState(), build_train_stream(config), {}, {}, metrics, stop, None, folder, [])
-        _steps(run)
-    return owned_weights(engine), run.state.skipped_rows
+    run = fresh_run(config)
+    _steps(run)
+    return owned_weights(run.engine), run.state.skipped_rows
 
 
 def test_all_ranks_of_any_layout_go_back_together(tmp_path: Path) -> None:
