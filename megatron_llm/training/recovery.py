@@ -112,7 +112,7 @@ def load_run(engine: Engine, checkpoint: Checkpoint) -> RunState:
             continue
         average = kind == "ema"
         if kind in checkpoint.kinds and (average or saved_by == name):
-            optimizer.load(kind, checkpoint.source(kind))
+            optimizer.load(kind, checkpoint.source(kind) if average else _Moments(checkpoint, kind))
             continue
         optimizer.load(kind, checkpoint.source("weights") if average else _Zeros())
         if engine.grid.world.first:
@@ -127,6 +127,18 @@ class _Zeros:
 
     def read(self, part: Part, box: Box) -> Tensor:
         return torch.zeros(box.shape)
+
+
+class _Moments:
+    """The moments of a checkpoint, and zeros for weights that were frozen when it was saved."""
+
+    def __init__(self, checkpoint: Checkpoint, kind: str):
+        self._source, self._saved, self._frozen = checkpoint.source(kind), checkpoint.tensors(kind), checkpoint.source("weights")
+
+    def read(self, part: Part, box: Box) -> Tensor:
+        if part.name in self._saved:
+            return self._source.read(part, box)
+        return torch.zeros_like(self._frozen.read(part, box))  # a name that is nowhere is an error
 
 
 def save_run(engine: Engine, state: RunState, assets: dict[str, bytes]) -> Path:

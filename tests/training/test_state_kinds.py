@@ -137,3 +137,23 @@ def test_export_takes_the_average_if_there_is_one(tmp_path: Path, capsys: pytest
     exported = HFFolder(tmp_path / "out").source(config.model).read(part, Box.full((32,)))
     expected = open_checkpoint(tmp_path / "run/checkpoints/step-00000005").source("ema").read(part, Box.full((32,)))
     assert exported.dtype is torch.float16 and torch.equal(exported, expected.to(torch.float16))
+
+
+def test_weights_that_were_frozen_when_saved_go_on_without_moments(tmp_path: Path) -> None:
+    """And those that are frozen from now on leave theirs behind."""
+    frozen = {"rules": [{"match": "embedding.*", "frozen": True}]}
+    config = saved_by_adamw(tmp_path / "run", optimizer=frozen)
+    thawed = config_of(
+        logging={"run_dir": str(tmp_path / "run")},
+        optimizer={"rules": [{"match": "head.*", "frozen": True}]},
+        training={"steps": 4},
+    )
+    checkpoint = find_resume(thawed)
+    assert checkpoint is not None
+    assert "embedding.weight" not in checkpoint.tensors("m") and config.optimizer.rules[0].frozen
+    engine = build_engine(thawed, Grid.single(), torch.device("cpu"), checkpoint.source("weights"))
+    state = load_run(engine, checkpoint)
+    moments = {piece.part.name: values for piece, values in engine.optimizer.state_pieces("v")}
+    assert not moments["embedding.weight"].any() and moments["layers.0.attention.o.weight"].any() and "head.weight" not in moments
+    assert not train_step(engine, build_train_stream(thawed), state).skipped
+    assert moments["embedding.weight"].any()
