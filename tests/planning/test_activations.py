@@ -6,7 +6,9 @@ Held is what is alive and was not before; what autograd keeps in C++ a hook make
 from __future__ import annotations
 
 import gc
+import re
 import time
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -23,9 +25,11 @@ from megatron_llm.ops.batch import Batch
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.parallel.weight_grad import WeightGradients
 from megatron_llm.planning.activations import StageBytes, stage_bytes
+from megatron_llm.planning.stages import stage_costs
 from tests.ranks import run_ranks
 from tests.runs import config_of
 
+MEMORY = Path(__file__).parents[2] / "docs/memory.md"
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 STAGES = {  # layers, first, last
     "one layer": (range(1), False, False),
@@ -171,3 +175,37 @@ def test_bytes_with_recomputation(setting: str, tp: int, dtype: str, isolated: b
     names = ["one layer", "three layers", "layers and head"]
     for measured in run_ranks(tp, _measured_stages, config, names):
         assert measured == [stage_bytes(config, *STAGES[name]) for name in names]
+
+
+def test_the_documented_bytes_are_those_of_the_formulas() -> None:
+    """Per token and layer, on average over an even and an odd one; without the rotary tables, which all layers of a stage share,
+    and without the gradients of the norms."""
+    model = {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    }
+    text = MEMORY.read_text()
+    rows = re.findall(
+        r"^\| `(none|selective|full)`(.*) \| ([\d,]+) \| ([\d,]+) \| ([\d.]+) \|$", MEMORY.read_text(), re.MULTILINE
+    )
+    assert len(rows) == 8
+    steps, tokens = [], 8192
+    for mode, more, kept, again, _ in rows:
+        training: dict[str, Any] = {"recompute": mode, "sequence_length": tokens, "micro_batch_size": 1}
+        if modules := re.search(r"\[(.*)\]", more):
+            training["recompute_modules"] = modules[1].split(", ")
+        if every := re.search(r"recompute_every: (\d)", more):
+            training["recompute_every"] = int(every[1])
+        config = config_of(model=model, training=training, precision={"compute": "bfloat16"})
+        costs = stage_costs(config, (0,), flops=1.0, bandwidth=1.0)
+        steps.append(costs.forward[0] + costs.backward[0] + costs.weight[0])
+        two = stage_bytes(config, range(2), False, False)
+        tables, norms = 4 * tokens * config.model.head_dim, 2 * 4 * config.model.hidden_size
+        assert (two.forward - tables) / 2 / tokens == int(kept.replace(",", "")), (mode, more)
+        assert two.again / tokens == int(again.replace(",", "")), (mode, more)
+        assert f"{(two.backward / 2 - norms) / tokens:,.0f} bytes a token and layer from B to W" in text
+    assert [f"{step / steps[0]:.3f}" for step in steps] == [row[-1] for row in rows]
