@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,6 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file")
     parser.add_argument("--gpus", type=int, metavar="N", help="world size (default: the least that the layout needs)")
+    parser.add_argument(
+        "--memory", type=_positive, metavar="X", help="GiB of a device (default: parallel.device_memory_gib): what fits into it"
+    )
     parser.add_argument("--timeline", metavar="FILE.png|pdf|svg", help="draw what every pipeline rank does when")
     parser.add_argument(
         "--tflops", type=_positive, default=400.0, metavar="X", help="TFLOP/s that one GPU achieves (default: %(default)g)"
@@ -41,12 +45,12 @@ def run(args: argparse.Namespace) -> int:
     from megatron_llm.config import ConfigError
     from megatron_llm.planning.compare import Assumptions, alternatives, chosen
     from megatron_llm.planning.timeline import counted, draw, held_over_time, picture_format
-    from megatron_llm.training.resolve import layout_problems, load_config
+    from megatron_llm.training.resolve import choose_schedule, layout_problems, load_config
 
     if args.timeline:
         picture_format(args.timeline)  # a mistake is told before the simulation
-    config = load_config(args.config, args.overrides).config
-    parallel, training = config.parallel, config.training
+    run = load_config(args.config, args.overrides)
+    config, parallel, training = run.config, run.config.parallel, run.config.training
     least = parallel.tensor_parallel * parallel.pipeline_parallel * parallel.context_parallel
     gpus = least if args.gpus is None else args.gpus
     problems = layout_problems(config, gpus) if gpus > 0 else [f"--gpus {gpus}: give at least the {least} of the layout"]
@@ -55,11 +59,20 @@ def run(args: argparse.Namespace) -> int:
     microbatches = training.global_batch_size * least // (training.micro_batch_size * gpus)
     assumed = Assumptions(args.tflops * 1e12, args.bandwidth * 1e9)
 
-    plan = chosen(config, microbatches, assumed)
+    limit = parallel.device_memory_gib if args.memory is None else args.memory
+    notes = []
+    if parallel.pipeline_schedule == "auto":
+        limited = config.model_copy(update={"parallel": parallel.model_copy(update={"device_memory_gib": limit})})
+        run = choose_schedule(dataclasses.replace(run, config=limited), gpus)
+        config, notes = run.config, list(run.notes)
+    plan = chosen(config, gpus, assumed)
     print(_heading(config, gpus, microbatches, args))
+    for note in notes:
+        print(note + "\n")
     print(_ranks(config, plan))
+    print(_memory(plan))
     if parallel.pipeline_parallel > 1:
-        print(_comparison(plan, list(alternatives(config, microbatches, assumed))))
+        print(_comparison(plan, list(alternatives(config, gpus, assumed)), limit))
     if args.timeline:
         title = f"{_name(plan)}: {counted(parallel.pipeline_parallel, 'rank')}, {counted(microbatches, 'micro-batch')}"
         timeline = plan.simulation.timeline
@@ -125,21 +138,38 @@ def _held(layers: range, first: bool, last: bool) -> str:
     return ", ".join(parts + ["head"] * last) or "none"
 
 
-def _comparison(plan: Candidate, others: list[Candidate]) -> str:
-    """A line a schedule, the fastest first. Of the step it has the busiest rank's idle time, of its own span the worst rank's."""
+def _memory(plan: Candidate) -> str:
+    """A line a rank: what its memory is for, and the peak, at which not everything is there at once."""
+    from megatron_llm.planning.compare import GIB
+    from megatron_llm.planning.memory import items
+
+    tables = [items(memory) for memory in plan.memory]
+    lines = ["predicted memory, GiB", f"{'rank':>4}" + "".join(f"  {name:>11}" for name in tables[0])]
+    lines += [f"{rank:>4}" + "".join(f"  {size / GIB:>11.3g}" for size in table.values()) for rank, table in enumerate(tables)]
+    return "\n".join(lines) + "\n"
+
+
+def _comparison(plan: Candidate, others: list[Candidate], limit: float | None) -> str:
+    """A line a schedule, the fastest first. Of the step it has the busiest rank's idle time, of its own span the worst rank's.
+
+    The peak is that of the activations alone. limit: GiB of a device.
+    """
+    from megatron_llm.planning.compare import GIB
     from megatron_llm.planning.timeline import byte_unit, time_unit
 
     rows = sorted([plan, *others], key=lambda row: (row.simulation.timeline.makespan, max(row.simulation.peak_bytes)))
     scale, unit = time_unit(plan.simulation.timeline.makespan)
     size, size_unit = byte_unit(max(plan.simulation.peak_bytes))
     step, peak = f"step, {unit}", f"peak, {size_unit}"
-    lines = [f"{'schedule':14}  {'stages a rank':>13}  {step:>18}  {'idle, step':>10}  {'idle, own span':>14}  {peak:>10}"]
+    lines = [
+        f"{'schedule':14}  {'stages a rank':>13}  {step:>18}  {'idle, step':>10}  {'idle, own span':>14}  {peak:>10}  {'memory, GiB':>11}"
+    ]
     for row in rows:
         timeline = row.simulation.timeline
         lines.append(
             f"{row.name:14}  {row.chunks:>13}  {timeline.makespan * scale:>18.4g}  {timeline.bubble_of_makespan:>10.1%}  "
-            f"{timeline.bubble_of_span:>14.1%}  {max(row.simulation.peak_bytes) / size:>10.3g}"
-            + "  <- configured"
-            * (row is plan)
+            f"{timeline.bubble_of_span:>14.1%}  {max(row.simulation.peak_bytes) / size:>10.3g}  {row.peak / GIB:>11.3g}"
+            + "  <- configured" * (row is plan)
+            + ("" if row.fits(None if limit is None else limit * GIB) else f"  more than {limit:g}")
         )
     return "\n".join(lines) + "\n"

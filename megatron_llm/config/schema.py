@@ -104,6 +104,7 @@ class ParallelConfig(Section):
     @property
     def folded(self) -> bool:
         """Whether the layers run down the pipeline ranks and up again, which puts the first and the last on rank 0."""
+        assert self.pipeline_schedule != "auto", "the schedule is chosen before anything is built"
         return self.pipeline_parallel == 1 or self.pipeline_schedule in ("zb_v", "v_half", "v_min")
 
 

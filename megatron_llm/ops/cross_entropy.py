@@ -16,13 +16,13 @@ from torch import Tensor
 
 from megatron_llm.ops.dtypes import stat_dtype
 
-_CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 27}  # a chunk in cache; on a GPU, one that fills it
+CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 27}  # a chunk in cache; on a GPU, one that fills it
 
 
 def _chunks(logits_TV: Tensor) -> list[slice]:
     """Row ranges of about a chunk's elements each."""
     tokens, vocab = logits_TV.shape
-    rows = max(1, _CHUNK_ELEMENTS[logits_TV.device.type] // vocab)
+    rows = max(1, CHUNK_ELEMENTS[logits_TV.device.type] // vocab)
     return [slice(start, start + rows) for start in range(0, tokens, rows)]
 
 

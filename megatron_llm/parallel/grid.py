@@ -84,18 +84,39 @@ class Grid:
         """
         if not dist.is_initialized():
             return cls.single()
-        world, me = dist.get_world_size(), dist.get_rank()
+        timeout = timedelta(seconds=parallel.timeout_seconds)
+        return cls._of(
+            parallel,
+            num_key_value_heads,
+            dist.get_world_size(),
+            dist.get_rank(),
+            lambda name, ranks: dist.new_group(ranks, timeout=timeout, group_desc=name),
+        )
+
+    @classmethod
+    def imagined(cls, parallel: ParallelConfig, num_key_value_heads: int, world: int, rank: int) -> Grid:
+        """The grid as it would be on a rank of a world that does not exist: for planning. Nothing can be sent over it."""
+        return cls._of(parallel, num_key_value_heads, world, rank, lambda name, ranks: None)
+
+    @classmethod
+    def _of(
+        cls,
+        parallel: ParallelConfig,
+        num_key_value_heads: int,
+        world: int,
+        me: int,
+        make_group: Callable[[str, list[int]], dist.ProcessGroup | None],
+    ) -> Grid:
         pp, cp, tp = parallel.pipeline_parallel, parallel.context_parallel, parallel.tensor_parallel
         if world % (pp * cp * tp):
             raise ValueError(f"world size {world} is not divisible by pp {pp} * cp {cp} * tp {tp}")
         mesh = np.arange(world).reshape(pp, world // (pp * cp * tp), cp, tp)
-        timeout = timedelta(seconds=parallel.timeout_seconds)
 
         def axis(name: str, rows: np.ndarray) -> Axis:
             """The axis whose rank sets are the rows; every rank creates every group, as torch requires."""
             mine = Axis(name, ranks=(me,))
             for ranks in rows.tolist():
-                group = dist.new_group(ranks, timeout=timeout, group_desc=name) if len(ranks) > 1 else None
+                group = make_group(name, ranks) if len(ranks) > 1 else None
                 if me in ranks:
                     mine = Axis(name, ranks.index(me), len(ranks), tuple(ranks), group)
             return mine

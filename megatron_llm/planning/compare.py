@@ -1,57 +1,126 @@
-"""What a step would take under each pipeline schedule. Called by `cli/plan.py`."""
+"""What a step would take under each pipeline schedule, and which is best. Called by `cli/plan.py` and `training/resolve.py`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
-from megatron_llm.config import Config
+from megatron_llm.config import Config, ConfigError
 from megatron_llm.pipeline.schedules import NAMES, Schedule, make_schedule
 from megatron_llm.pipeline.simulate import Costs, Simulation, simulate
+from megatron_llm.planning.memory import RankMemory, rank_memory
 from megatron_llm.planning.stages import stage_costs
 
 LOOPED = ("interleaved", "breadth_first")  # a rank holds several stages, as many as one likes
+GIB = 2**30
+SPARE = 0.04  # of a device's memory: what an allocator cannot use, CUDA's and NCCL's own
 
 
 @dataclass(frozen=True)
 class Assumptions:
     """What a configuration does not say: FLOP/s that a GPU achieves, bytes/s between pipeline neighbours."""
 
-    flops: float
-    bandwidth: float
+    flops: float = 400e12
+    bandwidth: float = 25e9
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A schedule with its simulated step. `chunks`: stages on a rank."""
+    """A schedule with its simulated step. `config` names it."""
 
-    name: str
+    config: Config
+    world: int
     schedule: Schedule
     costs: Costs
     simulation: Simulation
 
     @property
+    def name(self) -> str:
+        return self.config.parallel.pipeline_schedule
+
+    @property
     def chunks(self) -> int:
+        """Stages on a rank."""
         return len(self.schedule.placement) // len(self.schedule.actions)
 
+    @cached_property
+    def memory(self) -> list[RankMemory]:
+        """Of every pipeline rank."""
+        return rank_memory(self.config, self.schedule, self.simulation.peak_bytes, self.world)
 
-def candidate(config: Config, microbatches: int, name: str, virtual_stages: int, assumed: Assumptions) -> Candidate:
-    """The step under one schedule. Raises ValueError if the schedule does not fit the ranks."""
-    schedule = make_schedule(name, config.parallel.pipeline_parallel, microbatches, virtual_stages)
+    @property
+    def peak(self) -> float:
+        """Bytes of the rank that needs most."""
+        return max(rank.total for rank in self.memory)
+
+    def fits(self, limit: float | None) -> bool:
+        """Into that many bytes of a device, but for what must be spared."""
+        return limit is None or self.peak <= (1 - SPARE) * limit
+
+
+def candidate(config: Config, world: int, name: str, virtual_stages: int, assumed: Assumptions) -> Candidate:
+    """The step under one schedule on `world` ranks. Raises ValueError if the schedule does not fit the pipeline."""
+    parallel, training = config.parallel, config.training
+    ranks = parallel.tensor_parallel * parallel.pipeline_parallel * parallel.context_parallel
+    microbatches = training.global_batch_size // (training.micro_batch_size * (world // ranks))
+    schedule = make_schedule(name, parallel.pipeline_parallel, microbatches, virtual_stages)
     costs = stage_costs(config, schedule.placement, assumed.flops, assumed.bandwidth)
-    return Candidate(name, schedule, costs, simulate(schedule, costs))
+    named = config.model_copy(
+        update={"parallel": parallel.model_copy(update={"pipeline_schedule": name, "virtual_stages": virtual_stages})}
+    )
+    return Candidate(named, world, schedule, costs, simulate(schedule, costs))
 
 
-def chosen(config: Config, microbatches: int, assumed: Assumptions) -> Candidate:
+def chosen(config: Config, world: int, assumed: Assumptions = Assumptions()) -> Candidate:
     """The step under the schedule of the configuration."""
     parallel = config.parallel
-    return candidate(config, microbatches, parallel.pipeline_schedule, parallel.virtual_stages, assumed)
+    return candidate(config, world, parallel.pipeline_schedule, parallel.virtual_stages, assumed)
 
 
-def alternatives(config: Config, microbatches: int, assumed: Assumptions) -> Iterator[Candidate]:
+def alternatives(config: Config, world: int, assumed: Assumptions = Assumptions()) -> Iterator[Candidate]:
     """The step under every other schedule on the same ranks; looped ones with the configured virtual stages, or 2."""
     for name in NAMES:
         if name == config.parallel.pipeline_schedule:
             continue
         virtual_stages = max(2, config.parallel.virtual_stages) if name in LOOPED else 1
-        yield candidate(config, microbatches, name, virtual_stages, assumed)
+        yield candidate(config, world, name, virtual_stages, assumed)
+
+
+def choose(config: Config, world: int, limit: float | None, assumed: Assumptions = Assumptions()) -> tuple[Candidate, str]:
+    """The schedule for `pipeline_schedule: auto`, and a sentence about the choice.
+
+    The shortest simulated step of those that fit into `limit` bytes a device; of equal ones the one that needs less memory, of
+    those the simplest. Raises ConfigError with the numbers if none fits.
+    """
+    if config.parallel.pipeline_parallel == 1:
+        only = candidate(config, world, "1f1b", 1, assumed)
+        if not only.fits(limit):
+            raise ConfigError([_too_large([only], limit)])
+        return only, "parallel.pipeline_schedule: auto is 1f1b, as there is one pipeline rank"
+    known = list(alternatives(config, world, assumed))
+    fitting = [row for row in known if row.fits(limit)]
+    if not fitting:
+        raise ConfigError([_too_large(known, limit)])
+    best = min(fitting, key=_rank)
+    note = f"parallel.pipeline_schedule: auto is {best.name}" + (f" with {best.chunks} stages a rank" if best.chunks > 1 else "")
+    idle = best.simulation.timeline.bubble_of_makespan
+    note += f": {idle:.1%} of the simulated step idle, {best.peak / GIB:.3g} GiB on the fullest rank"
+    faster = [row.name for row in sorted(known, key=_rank) if not row.fits(limit) and _rank(row) < _rank(best)]
+    if faster and limit:
+        note += f"; {', '.join(faster)} would be faster, but do not fit into {limit / GIB:.4g} GiB"
+    return best, note
+
+
+def _rank(row: Candidate) -> tuple[float, float, int]:
+    return float(f"{row.simulation.timeline.makespan:.9g}"), row.peak, NAMES.index(row.name)
+
+
+def _too_large(known: list[Candidate], limit: float | None) -> str:
+    assert limit is not None
+    least = min(known, key=lambda row: row.peak)
+    return (
+        f"parallel.pipeline_schedule: auto finds no schedule that fits into {limit / GIB:.4g} GiB a device, {SPARE:.0%} of it "
+        f"spared; the smallest is {least.name} with {least.peak / GIB:.4g} GiB. Use more tensor_parallel or pipeline_parallel, "
+        "training.recompute: selective or full, a smaller micro_batch_size, or optimizer.state_dtype: bfloat16"
+    )

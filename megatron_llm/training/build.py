@@ -13,8 +13,7 @@ from torch import nn
 
 from megatron_llm.config import Config, ModelConfig
 from megatron_llm.models.decoder import DecoderStage
-from megatron_llm.models.recompute import Recompute
-from megatron_llm.models.split import layer_costs, split_layers
+from megatron_llm.models.stages import build_stages, parameters
 from megatron_llm.optim.rules import freeze
 from megatron_llm.optim.zero1 import ZeroOptimizer
 from megatron_llm.parallel.grid import Grid
@@ -61,38 +60,6 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" else "float32"
     return DTYPES[name]
-
-
-def build_stages(config: Config, grid: Grid, placement: tuple[int, ...], device: torch.device) -> dict[int, DecoderStage]:
-    """This rank's stages of the pipeline by number, with zero weights.
-
-    placement: the pipeline rank of every stage. An embedding tied to a head on the same rank is one parameter of two stages.
-    """
-    model, last = config.model, len(placement) - 1
-    layers = split_layers(model.num_hidden_layers, placement, *layer_costs(model, config.training.sequence_length))
-    stages: dict[int, DecoderStage] = {}
-    for stage, rank in enumerate(placement):
-        if rank == grid.pp.rank:
-            stages[stage] = DecoderStage(
-                model,
-                grid,
-                layers[stage],
-                first=stage == 0,
-                last=stage == last,
-                sequence_parallel=config.parallel.sequence_parallel,
-                dtype=compute_dtype(config, device),
-                device=device,
-                attention_backend=config.kernels.attention,
-                recompute=Recompute.of(config.training),
-            )
-    if model.tie_word_embeddings and stages.keys() >= {0, last}:
-        stages[last].head.weight = stages[0].embedding.weight
-    return stages
-
-
-def parameters(stages: dict[int, DecoderStage]) -> list[nn.Parameter]:
-    """The parameters of a rank's stages, each once, in the order of the model."""
-    return list(nn.ModuleList(stages.values()).parameters())
 
 
 def _needed(stages: Iterable[DecoderStage]) -> dict[int, list[nn.Parameter]]:
@@ -145,7 +112,8 @@ def build_engine(config: Config, grid: Grid, device: torch.device, weights: Tens
     for schedule in schedules.values():
         check(schedule)
     placement = schedules[training.global_batch_size].placement
-    stages = build_stages(config, grid, placement, device)
+    dtype, timeout = compute_dtype(config, device), parallel.timeout_seconds
+    stages = build_stages(config, grid, placement, dtype, device)
     freeze(parameters(stages), config.optimizer)
     optimizer = ZeroOptimizer(
         parameters(stages), grid, config.optimizer, parallel.bucket_size, config.precision, parallel.zero_stage
@@ -154,7 +122,6 @@ def build_engine(config: Config, grid: Grid, device: torch.device, weights: Tens
     shards = grid.tp.size if parallel.sequence_parallel else 1
     shape = (training.micro_batch_size * training.sequence_length // shards, config.model.hidden_size)
     gradients = WeightGradients(stages.values())
-    dtype, timeout = compute_dtype(config, device), parallel.timeout_seconds
     runtime = PipelineRuntime(grid, shape, dtype, device, placement, gradients, timeout)
     if parallel.overlap:
         runtime.before_layer = optimizer.overlap(gradients, _needed(stages.values()))

@@ -15,11 +15,12 @@ from typing import Any
 from megatron_llm.config import Config
 from megatron_llm.data.stream import TokenStream, build_train_stream, build_valid_streams
 from megatron_llm.hf.assets import collect_assets
+from megatron_llm.models.stages import parameters
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.parallel.shard import TensorSource
 from megatron_llm.pipeline.timeline import Event
 from megatron_llm.training.agreement import check_same_config
-from megatron_llm.training.build import Engine, build_engine, compute_dtype, parameters
+from megatron_llm.training.build import Engine, build_engine, compute_dtype
 from megatron_llm.training.distributed import launched_rank, pick_device, process_group
 from megatron_llm.training.metrics import Metrics, setup_logging
 from megatron_llm.training.nonfinite import end_if_hopeless

@@ -13,10 +13,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_llm.models.stages import parameters
 from megatron_llm.ops.random import random_bits
 from megatron_llm.parallel.shard import ShardSpec
 from megatron_llm.training.agreement import AgreedError, all_gather_objects, name_ranks
-from megatron_llm.training.build import Engine, parameters
+from megatron_llm.training.build import Engine
 
 _CHUNK_ELEMENTS = 1 << 22  # bounds the 64-bit temporaries
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

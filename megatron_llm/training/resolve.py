@@ -22,6 +22,7 @@ from megatron_llm.models.decoder import DecoderStage
 from megatron_llm.optim.rules import rule_problems
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.pipeline.schedules import placement
+from megatron_llm.planning.compare import GIB, choose
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,20 @@ def resolve(path: str | Path, overrides: list[str] | None, world_size: int) -> R
     problems = problems or _schedule_problems(run.config)
     if problems:
         raise ConfigError(problems)
+    run = choose_schedule(run, world_size)
     return dataclasses.replace(run, notes=(*run.notes, *_without_effect(run.config.lr_schedule), *_spike_notes(run.config)))
+
+
+def choose_schedule(run: ResolvedRun, world_size: int) -> ResolvedRun:
+    """The run with `parallel.pipeline_schedule: auto` replaced by a name. Raises ConfigError if no schedule fits."""
+    parallel = run.config.parallel
+    if parallel.pipeline_schedule != "auto":
+        return run
+    limit = None if parallel.device_memory_gib is None else parallel.device_memory_gib * GIB
+    if limit is None and run.config.device != "cpu" and torch.cuda.is_available():
+        limit = torch.cuda.get_device_properties(0).total_memory
+    best, note = choose(run.config, world_size, limit)
+    return dataclasses.replace(run, config=best.config, notes=(*run.notes, note))
 
 
 def _plan_steps(run: ResolvedRun) -> tuple[ResolvedRun, list[str]]:
@@ -139,10 +153,11 @@ def layout_problems(config: Config, world_size: int) -> list[str]:
             f"parallel.context_parallel: {cp} is not supported yet; set it to 1 "
             "(shorter rows or more tensor_parallel save memory)"
         )
-    try:
-        placement(parallel.pipeline_schedule, pp, parallel.virtual_stages)
-    except ValueError as error:
-        problems.append(f"parallel.virtual_stages: {error}")
+    if parallel.pipeline_schedule != "auto":
+        try:
+            placement(parallel.pipeline_schedule, pp, parallel.virtual_stages)
+        except ValueError as error:
+            problems.append(f"parallel.virtual_stages: {error}")
     ranks = tp * pp * cp
     if world_size % ranks:
         problems.append(

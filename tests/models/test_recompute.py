@@ -16,10 +16,11 @@ from megatron_llm.config import Config
 from megatron_llm.data.stream import build_train_stream
 from megatron_llm.models.decoder import DecoderStage
 from megatron_llm.models.recompute import Recompute, recomputed
+from megatron_llm.models.stages import parameters
 from megatron_llm.ops.batch import Batch
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.parallel.weight_grad import WeightGradients
-from megatron_llm.training.build import build_engine, parameters
+from megatron_llm.training.build import build_engine
 from megatron_llm.training.step import _run_microbatches
 from tests.ranks import run_ranks
 from tests.runs import config_of, train

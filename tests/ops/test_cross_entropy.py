@@ -32,7 +32,7 @@ def _combined(logits: Tensor, labels: Tensor, cuts: tuple[int, ...]) -> tuple[Te
 
 @pytest.fixture(params=[1 << 20, 13, 1], ids=["one chunk", "a row a chunk", "less than a row"])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(cross_entropy._CHUNK_ELEMENTS, "cpu", request.param)
+    monkeypatch.setitem(cross_entropy.CHUNK_ELEMENTS, "cpu", request.param)
 
 
 @pytest.mark.parametrize("cuts", CUTS)

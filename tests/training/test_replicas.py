@@ -11,11 +11,12 @@ import torch
 
 from megatron_llm.config import Config
 from megatron_llm.data.stream import build_train_stream
+from megatron_llm.models.stages import parameters
 from megatron_llm.ops.batch import Batch
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.training import replicas
 from megatron_llm.training.agreement import AgreedError
-from megatron_llm.training.build import build_engine, parameters
+from megatron_llm.training.build import build_engine
 from megatron_llm.training.loop import _steps
 from megatron_llm.training.replicas import check_replicas, differing_copies, hash_bits
 from megatron_llm.training.step import RunState, train_step

@@ -14,10 +14,11 @@ from torch import Tensor
 from megatron_llm.cli.main import main
 from megatron_llm.config import Config
 from megatron_llm.data.stream import build_train_stream
+from megatron_llm.models.stages import build_stages
 from megatron_llm.optim.buffers import Bucket, on_last_weight_gradient
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.pipeline.schedules import NAMES, placement
-from megatron_llm.training.build import build_engine, build_stages
+from megatron_llm.training.build import build_engine
 from megatron_llm.training.resolve import layout_problems
 from megatron_llm.training.step import RunState, train_step
 from tests.ranks import run_ranks
@@ -127,7 +128,7 @@ def test_layers_run_through_the_stages_in_order(data: Path) -> None:
     grids = [dataclasses.replace(Grid.single(), pp=dataclasses.replace(Grid.single().pp, rank=rank, size=2)) for rank in (0, 1)]
     stages: dict[int, Any] = {}
     for grid in grids:
-        stages |= build_stages(config, grid, (0, 1, 0, 1), torch.device("cpu"))
+        stages |= build_stages(config, grid, (0, 1, 0, 1), torch.float64, torch.device("cpu"))
     names = [name for number in sorted(stages) for p in stages[number].parameters() for name in (p.shard.parts[0].name,)]
     layers = [int(name.split(".")[1]) for name in names if name.startswith("layers.")]
     assert layers == sorted(layers) and set(layers) == set(range(7))

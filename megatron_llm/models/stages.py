@@ -1,0 +1,46 @@
+"""The stages of a pipeline that one rank holds. Called by `training/build.py`, and without memory by `planning/memory.py`."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from megatron_llm.config import Config
+from megatron_llm.models.decoder import DecoderStage
+from megatron_llm.models.recompute import Recompute
+from megatron_llm.models.split import layer_costs, split_layers
+from megatron_llm.parallel.grid import Grid
+
+
+def build_stages(
+    config: Config, grid: Grid, placement: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> dict[int, DecoderStage]:
+    """This rank's stages of the pipeline by number, with zero weights.
+
+    placement: the pipeline rank of every stage. An embedding tied to a head on the same rank is one parameter of two stages.
+    """
+    model, last = config.model, len(placement) - 1
+    layers = split_layers(model.num_hidden_layers, placement, *layer_costs(model, config.training.sequence_length))
+    stages: dict[int, DecoderStage] = {}
+    for stage, rank in enumerate(placement):
+        if rank == grid.pp.rank:
+            stages[stage] = DecoderStage(
+                model,
+                grid,
+                layers[stage],
+                first=stage == 0,
+                last=stage == last,
+                sequence_parallel=config.parallel.sequence_parallel,
+                dtype=dtype,
+                device=device,
+                attention_backend=config.kernels.attention,
+                recompute=Recompute.of(config.training),
+            )
+    if model.tie_word_embeddings and stages.keys() >= {0, last}:
+        stages[last].head.weight = stages[0].embedding.weight
+    return stages
+
+
+def parameters(stages: dict[int, DecoderStage]) -> list[nn.Parameter]:
+    """The parameters of a rank's stages, each once, in the order of the model."""
+    return list(nn.ModuleList(stages.values()).parameters())

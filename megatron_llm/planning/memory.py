@@ -1,0 +1,168 @@
+"""Bytes that a rank needs, from the configuration alone. Called by `planning/compare.py`.
+
+What stays is counted on the stages themselves, built without memory, and on the layout of their buckets: no formula to go
+stale. What comes and goes is the peak of the simulated schedule (`planning/activations.py`), and what a layer works with besides:
+
+    backward of a layer                   T * 4 F + T * H        gradients of its product, of gate and up and of its input,
+                                                                 and what they are made of; less what the head has let go
+    loss                                  a chunk of logits of at least float32 (`ops/cross_entropy.py`), two in other dtypes
+    recomputation                         what it brings back at once
+    messages                              two ahead and one on its way out for every channel of the rank
+
+At the end of the backward activations are gone, but gradients that are sent in another dtype than they are kept in need a copy.
+Not counted: what a process needs before it has a model (on a GPU mostly CUDA's and NCCL's own), and what an allocator loses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import cached_property
+
+import torch
+
+from megatron_llm.config import Config
+from megatron_llm.models.stages import build_stages, parameters
+from megatron_llm.ops.cross_entropy import CHUNK_ELEMENTS
+from megatron_llm.optim.layout import bucket_layout
+from megatron_llm.optim.rules import MOMENTS, freeze, rules_of
+from megatron_llm.parallel.grid import Grid
+from megatron_llm.pipeline.schedules import Schedule
+from megatron_llm.planning.activations import compute_bytes, stage_bytes
+from megatron_llm.planning.stages import stage_layers
+
+_RECEIVED_AHEAD, _SENT = 2, 1  # messages of a channel beyond the one that is in use: `pipeline/messages.py`
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one rank, by what they are for.
+
+    Attributes:
+        weights: in the compute dtype, frozen ones and padding included; gradients: main ones.
+        state: masters, moments, averages.
+        activations: at the peak of the schedule; working: what an action works with besides; messages: buffers between stages.
+        exchange: of gradients, when activations are gone.
+    """
+
+    weights: float
+    gradients: float
+    state: float
+    activations: float
+    working: float
+    messages: float
+    exchange: float
+
+    @property
+    def persistent(self) -> float:
+        """What stays from step to step."""
+        return self.weights + self.gradients + self.state
+
+    @property
+    def total(self) -> float:
+        """The peak."""
+        return self.persistent + max(self.activations + self.working + self.messages, self.exchange)
+
+
+@dataclass(frozen=True)
+class BytesPerParameter:
+    """Of each trainable parameter: compute weight, main gradient; state: of each that the rank owns."""
+
+    weight: int
+    gradient: int
+    state: int
+
+    @classmethod
+    def of(cls, config: Config) -> BytesPerParameter:
+        weight = compute_bytes(config)
+        wide = max(weight, 4)
+        optimizer = config.optimizer
+        moment = 2 if optimizer.state_dtype == "bfloat16" and wide == 4 else wide
+        state = wide * (weight < wide) + moment * len(MOMENTS[optimizer.name]) + wide * (optimizer.ema_decay is not None)
+        return cls(weight, 2 if config.precision.gradients == "bfloat16" else wide, state)
+
+    def persistent(self, ranks: int, zero_stage: int = 1) -> float:
+        """Together, among that many data-parallel ranks."""
+        return self.weight + self.gradient + self.state / (ranks if zero_stage else 1)
+
+
+def rank_memory(config: Config, schedule: Schedule, peak: tuple[float, ...], world: int) -> list[RankMemory]:
+    """The memory of every pipeline rank, on the first of its tensor- and data-parallel ranks; the others need no more.
+
+    config: with the name of `schedule`. peak: of the simulation of it: bytes of activations by pipeline rank.
+    """
+    return [_Rank(config, schedule, rank, world).memory(peak[rank]) for rank in range(len(peak))]
+
+
+class _Rank:
+    """One pipeline rank, with its stages on no device."""
+
+    def __init__(self, config: Config, schedule: Schedule, rank: int, world: int):
+        self.config, self.schedule, self.rank = config, schedule, rank
+        parallel = config.parallel
+        stride = world // parallel.pipeline_parallel
+        self.grid = Grid.imagined(parallel, config.model.num_key_value_heads, world, rank * stride)
+        self.stages = build_stages(config, self.grid, schedule.placement, torch.float32, torch.device("meta"))
+        self.size = compute_bytes(config)
+        self.wide = max(self.size, 4)
+        self.tokens = config.training.micro_batch_size * config.training.sequence_length
+        self.shard = self.tokens / (parallel.tensor_parallel if parallel.sequence_parallel else 1)
+
+    @cached_property
+    def buckets(self) -> list[int]:
+        """Elements that a data-parallel rank owns of every bucket."""
+        held, config = parameters(self.stages), self.config
+        freeze(held, config.optimizer)
+        layouts = bucket_layout(held, self.grid.dp_cp.size, config.parallel.bucket_size, lambda p: rules_of(p, config.optimizer))
+        return [layout.share for layout in layouts]
+
+    def memory(self, activations: float) -> RankMemory:
+        each, ranks = BytesPerParameter.of(self.config), self.grid.dp_cp.size
+        own = sum(self.buckets)
+        frozen = sum(p.numel() for p in parameters(self.stages) if not p.requires_grad)
+        return RankMemory(
+            weights=each.weight * (own * ranks + frozen),
+            gradients=each.gradient * own * ranks,
+            state=each.state * own * (1 if self.config.parallel.zero_stage else ranks),
+            activations=activations,
+            working=self._working(),
+            messages=self._messages(),
+            exchange=self._exchange(),
+        )
+
+    def _working(self) -> float:
+        """The most over the stages; an action of one of them is at work when activations are at their peak."""
+        model, tp, size, wide = self.config.model, self.config.parallel.tensor_parallel, self.size, self.wide
+        t, s, h, f = self.tokens, self.shard, model.hidden_size, model.intermediate_size / tp
+        layers = stage_layers(self.config, self.schedule.placement)
+        most = 0.0
+        for number, stage in self.stages.items():
+            head = stage_bytes(self.config, range(0), False, stage.last).forward  # is gone when the layers' backward begins
+            if stage.layers:
+                norm = 5 * wide * s * h if size < wide else 0.0
+                again = stage_bytes(self.config, layers[number], stage.first, stage.last).again
+                most = max(most, again + max(size * (4 * t * f + t * h), norm) - head)
+            if stage.last:
+                vocabulary = -(-model.vocab_size // tp)
+                chunk = min(t * vocabulary, max(vocabulary, CHUNK_ELEMENTS["cpu" if self.config.device == "cpu" else "cuda"]))
+                most = max(most, wide * chunk * (1 if size == wide else 2))
+        return most
+
+    def _messages(self) -> float:
+        channels = [ends for ends in self.schedule.channels if self.rank in ends]
+        buffers = sum(_RECEIVED_AHEAD if receiver == self.rank else _SENT for _, receiver in channels)
+        return buffers * self.shard * self.config.model.hidden_size * self.size
+
+    def _exchange(self) -> float:
+        precision, ranks, parallel = self.config.precision, self.grid.dp_cp.size, self.config.parallel
+        own, largest = sum(self.buckets), max(self.buckets, default=0)
+        if precision.gradients == "bfloat16":  # what is received, and the sums
+            received = 2.0 * own * ranks if ranks > 1 else 0.0
+            return received + 4.0 * own * (1 if parallel.zero_stage else 1 + ranks * (ranks > 1))
+        if precision.gradient_reduction == "bfloat16" and ranks > 1:  # what is sent, on its way to its place
+            return 2.0 * largest * ranks + (0.0 if parallel.zero_stage else 4.0 * own)
+        return 0.0
+
+
+def items(memory: RankMemory) -> dict[str, float]:
+    """The parts by name, and their peak."""
+    return {field.name: getattr(memory, field.name) for field in fields(memory)} | {"peak": memory.total}
