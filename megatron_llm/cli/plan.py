@@ -161,9 +161,8 @@ def _comparison(plan: Candidate, others: list[Candidate], limit: float | None) -
     scale, unit = time_unit(plan.simulation.timeline.makespan)
     size, size_unit = byte_unit(max(plan.simulation.peak_bytes))
     step, peak = f"step, {unit}", f"peak, {size_unit}"
-    lines = [
-        f"{'schedule':14}  {'stages a rank':>13}  {step:>18}  {'idle, step':>10}  {'idle, own span':>14}  {peak:>10}  {'memory, GiB':>11}"
-    ]
+    head = f"{'schedule':14}  {'stages a rank':>13}  {step:>18}  {'idle, step':>10}  {'idle, own span':>14}  {peak:>10}"
+    lines = [f"{head}  {'memory, GiB':>11}"]
     for row in rows:
         timeline = row.simulation.timeline
         lines.append(
