@@ -1,4 +1,4 @@
-"""What every benchmark does alike: options, the machine's description, the result as JSON, and the corpus of the tokenizing ones.
+"""What benchmarks do alike: options, the machine's description, the result as JSON, ranks, and the corpus of the tokenizing ones.
 
 Imported by the scripts beside it.
 """
@@ -9,6 +9,7 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import multiprocessing
 import os
 import platform
 import random
@@ -17,11 +18,15 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 SUFFIXES = (".py", ".md", ".txt", ".rst")
 VOCABULARY = 32_000
+RANK_SECONDS = 600.0  # limit on an answer of a rank
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
@@ -62,6 +67,75 @@ def finish(output: Path, claim: str, holds: bool, conditions: dict[str, Any], **
     print("  ".join(f"{name} {value}" for name, value in conditions.items()))
     print(f"{'holds' if holds else 'DOES NOT HOLD'}: {claim}\nwritten to {output}")
     return 0 if holds else 1
+
+
+class Ranks:
+    """Processes of one gloo group, each with one thread on one core, that stay and answer calls.
+
+    make(*args), of a module's level, is called on every rank; what it returns answers the calls. Arguments and answers
+    travel by pickle. A rank that fails prints its traceback, and the call that waits for it raises RuntimeError.
+    """
+
+    def __init__(self, world: int, make: Callable[..., Callable[..., Any]], *args: Any):
+        context = multiprocessing.get_context("spawn")  # memory is measured: nothing may come from this process
+        self._folder = tempfile.TemporaryDirectory()
+        self._connections: list[Connection] = []
+        for rank in range(world):
+            ours, theirs = context.Pipe()
+            work = (theirs, rank, world, self._folder.name, make, args)
+            context.Process(target=_serve, args=work, daemon=True).start()
+            theirs.close()
+            self._connections.append(ours)
+        self._answers()
+
+    def __call__(self, *args: Any) -> list[Any]:
+        """The answers of all ranks, in their order."""
+        for connection in self._connections:
+            connection.send(args)
+        return self._answers()
+
+    def _answers(self) -> list[Any]:
+        answers = []
+        for rank, connection in enumerate(self._connections):
+            if not connection.poll(RANK_SECONDS):
+                raise RuntimeError(f"rank {rank} has not answered for {RANK_SECONDS:g} s")
+            try:
+                answers.append(connection.recv())
+            except (EOFError, ConnectionResetError):
+                raise RuntimeError(f"rank {rank} died; why, is written above") from None
+        return answers
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            for connection in self._connections:
+                connection.send(None)
+            for connection in self._connections:
+                connection.poll(RANK_SECONDS)  # until it has ended
+        self._folder.cleanup()
+
+
+def _serve(
+    connection: Connection, rank: int, world: int, folder: str, make: Callable[..., Callable[..., Any]], args: tuple[Any, ...]
+) -> None:
+    """A rank: answer until told to end."""
+    import torch
+    import torch.distributed as dist
+
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[rank % len(cores)]})
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # the machine's host name need not resolve
+    store = dist.FileStore(f"{folder}/store", world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=RANK_SECONDS))
+    answer = make(*args)
+    connection.send(None)
+    while (call := connection.recv()) is not None:
+        connection.send(answer(*call))
+    dist.barrier()  # nobody closes its sockets while another rank may still read from them
+    dist.destroy_process_group()
 
 
 def add_corpus_options(made: argparse.ArgumentParser) -> None:
