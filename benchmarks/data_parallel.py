@@ -127,8 +127,7 @@ def _engine(config: Config) -> tuple[Step, Callable[[], None]]:
     """A step of this project, and what waits for weights that are still on their way."""
     engine = build_engine(config, Grid.build(config.parallel, config.model.num_key_value_heads), torch.device("cpu"))
     stream, state = build_train_stream(config), RunState()
-    settle: Callable[[], None] = getattr(engine.optimizer, "wait_weights", _nothing)
-    return lambda: train_step(engine, stream, state).loss, settle
+    return lambda: train_step(engine, stream, state).loss, engine.optimizer.wait_weights
 
 
 def _nothing() -> None:

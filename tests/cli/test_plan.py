@@ -139,8 +139,8 @@ def test_idle_time_is_the_same_in_table_and_picture(config_file: str, tmp_path: 
     assert cli.main(["plan", config_file, "parallel.pipeline_schedule=zb_v", "--timeline", str(path)]) == 0
     out = capsys.readouterr().out
     shown = [text.strip() for text in re.findall(r"<!-- (.*?) -->", path.read_text(encoding="utf-8"))]
-    out, _ = out.split("predicted memory")
-    idle = [re.findall(r"[\d.]+%", line) for line in out.splitlines() if re.match(r" +\d  ", line)]
+    ranks, _ = out.split("predicted memory")
+    idle = [re.findall(r"[\d.]+%", line) for line in ranks.splitlines() if re.match(r" +\d  ", line)]
     first = shown.index("idle, step") + 1
     assert shown[first : first + 4] == [in_step for _, in_step in idle] and len(idle) == 4
     _, _, in_step, in_span, *_ = _rows(out)["zb_v"]

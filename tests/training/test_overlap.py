@@ -140,7 +140,6 @@ def test_without_overlap_the_exchange_is_not_beside_compute(name: str) -> None:
         assert _places(first, "gather").keys() == _places(first, "gathered").keys()
 
 
-@pytest.mark.xfail(strict=True, reason="parallel.overlap is not read yet")
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_are_reduced_during_the_last_backward(name: str) -> None:
     """All but those of the bucket that the backward ends with."""
@@ -151,7 +150,6 @@ def test_gradients_are_reduced_during_the_last_backward(name: str) -> None:
             assert early == _places(events, "reduce").keys() - events[last].buckets
 
 
-@pytest.mark.xfail(strict=True, reason="parallel.overlap is not read yet")
 @pytest.mark.parametrize("name", CASES)
 def test_the_first_layers_run_while_weights_of_the_last_are_under_way(name: str) -> None:
     """When a module of a layer runs for the first time no more was waited for than it and those before it need."""
