@@ -52,11 +52,11 @@ SHAPE = {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
 }
-SEQUENCE, MICROBATCHES = 16, 4
+SEQUENCE, ROWS = 16, 4  # rows of a replica and step
 SPEED = 1e8  # FLOP/s of a simulated device: the smallest product takes 1.3 ms
 BUCKETS = 10  # of a rank, about
 TOLERANCE = 0.1
-CASES = (("1f1b", 1), ("zb_h1", 2))  # schedule and pipeline ranks; two data-parallel ranks
+CASES = (("1f1b", 1, 1), ("1f1b", 1, 4), ("zb_h1", 2, 4))  # schedule, pipeline ranks, micro-batches; two data-parallel ranks
 
 
 class Link:
@@ -141,15 +141,15 @@ class Steps:
     sent: float
 
 
-def config_of(name: str, pipeline: int, overlap: bool) -> Config:
+def config_of(name: str, pipeline: int, microbatches: int, overlap: bool) -> Config:
     """What is trained."""
     raw: dict[str, Any] = {
         "model": SHAPE,
         "data": {"kind": "synthetic"},
         "training": {
             "sequence_length": SEQUENCE,
-            "micro_batch_size": 1,
-            "global_batch_size": 2 * MICROBATCHES,
+            "micro_batch_size": ROWS // microbatches,
+            "global_batch_size": 2 * ROWS,
             "steps": 1000,
             "document_isolation": False,
         },
@@ -163,14 +163,14 @@ def config_of(name: str, pipeline: int, overlap: bool) -> Config:
     return parse_config(raw)
 
 
-def engines(name: str, pipeline: int) -> Callable[..., Any]:
+def engines(name: str, pipeline: int, microbatches: int) -> Callable[..., Any]:
     """On a rank: a function that gives the layout, or takes steps with and without overlap at some bandwidth."""
     link = Link()
     collectives._all_gather = link.through(collectives._all_gather)
     collectives._reduce_scatter = link.through(collectives._reduce_scatter)
     linear.matmul, weight_grad.accumulate_matmul = _slow_matmul, _slow_accumulate_matmul
-    grid = Grid.build(config_of(name, pipeline, False).parallel, SHAPE["num_key_value_heads"])
-    made = {on: build_engine(config_of(name, pipeline, on), grid, torch.device("cpu")) for on in (False, True)}
+    grid = Grid.build(config_of(name, pipeline, microbatches, False).parallel, SHAPE["num_key_value_heads"])
+    made = {on: build_engine(config_of(name, pipeline, microbatches, on), grid, torch.device("cpu")) for on in (False, True)}
     streams = {on: (build_train_stream(engine.config), RunState()) for on, engine in made.items()}
 
     def answer(what: str, overlap: bool = False, bandwidth: float = math.inf, steps: int = 0) -> Any:
@@ -190,13 +190,13 @@ def engines(name: str, pipeline: int) -> Callable[..., Any]:
 
 def layout(engine: Engine) -> Layout:
     """Where the parameters of this rank's stages are, and what they cost. (They register in the order of the forward.)"""
-    buckets = engine.optimizer.buckets
+    buckets, tokens = engine.optimizer.buckets, engine.config.training.micro_batch_size * SEQUENCE
     ranges = [(bucket.data.data_ptr(), bucket.data.data_ptr() + bucket.data.nbytes) for bucket in buckets]
 
     def product(name: str, parameter: Tensor) -> Product:
         bucket = next(i for i, (start, stop) in enumerate(ranges) if start <= parameter.data_ptr() < stop)
         multiplied = parameter.dim() == 2 and not name.startswith("embedding")
-        return Product(bucket, 2 * SEQUENCE * parameter.numel() / SPEED if multiplied else 0.0)
+        return Product(bucket, 2 * tokens * parameter.numel() / SPEED if multiplied else 0.0)
 
     def announced(named: tuple[str, Tensor]) -> str:
         first, second, *_ = named[0].split(".")
@@ -268,15 +268,15 @@ def exposed(step: float, compute: float, link: float) -> float:
     return (step - max(compute, link)) / min(compute, link)
 
 
-def measure(name: str, pipeline: int, ratios: list[float], steps: int) -> list[dict[str, Any]]:
+def measure(name: str, pipeline: int, microbatches: int, ratios: list[float], steps: int) -> list[dict[str, Any]]:
     """A row of the table for every ratio of exchange to compute."""
-    with Ranks(2 * pipeline, engines, name, pipeline) as ranks:
+    with Ranks(2 * pipeline, engines, name, pipeline, microbatches) as ranks:
         # The shortest: other programs may slow what sleeps, but make nothing faster.
         seconds = lambda *what: min(ranks("steps", *what, steps)[0].seconds)  # noqa: E731
         free: list[Steps] = ranks("steps", False, math.inf, steps)
         compute, sent = min(free[0].seconds), max(of.sent for of in free)
         layouts: list[Layout] = ranks("layout")[::2]  # pipeline ranks are outside, data-parallel ones inside
-        schedule = make_schedule(name, pipeline, MICROBATCHES)
+        schedule = make_schedule(name, pipeline, microbatches)
         products = ideal_step(schedule, layouts, math.inf)
         layouts = [stretched(of, compute / products) for of in layouts]
         rows = []
@@ -288,6 +288,7 @@ def measure(name: str, pipeline: int, ratios: list[float], steps: int) -> list[d
                 {
                     "schedule": name,
                     "pipeline_ranks": pipeline,
+                    "microbatches": microbatches,
                     "buckets": len(layouts[0].sent),
                     "ratio": ratio,
                     "compute_seconds": compute,
@@ -305,7 +306,7 @@ def measure(name: str, pipeline: int, ratios: list[float], steps: int) -> list[d
 
 
 HEAD = (
-    f"{'schedule':10} {'ranks':>8} {'buckets':>7} {'K / C':>6} {'C':>8} {'K':>8} {'T, off':>8} {'T, on':>8}   "
+    f"{'schedule':10} {'ranks':>8} {'m':>2} {'buckets':>7} {'K / C':>6} {'C':>8} {'K':>8} {'T, off':>8} {'T, on':>8}   "
     f"{'exposed: off':>12} {'on':>5} {'bound':>6}"
 )
 
@@ -315,7 +316,7 @@ def line(row: dict[str, Any]) -> str:
     times = " ".join(f"{row[key + '_seconds']:6.3f} s" for key in ("compute", "link", "off", "on"))
     shares = f"{row['off']:12.2f} {row['on']:5.2f} {row['bound']:6.2f}"
     ranks = f"pp{row['pipeline_ranks']} dp2"
-    return f"{row['schedule']:10} {ranks:>8} {row['buckets']:7} {row['ratio']:6.2f} {times}   {shares}"
+    return f"{row['schedule']:10} {ranks:>8} {row['microbatches']:2} {row['buckets']:7} {row['ratio']:6.2f} {times}   {shares}"
 
 
 def main() -> int:
@@ -332,7 +333,7 @@ def main() -> int:
         f"with parallel.overlap the exposed share of the exchange is within {TOLERANCE} of the bound",
         all(row["on"] <= row["bound"] + TOLERANCE for row in rows),
         conditions,
-        shape={**SHAPE, "tokens_of_a_microbatch": SEQUENCE, "microbatches": MICROBATCHES},
+        shape={**SHAPE, "tokens_of_a_step_and_replica": ROWS * SEQUENCE},
         rows=rows,
     )
 
