@@ -5,6 +5,7 @@ stale. What comes and goes is the peak of the simulated schedule (`planning/acti
 
     backward of a layer                   T * 4 F + T * H        gradients of its product, of gate and up and of its input,
                                                                  and what they are made of; less what the head has let go
+    the same where it is split            T * 5 F + T * H        the product and what the head saved wait for W
     loss                                  a chunk of logits of at least float32 (`ops/cross_entropy.py`), two in other dtypes
     recomputation                         what it brings back at once
     messages                              two ahead and one on its way out for every channel of the rank
@@ -136,11 +137,12 @@ class _Rank:
         layers = stage_layers(self.config, self.schedule.placement)
         most = 0.0
         for number, stage in self.stages.items():
-            head = stage_bytes(self.config, range(0), False, stage.last).forward  # is gone when the layers' backward begins
+            head = stage_bytes(self.config, range(0), False, stage.last).forward
             if stage.layers:
                 norm = 5 * wide * s * h if size < wide else 0.0
                 again = stage_bytes(self.config, layers[number], stage.first, stage.last).again
-                most = max(most, again + max(size * (4 * t * f + t * h), norm) - head)
+                product, gone = (t * f, 0.0) if self.schedule.split else (0.0, head)  # what waits for W, and what does not
+                most = max(most, again + max(size * (4 * t * f + product + t * h), norm) - gone)
             if stage.last:
                 vocabulary = -(-model.vocab_size // tp)
                 chunk = min(t * vocabulary, max(vocabulary, CHUNK_ELEMENTS["cpu" if self.config.device == "cpu" else "cuda"]))
@@ -155,11 +157,12 @@ class _Rank:
     def _exchange(self) -> float:
         precision, ranks, parallel = self.config.precision, self.grid.dp_cp.size, self.config.parallel
         own, largest = sum(self.buckets), max(self.buckets, default=0)
-        if precision.gradients == "bfloat16":  # what is received, and the sums
-            received = 2.0 * own * ranks if ranks > 1 else 0.0
-            return received + 4.0 * own * (1 if parallel.zero_stage else 1 + ranks * (ranks > 1))
-        if precision.gradient_reduction == "bfloat16" and ranks > 1:  # what is sent, on its way to its place
-            return 2.0 * largest * ranks + (0.0 if parallel.zero_stage else 4.0 * own)
+        others = ranks if ranks > 1 else 0
+        gathered = 0.0 if parallel.zero_stage else 4.0 * own  # sums, moved out of the way of those of the other ranks
+        if precision.gradients == "bfloat16":  # what is received, and the sums; all sums of all ranks with stage 0
+            return 4.0 * own + max(2.0 * own * others, gathered * others)
+        if precision.gradient_reduction == "bfloat16" and others:  # what is sent, on its way to its place
+            return max(2.0 * largest * ranks, gathered)
         return 0.0
 
 
