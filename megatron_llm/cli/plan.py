@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     notes = []
     if parallel.pipeline_schedule == "auto":
         limited = config.model_copy(update={"parallel": parallel.model_copy(update={"device_memory_gib": limit})})
-        run = choose_schedule(dataclasses.replace(run, config=limited), gpus)
+        run = choose_schedule(dataclasses.replace(run, config=limited), gpus, assumed)
         config, notes = run.config, list(run.notes)
     plan = chosen(config, gpus, assumed)
     print(_heading(config, gpus, microbatches, args))

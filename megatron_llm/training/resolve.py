@@ -22,7 +22,7 @@ from megatron_llm.models.decoder import DecoderStage
 from megatron_llm.optim.rules import rule_problems
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.pipeline.schedules import placement
-from megatron_llm.planning.compare import GIB, choose
+from megatron_llm.planning.compare import GIB, Assumptions, choose
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def resolve(path: str | Path, overrides: list[str] | None, world_size: int) -> R
     return dataclasses.replace(run, notes=(*run.notes, *_without_effect(run.config.lr_schedule), *_spike_notes(run.config)))
 
 
-def choose_schedule(run: ResolvedRun, world_size: int) -> ResolvedRun:
+def choose_schedule(run: ResolvedRun, world_size: int, assumed: Assumptions = Assumptions()) -> ResolvedRun:
     """The run with `parallel.pipeline_schedule: auto` replaced by a name. Raises ConfigError if no schedule fits."""
     parallel = run.config.parallel
     if parallel.pipeline_schedule != "auto":
@@ -75,7 +75,7 @@ def choose_schedule(run: ResolvedRun, world_size: int) -> ResolvedRun:
     limit = None if parallel.device_memory_gib is None else parallel.device_memory_gib * GIB
     if limit is None and run.config.device != "cpu" and torch.cuda.is_available():
         limit = torch.cuda.get_device_properties(0).total_memory
-    best, note = choose(run.config, world_size, limit)
+    best, note = choose(run.config, world_size, limit, assumed)
     return dataclasses.replace(run, config=best.config, notes=(*run.notes, note))
 
 

@@ -112,6 +112,17 @@ def test_plan_shows_the_choice_and_what_does_not_fit(tmp_path: Path, capsys: pyt
     assert "auto finds no schedule that fits into 1e-06 GiB" in capsys.readouterr().err
 
 
+def test_plan_chooses_for_the_speeds_that_it_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A slow network makes another schedule the shortest, and that is the one the comparison has first."""
+    path, chosen = _write(tmp_path), []
+    for bandwidth in ("1e9", "1e-3"):
+        assert main(["plan", str(path), "--bandwidth", bandwidth]) == 0
+        rows = [line for line in capsys.readouterr().out.splitlines() if line.split(" ")[0] in NAMES]
+        assert "configured" in rows[0], rows
+        chosen.append(rows[0].split()[0])
+    assert chosen[0] != chosen[1]
+
+
 @pytest.mark.slow
 def test_a_run_trains_with_it_and_keeps_its_name(tmp_path: Path) -> None:
     path = _write(tmp_path)
