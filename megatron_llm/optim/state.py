@@ -46,8 +46,10 @@ class State:
         for piece, a, b in self.bucket.pieces(lo, hi):
             yield piece, piece.view(kept[a:b])
 
-    def round_weights(self) -> None:
-        """Make compute weights of the masters."""
+    def begin_with_weights(self) -> None:
+        """Make compute weights of new masters, of which the average is the first term."""
+        if "ema" in self._kept:
+            self._kept["ema"].copy_(self._kept["weights"])
         if self._separate_master:
             self._weights.copy_(self._kept["weights"])
 

@@ -174,7 +174,10 @@ class ZeroOptimizer:
                     yield from _frozen_pieces(parameter)
 
     def load(self, kind: str, source: TensorSource) -> None:
-        """Fill a kind of state from a source. Weights enter the masters unrounded. Collective over dp_cp."""
+        """Fill a kind of state from a source. Collective over dp_cp.
+
+        Weights enter the masters unrounded, and the average begins with them: load `ema` after `weights`.
+        """
         with torch.no_grad():
             self.wait_weights()
             everything = [piece for state in self.states for piece in state.pieces(kind, state.lo, state.hi)]
@@ -184,7 +187,7 @@ class ZeroOptimizer:
                 view.copy_(source.read(piece.part, piece.box))
             if kind == "weights":
                 for state in reversed(self.states):
-                    state.round_weights()
+                    state.begin_with_weights()
                     if self.zero_stage == 1:
                         self._gather_weights(state.bucket)
                 self.wait_weights()

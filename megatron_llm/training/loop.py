@@ -156,6 +156,7 @@ def _steps(run: Run) -> bool:
             check_replicas(run.engine)
         if _due(run.config.checkpoint.every_steps, step):
             _save(run)
+    run.engine.optimizer.wait_weights()  # no rank leaves while others still receive from it
     _save(run)
     return stopped
 

@@ -214,6 +214,10 @@ def _setting_problems(config: Config) -> list[str]:
             "training.loss_spike: data.order megatron plans exactly the rows of training.steps, and has none in place of those "
             "that are left out after a spike; change data.order to shuffled, or remove loss_spike"
         )
+    if config.precision.compute == "float64" and config.optimizer.state_dtype == "bfloat16":
+        problems.append(
+            "optimizer.state_dtype: bfloat16 has no place in precision.compute float64, which is for proofs; remove it"
+        )
     run_dir = Path(config.logging.run_dir)
     if run_dir.exists() and not run_dir.is_dir():
         problems.append(f"logging.run_dir: {run_dir} exists and is not a folder")

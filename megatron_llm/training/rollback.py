@@ -34,8 +34,13 @@ def find_spike(state: RunState, loss: float, spike: LossSpikeConfig | None) -> s
 
 
 def remember_loss(state: RunState, loss: float, spike: LossSpikeConfig | None) -> None:
-    """Add the loss of a step that stays to those that the next ones are compared with."""
-    if spike is not None and math.isfinite(loss):
+    """Add the loss of a step that stays to those that the next ones are compared with.
+
+    Without a rule none is kept: were it turned on again later, those of long ago would not be the last ones.
+    """
+    if spike is None:
+        state.losses = []
+    elif math.isfinite(loss):
         state.losses = [*state.losses, loss][-spike.window :]
 
 

@@ -141,6 +141,19 @@ def test_the_average_follows_the_masters(dtype: torch.dtype) -> None:
         torch.testing.assert_close(_whole(averages, name, average), average, rtol=1e-5, atol=1e-6)
 
 
+class _Ones:
+    def read(self, part: Part, box: Box) -> Tensor:
+        return torch.ones(box.shape, dtype=torch.float64)
+
+
+def test_the_average_begins_with_the_weights_that_are_loaded() -> None:
+    """Not with those that the parameters had before there was a source."""
+    optimizer = ZeroOptimizer(_parameters(), Grid.single(), _config(ema_decay=0.9), 100)
+    optimizer.load("weights", _Ones())
+    for kind in ("weights", "ema"):
+        assert all((values == 1).all() for _, values in optimizer.state_pieces(kind))
+
+
 def _whole(tensors: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
     """A parameter from its logical tensors."""
     found = torch.cat((tensors[name], tensors["layers.1.k.weight"])) if name.endswith("q.weight") else tensors[name]

@@ -96,6 +96,18 @@ def test_overlap_does_not_change_a_bit(case: str) -> None:
     assert all(torch.equal(kept[kind][name], tensor) for kind in kept for name, tensor in expected[kind].items())
 
 
+def test_the_average_of_a_fresh_run_begins_with_its_weights() -> None:
+    """After one update: a tenth of the change, and not nine tenths of nothing."""
+    config = config_of(optimizer={"ema_decay": 0.9})
+    ((_, start),) = run_ranks(1, _everything, config, 0)
+    before = assemble([start["weights"]])
+    for world in (1, 2):
+        kept = [kept for _, kept in run_ranks(world, _everything, config, 1)]
+        weights, average = assemble([k["weights"] for k in kept]), assemble([k["ema"] for k in kept])
+        for name, value in average.items():
+            torch.testing.assert_close(value, 0.9 * before[name] + 0.1 * weights[name], rtol=1e-12, atol=1e-12)
+
+
 FROZEN = {"rules": [{"match": "embedding.*", "frozen": True}, {"match": "layers.[0-2].*", "frozen": True}]}
 
 

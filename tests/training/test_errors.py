@@ -77,6 +77,11 @@ def test_context_parallelism_waits_for_its_time_and_1f1b_has_one_stage_a_rank(me
     assert "parallel.virtual_stages: schedule 1f1b has 1 virtual stage, not 2: set virtual_stages to 1, or" in text
 
 
+def test_narrow_moments_of_float64(message: Any) -> None:
+    text = message(optimizer={"state_dtype": "bfloat16"})
+    assert "optimizer.state_dtype: bfloat16 has no place in precision.compute float64" in text
+
+
 def test_unknown_key_with_suggestion(message: Any) -> None:
     assert "training.sequence_lenght: unknown key; did you mean training.sequence_length?" in message(
         training={"sequence_lenght": 3}
