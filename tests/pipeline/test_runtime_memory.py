@@ -88,7 +88,7 @@ def _ahead(microbatches: int) -> tuple[int, int]:
 def test_an_evaluation_runs_ahead_of_a_slow_rank_by_a_few_messages_only() -> None:
     under_way, threads = run_ranks(2, _ahead, 100)[0]
     assert under_way == most_under_way(forward_only((0, 1), 100)) == 4
-    assert threads <= 5, "one more may be about to end"
+    assert threads <= 20, "of 100; some that are done may be about to end, on a busy machine a few"
 
 
 def _held_inputs(schedule: Schedule, direct: bool) -> list[tuple[int, int]]:
