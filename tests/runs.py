@@ -12,6 +12,8 @@ import torch
 
 from megatron_llm.config import Config, parse_config
 from megatron_llm.data.stream import build_train_stream
+from megatron_llm.models.decoder import DecoderStage
+from megatron_llm.models.recompute import Recompute
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.training.build import Engine, build_engine
 from megatron_llm.training.step import RunState, train_step
@@ -40,6 +42,34 @@ def config_of(base: dict[str, Any] = TINY, **sections: dict[str, Any]) -> Config
     for name, values in sections.items():
         raw.setdefault(name, {}).update(values)
     return parse_config(raw)
+
+
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "full": {"recompute": "full"},
+    "full, every second layer": {"recompute": "full", "recompute_every": 2},
+    "selective": {"recompute": "selective"},
+    "selective, every second layer": {"recompute": "selective", "recompute_every": 2},
+    "attention": {"recompute": "selective", "recompute_modules": ["attention"]},
+    "norms": {"recompute": "selective", "recompute_modules": ["norms"]},
+    "activation": {"recompute": "selective", "recompute_modules": ["activation"]},
+}
+
+
+def stage_of(
+    config: Config, layers: range, first: bool = False, last: bool = False, dtype: torch.dtype = torch.float32
+) -> DecoderStage:
+    """A stage on one process, with zero weights."""
+    return DecoderStage(
+        config.model,
+        Grid.single(),
+        layers,
+        first=first,
+        last=last,
+        sequence_parallel=False,
+        dtype=dtype,
+        device=torch.device("cpu"),
+        recompute=Recompute.of(config.training),
+    )
 
 
 Pieces = list[tuple[str, tuple[int, ...], tuple[slice, ...], torch.Tensor]]

@@ -1,11 +1,13 @@
-"""The stages of a pipeline that one rank holds. Called by `training/build.py`, and without memory by `planning/memory.py`."""
+"""The stages of a pipeline that one rank holds, or a whole model. Called by `training/build.py`, and without memory by
+`planning/memory.py` and `training/resolve.py`.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-from megatron_llm.config import Config
+from megatron_llm.config import Config, ModelConfig
 from megatron_llm.models.decoder import DecoderStage
 from megatron_llm.models.recompute import Recompute
 from megatron_llm.models.split import layer_costs, split_layers
@@ -39,6 +41,20 @@ def build_stages(
     if model.tie_word_embeddings and stages.keys() >= {0, last}:
         stages[last].head.weight = stages[0].embedding.weight
     return stages
+
+
+def whole_model(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> DecoderStage:
+    """All of a model on one process, with zero weights: for inference, or without memory for the names in it."""
+    return DecoderStage(
+        model,
+        Grid.single(),
+        range(model.num_hidden_layers),
+        first=True,
+        last=True,
+        sequence_parallel=False,
+        dtype=dtype,
+        device=device,
+    )
 
 
 def parameters(stages: dict[int, DecoderStage]) -> list[nn.Parameter]:

@@ -91,6 +91,7 @@ class Grid:
             dist.get_world_size(),
             dist.get_rank(),
             lambda name, ranks: dist.new_group(ranks, timeout=timeout, group_desc=name),
+            dist.group.WORLD,
         )
 
     @classmethod
@@ -106,6 +107,7 @@ class Grid:
         world: int,
         me: int,
         make_group: Callable[[str, list[int]], dist.ProcessGroup | None],
+        everyone: dist.ProcessGroup | None = None,
     ) -> Grid:
         pp, cp, tp = parallel.pipeline_parallel, parallel.context_parallel, parallel.tensor_parallel
         if world % (pp * cp * tp):
@@ -130,7 +132,7 @@ class Grid:
             cp=axis("cp", along(2)),
             tp=axis("tp", along(3)),
             dp_cp=axis("dp_cp", np.moveaxis(mesh, 3, 1).reshape(pp * tp, -1)),
-            world=Axis("world", me, world, tuple(range(world)), dist.group.WORLD if world > 1 else None),
+            world=Axis("world", me, world, tuple(range(world)), everyone if world > 1 else None),
             kv_replica=axis("kv_replica", mesh.reshape(-1, copies)),
             tied=axis("tied", ends),
             pp_forward=axis("pp_forward", along(0)),

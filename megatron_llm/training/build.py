@@ -13,7 +13,7 @@ from torch import nn
 
 from megatron_llm.config import Config, ModelConfig
 from megatron_llm.models.decoder import DecoderStage
-from megatron_llm.models.stages import build_stages, parameters
+from megatron_llm.models.stages import build_stages, parameters, whole_model
 from megatron_llm.optim.rules import freeze
 from megatron_llm.optim.zero1 import ZeroOptimizer
 from megatron_llm.parallel.grid import Grid
@@ -76,16 +76,7 @@ def _needed(stages: Iterable[DecoderStage]) -> dict[int, list[nn.Parameter]]:
 
 def build_model(model: ModelConfig, weights: TensorSource, dtype: torch.dtype, device: torch.device) -> DecoderStage:
     """A whole model on one process, for inference: no optimizer, no buffers."""
-    stage = DecoderStage(
-        model,
-        Grid.single(),
-        range(model.num_hidden_layers),
-        first=True,
-        last=True,
-        sequence_parallel=False,
-        dtype=dtype,
-        device=device,
-    )
+    stage = whole_model(model, dtype, device)
     with torch.no_grad():
         for parameter in stage.parameters():
             for piece in pieces(parameter.shard, tuple(parameter.shape)):  # type: ignore[attr-defined]

@@ -18,9 +18,8 @@ from megatron_llm.config import Config, ConfigError, LrScheduleConfig, ModelConf
 from megatron_llm.data.stream import build_train_stream, check_data, steps_of_epochs
 from megatron_llm.data.tokenizer import fingerprint
 from megatron_llm.hf.reader import HFFolder
-from megatron_llm.models.decoder import DecoderStage
+from megatron_llm.models.stages import whole_model
 from megatron_llm.optim.rules import rule_problems
-from megatron_llm.parallel.grid import Grid
 from megatron_llm.pipeline.schedules import placement
 from megatron_llm.planning.compare import GIB, Assumptions, choose
 
@@ -233,17 +232,7 @@ def _rule_problems(config: Config) -> list[str]:
     """What is wrong with rules for parameters by name, which the whole model knows, without its weights."""
     if not config.optimizer.rules:
         return []
-    layers, device = range(config.model.num_hidden_layers), torch.device("meta")
-    model = DecoderStage(
-        config.model,
-        Grid.single(),
-        layers,
-        first=True,
-        last=True,
-        sequence_parallel=False,
-        dtype=torch.float32,
-        device=device,
-    )
+    model = whole_model(config.model, torch.float32, torch.device("meta"))
     return rule_problems(list(model.parameters()), config.optimizer)
 
 

@@ -63,7 +63,6 @@ def go_back(engine: Engine, state: RunState, why: str) -> RunState | None:
     check_agreement(checkpoint, engine.grid.world)
     if checkpoint is None:
         return None
-    engine.optimizer.wait_weights()  # those of the last update may still be under way
     engine.optimizer.load("weights", checkpoint.source("weights"))
     back = load_run(engine, checkpoint)
     # The rows of an earlier way from the same checkpoint are on record already.

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from megatron_llm.models.decoder import DecoderStage
 from megatron_llm.ops.batch import Batch
-from megatron_llm.parallel.grid import Grid
-from tests.runs import TINY, config_of
+from tests.runs import TINY, config_of, stage_of
 
 MODEL = config_of().model
 N = TINY["model"]["num_hidden_layers"]
@@ -17,16 +16,7 @@ N = TINY["model"]["num_hidden_layers"]
 
 def _stage(layers: range, first: bool, last: bool) -> DecoderStage:
     torch.manual_seed(0)
-    stage = DecoderStage(
-        MODEL,
-        Grid.single(),
-        layers,
-        first=first,
-        last=last,
-        sequence_parallel=False,
-        dtype=torch.float64,
-        device=torch.device("cpu"),
-    )
+    stage = stage_of(config_of(), layers, first, last, torch.float64)
     for parameter in stage.parameters():
         nn.init.normal_(parameter)
     return stage

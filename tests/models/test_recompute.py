@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_llm.config import Config
 from megatron_llm.data.stream import build_train_stream
 from megatron_llm.models.decoder import DecoderStage
-from megatron_llm.models.recompute import Recompute, recomputed
+from megatron_llm.models.recompute import recomputed
 from megatron_llm.models.stages import parameters
 from megatron_llm.ops.batch import Batch
 from megatron_llm.parallel.grid import Grid
@@ -23,18 +23,7 @@ from megatron_llm.parallel.weight_grad import WeightGradients
 from megatron_llm.training.build import build_engine
 from megatron_llm.training.step import _run_microbatches
 from tests.ranks import run_ranks
-from tests.runs import config_of, train
-
-SETTINGS: dict[str, dict[str, Any]] = {
-    "full": {"recompute": "full"},
-    "full, every second layer": {"recompute": "full", "recompute_every": 2},
-    "selective": {"recompute": "selective"},
-    "selective, every second layer": {"recompute": "selective", "recompute_every": 2},
-    "attention": {"recompute": "selective", "recompute_modules": ["attention"]},
-    "norms": {"recompute": "selective", "recompute_modules": ["norms"]},
-    "activation": {"recompute": "selective", "recompute_modules": ["activation"]},
-}
-
+from tests.runs import RECOMPUTE, config_of, stage_of, train
 
 # One primitive
 
@@ -105,17 +94,7 @@ def test_what_saves_something_else_the_second_time_is_told() -> None:
 
 def _stage(config: Config, layers: range = range(3)) -> tuple[DecoderStage, WeightGradients, Tensor, Batch]:
     torch.manual_seed(0)
-    stage = DecoderStage(
-        config.model,
-        Grid.single(),
-        layers,
-        first=False,
-        last=False,
-        sequence_parallel=False,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        recompute=Recompute.of(config.training),
-    )
+    stage = stage_of(config, layers)
     for parameter in stage.parameters():
         parameter.data.normal_()
         parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
@@ -156,7 +135,7 @@ class _Counted(TorchDispatchMode):
 )
 def test_backward_repeats_no_more_than_it_must(setting: str, products: int, attention: int) -> None:
     """Beyond an input gradient of each of four products, and what attention's backward takes; and W repeats nothing."""
-    stage, queue, x, batch = _stage(config_of(training=SETTINGS[setting]))
+    stage, queue, x, batch = _stage(config_of(training=RECOMPUTE[setting]))
     with _Counted() as forward:
         y = stage(x, batch)
     with _Counted() as backward, queue.deferred("B"):
@@ -170,11 +149,11 @@ def test_backward_repeats_no_more_than_it_must(setting: str, products: int, atte
     assert weights.calls == {"products": 3 * 4}
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", RECOMPUTE)
 def test_parameters_without_a_buffer_and_frozen_ones(setting: str) -> None:
     """Gradients that autograd accumulates are the same too; what asks for none gets none."""
     results = []
-    for training in ({}, SETTINGS[setting]):
+    for training in ({}, RECOMPUTE[setting]):
         stage, _, x, batch = _stage(config_of(training=training))
         for parameter in stage.parameters():
             del parameter.main_grad, parameter.weight_gradients
@@ -211,7 +190,7 @@ def _differences(compute: str, parallel: dict[str, Any], settings: list[str]) ->
     expected = numbers({})
     assert all(tensor.isfinite().all() and tensor.any() for tensor in expected[1:])
     return [
-        name for name in settings if not all(torch.equal(a, b) for a, b in zip(expected, numbers(SETTINGS[name]), strict=True))
+        name for name in settings if not all(torch.equal(a, b) for a, b in zip(expected, numbers(RECOMPUTE[name]), strict=True))
     ]
 
 
@@ -228,7 +207,7 @@ SOME = ["full, every second layer", "selective"]
 
 @pytest.mark.parametrize("compute", ["bfloat16", "float32", "float64"])
 def test_not_one_bit_changes(compute: str) -> None:
-    assert run_ranks(1, _differences, compute, {}, list(SETTINGS)) == [[]]
+    assert run_ranks(1, _differences, compute, {}, list(RECOMPUTE)) == [[]]
 
 
 @pytest.mark.parametrize(
@@ -250,7 +229,7 @@ def test_not_one_bit_changes_on_many_ranks(layout: str, compute: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_not_one_bit_changes_in_any_layout_and_setting(layout: str, compute: str) -> None:
     world, parallel = LAYOUTS[layout]
-    assert run_ranks(world, _differences, compute, parallel, list(SETTINGS)) == [[]] * world
+    assert run_ranks(world, _differences, compute, parallel, list(RECOMPUTE)) == [[]] * world
 
 
 def test_the_rows_hold_several_documents() -> None:

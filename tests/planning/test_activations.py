@@ -27,7 +27,7 @@ from megatron_llm.parallel.weight_grad import WeightGradients
 from megatron_llm.planning.activations import StageBytes, stage_bytes
 from megatron_llm.planning.stages import stage_costs
 from tests.ranks import run_ranks
-from tests.runs import config_of
+from tests.runs import RECOMPUTE, config_of
 
 MEMORY = Path(__file__).parents[2] / "docs/memory.md"
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
@@ -39,15 +39,6 @@ STAGES = {  # layers, first, last
     "head": (range(0), False, True),
     "layers and head": (range(1, 3), False, True),
     "everything": (range(2), True, True),
-}
-RECOMPUTE: dict[str, dict[str, Any]] = {
-    "full": {"recompute": "full"},
-    "full, every second layer": {"recompute": "full", "recompute_every": 2},
-    "selective": {"recompute": "selective"},
-    "selective, every second layer": {"recompute": "selective", "recompute_every": 2},
-    "attention": {"recompute": "selective", "recompute_modules": ["attention"]},
-    "norms": {"recompute": "selective", "recompute_modules": ["norms"]},
-    "activation": {"recompute": "selective", "recompute_modules": ["activation"]},
 }
 
 

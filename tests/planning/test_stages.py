@@ -9,15 +9,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_llm.config import Config
-from megatron_llm.models.decoder import DecoderStage
 from megatron_llm.models.recompute import Recompute
 from megatron_llm.ops.batch import Batch
-from megatron_llm.parallel.grid import Grid
 from megatron_llm.parallel.weight_grad import WeightGradients
 from megatron_llm.pipeline.schedules import placement
 from megatron_llm.planning.flops import model_flops_per_token
 from megatron_llm.planning.stages import stage_costs, stage_layers
-from tests.runs import config_of
+from tests.runs import config_of, stage_of
 
 
 def _config(tp: int = 1, pp: int = 4, name: str = "zb_v", **training: Any) -> Config:
@@ -48,17 +46,7 @@ def test_products_of_a_stage_are_those_that_torch_counts(training: dict[str, Any
     config = _config(pp=2, name="1f1b", **training)
     owners = placement("1f1b", 2)
     layers = stage_layers(config, owners)[-1]
-    stage = DecoderStage(
-        config.model,
-        Grid.single(),
-        layers,
-        first=False,
-        last=True,
-        sequence_parallel=False,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        recompute=Recompute.of(config.training),
-    )
+    stage = stage_of(config, layers, last=True)
     for parameter in stage.parameters():
         parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
     queue = WeightGradients([stage])
