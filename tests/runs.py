@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from megatron_llm.config import Config, parse_config
-from megatron_llm.data.stream import build_train_stream
+from megatron_llm.data.stream import build_train_stream, describe_data
 from megatron_llm.models.decoder import DecoderStage
 from megatron_llm.models.recompute import Recompute
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.training.build import Engine, build_engine
+from megatron_llm.training.recovery import make_saver, start_save
 from megatron_llm.training.step import RunState, train_step
 
 TINY: dict[str, Any] = {
@@ -95,6 +96,11 @@ def assemble(ranks: list[Pieces]) -> dict[str, torch.Tensor]:
     for name, count in counts.items():
         assert torch.equal(count, torch.ones_like(count)), f"{name} is not tiled exactly once"
     return tensors
+
+
+def save_run(engine: Engine, state: RunState) -> None:
+    """Write a checkpoint into the run folder, at once. Collective."""
+    start_save(make_saver(engine.config, engine.grid.world), engine, state, {}, describe_data(engine.config), wait=True)
 
 
 def train(config: Config, steps: int | None = None) -> tuple[list[tuple[float, float, bool]], Pieces]:

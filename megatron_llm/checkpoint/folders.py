@@ -1,82 +1,108 @@
 """Which checkpoints a run has: the newest whole one, the old ones to delete, and what a path on the command line means.
 
-`training/recovery.py` calls `latest_checkpoint` on every rank when a run starts, before anything is written, and
-`prune_checkpoints` on rank 0 after each save.
+`training/recovery.py` calls `list_checkpoints` on every rank when a run starts, before anything is written, and
+`prune_checkpoints` on rank 0 after each save. There is no file that names the newest one: what is there says it, and cannot lie.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_llm.checkpoint.load import open_checkpoint
+import yaml
+
+from megatron_llm.checkpoint.load import Checkpoint, open_checkpoint
 from megatron_llm.checkpoint.manifest import MANIFEST
 from megatron_llm.checkpoint.save import delete_checkpoint
+from megatron_llm.ops.storage import Folder, LocalFolder, open_folder
 
 logger = logging.getLogger(__name__)
 
 
-def checkpoint_folder(checkpoints: str | Path, step: int) -> Path:
+def checkpoint_folder(checkpoints: str | Path | Folder, step: int) -> Folder:
     """The folder of the checkpoint after `step` optimizer steps."""
-    return Path(checkpoints) / f"step-{step:08d}"
+    return open_folder(checkpoints).child(f"step-{step:08d}")
 
 
-def _by_step(checkpoints: Path) -> list[tuple[int, Path]]:
+def _by_step(checkpoints: Folder) -> list[tuple[int, Folder]]:
     """(step, folder) of everything that looks like a checkpoint, newest first."""
-    if not checkpoints.is_dir():
-        return []
-    matches = ((re.fullmatch(r"step-(\d{8,})", path.name), path) for path in checkpoints.iterdir() if path.is_dir())
-    return sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)
+    matches = (re.fullmatch(r"step-(\d{8,})", name) for name in checkpoints.names())
+    steps = sorted(((int(match[1]), match[0]) for match in matches if match), reverse=True)
+    return [(step, checkpoints.child(name)) for step, name in steps]
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether a folder is a checkpoint. One that should be, but is damaged, is named in a warning."""
-    if not (folder / MANIFEST).exists():
-        return False  # a save that was interrupted
-    try:
-        open_checkpoint(folder)
-    except ValueError as error:
-        logger.warning("ignoring a damaged checkpoint: %s", error)
-        return False
-    return True
+def list_checkpoints(checkpoints: str | Path | Folder) -> Iterator[Checkpoint | ValueError]:
+    """What was saved to the end, newest first: each a checkpoint, or what is wrong with it. Opened as they are asked for.
+
+    Saves that were interrupted are left out: nothing is wrong with them.
+    """
+    for _, folder in _by_step(open_folder(checkpoints)):
+        if MANIFEST in folder.files():
+            try:
+                yield open_checkpoint(folder)
+            except ValueError as error:
+                yield error
 
 
-def latest_checkpoint(checkpoints: str | Path) -> Path | None:
-    """The newest whole checkpoint in a `checkpoints` folder, None if there is none."""
-    return next((folder for _, folder in _by_step(Path(checkpoints)) if _is_whole(folder)), None)
+def latest_checkpoint(checkpoints: str | Path | Folder) -> Checkpoint | None:
+    """The newest whole checkpoint in a `checkpoints` folder, None if there is none. Damaged ones are named in a warning."""
+    for found in list_checkpoints(checkpoints):
+        if isinstance(found, Checkpoint):
+            return found
+        logger.warning("ignoring a damaged checkpoint: %s", found)
+    return None
 
 
-def prune_checkpoints(checkpoints: str | Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` whole checkpoints, and what interrupted saves before the newest one left.
+def prune_checkpoints(checkpoints: str | Path | Folder, keep_last: int, keep_every: int = 0) -> None:
+    """Delete whole checkpoints but the newest `keep_last`, and what interrupted saves before the newest one left.
 
-    Damaged ones are neither counted nor deleted: somebody may want to look at them.
+    Those of every `keep_every`-th step stay for good (0: none). Damaged ones are neither counted nor deleted: somebody may want
+    to look at them.
     """
     assert keep_last > 0
-    folders = [folder for _, folder in _by_step(Path(checkpoints))]
-    whole = [folder for folder in folders if _is_whole(folder)]
-    if not whole:
-        return
-    older = folders[folders.index(whole[0]) + 1 :]
-    for folder in whole[keep_last:] + [folder for folder in older if not (folder / MANIFEST).exists()]:
-        delete_checkpoint(folder)
+    whole = 0
+    for step, folder in _by_step(open_folder(checkpoints)):
+        if MANIFEST not in folder.files():
+            if whole:
+                delete_checkpoint(folder)
+            continue
+        if whole >= keep_last and keep_every and step % keep_every == 0:
+            continue
+        try:
+            open_checkpoint(folder)
+        except ValueError:
+            continue
+        whole += 1
+        if whole > keep_last:
+            delete_checkpoint(folder)
 
 
-def find_checkpoint(path: str | Path) -> Path:
+def find_checkpoint(path: str | Path | Folder) -> Checkpoint:
     """The checkpoint that a user means: a step folder itself, or the newest whole one of a `checkpoints` or run folder.
 
     Raises ValueError saying where it looked.
     """
-    path = Path(path)
-    if not path.is_dir():
+    folder = open_folder(path)
+    files = folder.names()
+    if MANIFEST in files or re.fullmatch(r"step-\d{8,}", str(folder).rsplit("/", 1)[-1]):
+        return open_checkpoint(folder)
+    if not files and not (isinstance(folder, LocalFolder) and folder.path.is_dir()):
         raise ValueError(f"{path} is not a folder; expected a checkpoint, a folder of checkpoints or a run folder")
-    if (path / MANIFEST).exists() or re.fullmatch(r"step-\d{8,}", path.name):
-        open_checkpoint(path)
-        return path
-    for folder in (path / "checkpoints", path):
-        found = latest_checkpoint(folder)
+    places = [folder.child("checkpoints"), folder]
+    if "config.yaml" in files and (elsewhere := _checkpoint_path(folder)):
+        places = [open_folder(elsewhere)]
+    for place in places:
+        found = latest_checkpoint(place)
         if found is not None:
             return found
-    raise ValueError(
-        f"no whole checkpoint in {path} (looked for {MANIFEST} in it and in its step-* and checkpoints/step-* folders)"
-    )
+    raise ValueError(f"no whole checkpoint in {path} (looked for step-*/{MANIFEST} in {' and '.join(map(str, places))})")
+
+
+def _checkpoint_path(run: Folder) -> str | None:
+    """Where the settings in a run folder say that its checkpoints are, if not in it."""
+    try:
+        return str(yaml.safe_load(run.read_bytes("config.yaml"))["checkpoint"]["path"] or "") or None
+    except (yaml.YAMLError, KeyError, TypeError):
+        return None

@@ -1,10 +1,12 @@
 """Loading: a checkpoint as a `TensorSource` that reads only the rectangles a rank asks for, whatever layout wrote them.
 
-Called by `training/recovery.py` (resume), `cli/export.py`, `cli/inspect.py` and `cli/generate.py`.
+Called by `training/recovery.py` (resume), `training/resolve.py` (a new phase), `cli/export.py`, `cli/inspect.py` and
+`cli/generate.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,17 +15,24 @@ import torch
 from torch import Tensor
 
 from megatron_llm.checkpoint.manifest import MANIFEST, Manifest, StoredTensor, read_manifest
+from megatron_llm.config import ModelConfig
 from megatron_llm.ops.safetensors import SafetensorsFile, TensorInfo, file_checksum, torch_dtype
+from megatron_llm.ops.storage import Folder, open_folder
 from megatron_llm.parallel.shard import Box, Part
 
 
 class Checkpoint:
     """A checkpoint whose manifest is sound and whose files are there with the right sizes; made by `open_checkpoint`."""
 
-    def __init__(self, folder: Path, manifest: Manifest):
+    def __init__(self, folder: Folder, manifest: Manifest):
         self.folder = folder
         self._manifest = manifest
         self._open: dict[str, SafetensorsFile] = {}
+
+    @property
+    def step(self) -> int:
+        """Steps taken when it was saved."""
+        return int(self.run_state["step"])
 
     @property
     def run_state(self) -> dict[str, Any]:
@@ -31,7 +40,21 @@ class Checkpoint:
 
     @property
     def config(self) -> dict[str, Any]:
+        """The settings it was trained with; of what another system has trained, those of the model only."""
         return self._manifest.config
+
+    @property
+    def model(self) -> ModelConfig:
+        """The architecture of the weights."""
+        model = ModelConfig(**self.config["model"])
+        if not model.max_position_embeddings:
+            model = model.model_copy(update={"max_position_embeddings": self.config["training"]["sequence_length"]})
+        return model
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """What was known of the data it was trained on; empty if nothing was said."""
+        return self._manifest.data
 
     @property
     def versions(self) -> dict[str, str]:
@@ -46,8 +69,9 @@ class Checkpoint:
     def assets(self) -> dict[str, bytes]:
         """Name -> content of the files that travel along. Raises ValueError if one is damaged."""
         names = [name for name in self._manifest.files if name.startswith("assets/")]
-        self._verify(names)
-        return {name.removeprefix("assets/"): (self.folder / name).read_bytes() for name in names}
+        if problems := self._damaged(names, None):
+            raise ValueError("\n".join(problems))
+        return {name.removeprefix("assets/"): self.folder.read_bytes(name) for name in names}
 
     def tensors(self, kind: str) -> dict[str, TensorInfo]:
         """Logical name -> dtype and shape of every tensor of a kind. Raises ValueError for a kind that was not saved."""
@@ -57,18 +81,40 @@ class Checkpoint:
         """The tensors of a kind by rectangle. Raises ValueError for a kind that was not saved."""
         return CheckpointSource(self, kind, self._stored(kind))
 
-    def verify(self) -> None:
-        """Read every byte and compare the checksums. Raises ValueError naming each damaged file."""
-        self._verify(list(self._manifest.files))
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(written.bytes for written in self._manifest.files.values())
 
-    def _verify(self, names: list[str]) -> None:
+    def damaged(self, rank: int = 0, ranks: int = 1, progress: Callable[[int], object] | None = None) -> list[str]:
+        """A sentence for each file whose content is not what was written.
+
+        Every byte is read once by one of `ranks` ranks, if all of them call this: in an unchanged layout by the one that
+        is about to load it.
+        """
+        files = list(self._manifest.files)
+        large = [name for name in files if not name.startswith("assets/")]
+        mine = [name for number, name in enumerate(large) if number % ranks == rank]
+        small = [name for name in files if name not in large] if rank == 0 else []
+        return self._damaged(mine + small, progress)
+
+    def verify(self, progress: Callable[[int], object] | None = None) -> None:
+        """Read every byte and compare the checksums. Raises ValueError naming each damaged file."""
+        if problems := self.damaged(progress=progress):
+            raise ValueError("\n".join(problems))
+
+    def _damaged(self, names: list[str], progress: Callable[[int], object] | None) -> list[str]:
         problems = []
         for name in names:
-            checksum, expected = file_checksum(self.folder / name), self._manifest.files[name].checksum
+            path, expected = f"{self.folder}/{name}", self._manifest.files[name].checksum
+            try:
+                checksum = file_checksum(self.folder.open(name), progress)
+            except (OSError, ValueError) as error:
+                problems.append(f"{path} cannot be read: {error}")
+                continue
             if checksum != expected:
-                problems.append(f"{self.folder / name} is damaged: its checksum is {checksum}, the manifest says {expected}")
-        if problems:
-            raise ValueError("\n".join(problems))
+                problems.append(f"{path} is damaged: its checksum is {checksum}, the manifest says {expected}")
+        return problems
 
     def _stored(self, kind: str) -> dict[str, StoredTensor]:
         if kind not in self._manifest.tensors:
@@ -77,7 +123,7 @@ class Checkpoint:
 
     def _file(self, name: str) -> SafetensorsFile:
         if name not in self._open:
-            self._open[name] = SafetensorsFile(self.folder / name)
+            self._open[name] = SafetensorsFile(self.folder.open(name))
         return self._open[name]
 
 
@@ -100,7 +146,7 @@ class CheckpointSource:
         tensor = self._tensors[part.name]
         if tensor.shape != part.shape:
             raise ValueError(f"{where} has shape {tensor.shape}, the model needs {part.shape}")
-        values = torch.empty(box.shape, dtype=torch_dtype(tensor.dtype))
+        values: Tensor | None = None
         found = 0
         for stored in tensor.boxes:
             common = box.intersect(stored.box)
@@ -108,30 +154,33 @@ class CheckpointSource:
                 read = self._checkpoint._file(stored.file).read(stored.key, common.relative_to(stored.box).slices)
                 if common == box:
                     return read  # the usual case when the layout has not changed: no second copy
+                if values is None:
+                    values = torch.empty(box.shape, dtype=torch_dtype(tensor.dtype))
                 values[common.relative_to(box).slices] = read
                 found += common.numel
-        if found != box.numel:
+        if values is None or found != box.numel:
             raise ValueError(f"{where}: {found} of {box.numel} elements of the box at {box.offset} are stored")
         return values
 
 
-def open_checkpoint(folder: str | Path) -> Checkpoint:
+def open_checkpoint(folder: str | Path | Folder) -> Checkpoint:
     """Open a step folder. Reads the manifest and looks at the files' sizes; `Checkpoint.verify` reads their content.
 
     Raises ValueError naming what is missing, truncated or damaged.
     """
-    folder = Path(folder)
+    folder = open_folder(folder)
     manifest = read_manifest(folder)
+    present = folder.files()
     problems = []
     for name, expected in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
+        path = f"{folder}/{name}"
+        if name not in present:
             problems.append(f"{path} is missing ({expected.bytes} bytes according to {MANIFEST})")
-        elif path.stat().st_size != expected.bytes:
-            problems.append(f"{path} has {path.stat().st_size} bytes, {MANIFEST} says {expected.bytes}")
+        elif present[name] != expected.bytes:
+            problems.append(f"{path} has {present[name]} bytes, {MANIFEST} says {expected.bytes}")
     named = {stored.file for tensors in manifest.tensors.values() for tensor in tensors.values() for stored in tensor.boxes}
     problems += [
-        f"{folder / MANIFEST}: tensors are in {name}, which it does not list" for name in sorted(named - set(manifest.files))
+        f"{folder}/{MANIFEST}: tensors are in {name}, which it does not list" for name in sorted(named - set(manifest.files))
     ]
     if problems:
         raise ValueError("\n".join(problems))

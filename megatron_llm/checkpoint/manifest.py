@@ -1,7 +1,7 @@
 """`manifest.json`: what a checkpoint holds, and the proof that it is whole.
 
     {"format": "megatron_llm checkpoint", "version": 1, "versions": {"megatron_llm": ..., "torch": ...},
-     "run_state": {...}, "config": {...},
+     "run_state": {...}, "config": {...}, "data": {...},
      "tensors": {KIND: {NAME: {"shape", "dtype", "boxes": [{"offset", "shape", "file", "key"}]}}},
      "files": {FILE: {"bytes", "checksum"}}, "checksum": "xxh3_128", "manifest_checksum": ...}
 
@@ -12,15 +12,15 @@ entry is the checksum of all others as compact JSON with sorted keys. `save.py` 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 import xxhash
 
-from megatron_llm.ops.safetensors import CHECKSUM, WrittenFile, sync_folder, write_bytes
+from megatron_llm.ops.safetensors import CHECKSUM, WrittenFile
+from megatron_llm.ops.storage import Folder
 from megatron_llm.parallel.shard import Box
 
 MANIFEST = "manifest.json"
@@ -52,13 +52,14 @@ Tensors = dict[str, dict[str, StoredTensor]]
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of a manifest, checked."""
+    """The content of a manifest, checked. `data` is what is known of the training data, to notice when they change."""
 
     run_state: dict[str, Any]
     config: dict[str, Any]
     tensors: Tensors
     files: dict[str, WrittenFile]
     versions: dict[str, str]
+    data: dict[str, Any]
 
 
 def untiled(shape: tuple[int, ...], boxes: Iterable[Box]) -> str | None:
@@ -77,7 +78,7 @@ def untiled(shape: tuple[int, ...], boxes: Iterable[Box]) -> str | None:
     return None if saved == whole.numel else f"{saved} of {whole.numel} elements were saved"
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def write_manifest(folder: Folder, manifest: Manifest) -> None:
     """Make `folder` a checkpoint: the manifest appears whole, after everything it names is on disk."""
     body = {
         "format": FORMAT,
@@ -85,6 +86,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         "versions": manifest.versions,
         "run_state": manifest.run_state,
         "config": manifest.config,
+        "data": manifest.data,
         "tensors": {
             kind: {name: _tensor_to_json(tensor) for name, tensor in sorted(tensors.items())}
             for kind, tensors in manifest.tensors.items()
@@ -94,26 +96,22 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     }
     body = json.loads(json.dumps(body))  # what a reader will see: keys are strings there, so they sort as strings
     body["manifest_checksum"] = _checksum(body)
-    temporary = folder / f"{MANIFEST}.tmp"
-    write_bytes(temporary, json.dumps(body, indent=1).encode())
-    sync_folder(folder)
-    os.replace(temporary, folder / MANIFEST)
-    sync_folder(folder)
-    sync_folder(folder.parent)
+    folder.commit(MANIFEST, json.dumps(body, indent=1).encode())
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Folder) -> Manifest:
     """The manifest of a checkpoint. Raises ValueError naming the file if it is absent, damaged or of another version."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        what = "has no manifest.json: it was not saved to the end" if folder.is_dir() else "does not exist"
-        raise ValueError(f"checkpoint {folder} {what}")
+    path = f"{folder}/{MANIFEST}"
     try:
-        body: dict[str, Any] = json.loads(path.read_bytes())
+        raw = folder.read_bytes(MANIFEST)
+    except (FileNotFoundError, NotADirectoryError):
+        what = "has no manifest.json: it was not saved to the end" if folder.names() else "does not exist"
+        raise ValueError(f"checkpoint {folder} {what}") from None
+    try:
+        body: dict[str, Any] = json.loads(raw)
         expected = body.pop("manifest_checksum")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        size = path.stat().st_size
-        raise ValueError(f"{path} is truncated or damaged ({size} bytes; {type(error).__name__}: {error})") from error
+        raise ValueError(f"{path} is truncated or damaged ({len(raw)} bytes; {type(error).__name__}: {error})") from error
     if _checksum(body) != expected:
         raise ValueError(f"{path} is damaged: its checksum is {_checksum(body)}, it says {expected}")
     if (body["format"], body["version"], body["checksum"]) != (FORMAT, VERSION, CHECKSUM):
@@ -128,7 +126,7 @@ def read_manifest(folder: Path) -> Manifest:
     tensors = {
         kind: {name: _tensor_from_json(entry) for name, entry in tensors.items()} for kind, tensors in body["tensors"].items()
     }
-    return Manifest(body["run_state"], body["config"], tensors, files, body["versions"])
+    return Manifest(body["run_state"], body["config"], tensors, files, body["versions"], body.get("data", {}))
 
 
 def _checksum(body: dict[str, Any]) -> str:

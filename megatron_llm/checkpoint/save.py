@@ -1,17 +1,19 @@
 """Saving: every rank writes its own file, rank 0 checks that the whole model is there and commits with the manifest.
 
-`training/recovery.py` calls `save_checkpoint` on all ranks. It is collective and fails on all ranks or on none: after each stage
-the ranks exchange what went wrong, so that a full disk on one node neither hangs the others nor leaves half a checkpoint
-that looks whole.
+    prepare   rank 0 makes an empty folder                                     -> all ranks know whether that worked
+    write     every rank writes what it owns                                   -> all ranks know whether that worked
+    commit    rank 0 looks whether the files make whole tensors, writes the manifest
+
+Each stage fails on all ranks or on none, so that a full disk on one node neither hangs the others nor leaves half a
+checkpoint that looks whole. `save_checkpoint` does one after the other; `saver.py` does the same behind the training steps.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,15 +23,8 @@ from torch import Tensor
 
 from megatron_llm import __version__
 from megatron_llm.checkpoint.manifest import MANIFEST, Manifest, StoredBox, StoredTensor, Tensors, untiled, write_manifest
-from megatron_llm.ops.safetensors import (
-    Entry,
-    TensorInfo,
-    WrittenFile,
-    dtype_name,
-    sync_folder,
-    write_bytes,
-    write_safetensors,
-)
+from megatron_llm.ops.safetensors import Entry, TensorInfo, WrittenFile, dtype_name, write_bytes, write_safetensors
+from megatron_llm.ops.storage import Folder, open_folder
 from megatron_llm.parallel.grid import Axis
 from megatron_llm.parallel.shard import Box
 
@@ -37,15 +32,20 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+class SaveError(ValueError):
+    """A checkpoint could not be written. Raised on every rank, naming the ranks and what happened to them."""
+
+
 @dataclass(frozen=True)
 class TensorToSave:
     """A rectangle of a logical tensor that this rank writes.
 
     Attributes:
-        kind: "weights", "m" or "v".
+        kind: "weights", "m", "v" or "ema".
         name, shape: logical name, and shape of the whole logical tensor.
         box: which rectangle of it.
-        tensor: the values, of `box.shape`, on any device; a view will do.
+        tensor: the values, of `box.shape`, on any device; a view will do. On the meta device if `load` makes them.
+        load: called when their turn comes, so that they need not all be in memory.
     """
 
     kind: str
@@ -53,6 +53,22 @@ class TensorToSave:
     shape: tuple[int, ...]
     box: Box
     tensor: Tensor
+    load: Callable[[], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint holds besides tensors; the same on all ranks.
+
+    Attributes:
+        run_state, config, data: stored as JSON; see `Manifest`.
+        assets: files that travel along, name -> content, stored under `assets/`.
+    """
+
+    run_state: dict[str, Any]
+    config: dict[str, Any]
+    assets: dict[str, bytes] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -64,34 +80,25 @@ class RankFile:
     tensors: list[tuple[str, str, tuple[int, ...], str, StoredBox]]
 
 
-def save_checkpoint(
-    folder: str | Path,
-    tensors: Iterable[TensorToSave],
-    *,
-    run_state: dict[str, Any],
-    config: dict[str, Any],
-    assets: dict[str, bytes],
-    world: Axis,
-) -> None:
+def save_checkpoint(folder: str | Path | Folder, tensors: Iterable[TensorToSave], contents: Contents, world: Axis) -> None:
     """Write a checkpoint. Collective over `world`; every rank passes its own `tensors` and the same of everything else.
 
     Together the ranks' boxes must cover every logical tensor exactly once: of replicas, one rank passes its copy. What is
     in `folder` already, whole or left by an interrupted save, is replaced. One tensor at a time is copied to the host.
 
     Args:
-        folder: `RUN/checkpoints/step-XXXXXXXX`, on a file system that all ranks share.
-        run_state, config: stored as JSON. assets: files that travel along, name -> content, stored under `assets/`.
+        folder: `RUN/checkpoints/step-XXXXXXXX`, which all ranks must see.
 
-    Raises ValueError on every rank, naming the ranks and what happened to them, if the checkpoint could not be written.
+    Raises SaveError on every rank if the checkpoint could not be written.
     """
-    folder = Path(folder)
-    _on_all(world, folder, lambda: _prepare(folder, run_state, config, assets) if world.first else None)
-    mine = _on_all(world, folder, lambda: write_rank_file(folder, world.rank, tensors))
-    _on_all(world, folder, lambda: commit(folder, mine, run_state, config, assets) if world.first else None)
+    folder = open_folder(folder)
+    on_all(world, folder, lambda: prepare(folder, contents) if world.first else None)
+    mine = on_all(world, folder, lambda: write_rank_file(folder, world.rank, tensors))
+    on_all(world, folder, lambda: commit(folder, mine, contents) if world.first else None)
 
 
-def _on_all(world: Axis, folder: Path, work: Callable[[], T]) -> list[T]:
-    """Every rank's result of `work`, in rank order; if it raises anywhere, all ranks raise."""
+def on_all(world: Axis, folder: Folder, work: Callable[[], T]) -> list[T]:
+    """Every rank's result of `work`, in rank order; if it raises anywhere, all ranks raise SaveError."""
     result: T | None = None
     error: str | None = None
     cause: Exception | None = None
@@ -105,32 +112,32 @@ def _on_all(world: Axis, folder: Path, work: Callable[[], T]) -> list[T]:
         dist.all_gather_object(answers, (result, error), group=world.group)
     problems = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(answers) if error is not None]
     if problems:
-        raise ValueError(f"checkpoint {folder} was not written: " + "; ".join(problems)) from cause
+        raise SaveError(f"checkpoint {folder} was not written: " + "; ".join(problems)) from cause
     return [result for result, _ in answers]
 
 
-def _prepare(folder: Path, run_state: dict[str, Any], config: dict[str, Any], assets: dict[str, bytes]) -> None:
+def prepare(folder: Folder, contents: Contents) -> None:
     """Rank 0, before anything large is written: find out what cannot work, make an empty folder."""
-    json.dumps([run_state, config])
-    for name in assets:
+    json.dumps([contents.run_state, contents.config, contents.data])
+    for name in contents.assets:
         if Path(name).is_absolute() or ".." in Path(name).parts or not Path(name).name:
             raise ValueError(f"asset name {name!r} leads out of the checkpoint")
-    if folder.exists():
-        if (folder / MANIFEST).exists():
+    if present := folder.names():
+        if MANIFEST in present:
             logger.warning("replacing checkpoint %s", folder)
         delete_checkpoint(folder)
-    folder.mkdir(parents=True)
-    sync_folder(folder.parent)
+    folder.make()
 
 
-def delete_checkpoint(folder: Path) -> None:
+def delete_checkpoint(folder: Folder) -> None:
     """Remove a checkpoint folder; from the first moment on it is no checkpoint, even if the rest is interrupted."""
-    (folder / MANIFEST).unlink(missing_ok=True)
-    sync_folder(folder)
-    shutil.rmtree(folder)
+    folder.remove(MANIFEST)
+    folder.delete()
 
 
-def write_rank_file(folder: Path, rank: int, tensors: Iterable[TensorToSave]) -> RankFile | None:
+def write_rank_file(
+    folder: Folder, rank: int, tensors: Iterable[TensorToSave], progress: Callable[[int], object] | None = None
+) -> RankFile | None:
     """Write one rank's tensors, return what the manifest needs to know; None, and no file, if there are none."""
     name = f"rank-{rank:05d}.safetensors"
     entries = []
@@ -142,40 +149,33 @@ def write_rank_file(folder: Path, rank: int, tensors: Iterable[TensorToSave]) ->
             continue
         key = f"{item.kind}/{item.name}@{','.join(map(str, item.box.offset))}"
         info = TensorInfo(dtype_name(item.tensor.dtype), item.box.shape)
-        entries.append(Entry(key, info, item.tensor.detach))
+        entries.append(Entry(key, info, item.load or item.tensor.detach))
         stored.append((item.kind, item.name, tuple(item.shape), info.dtype, StoredBox(item.box, name, key)))
     if not entries:
         return None
-    written = write_safetensors(folder / name, entries, {"format": "pt"})
+    with folder.create(name) as sink:
+        written = write_safetensors(sink, entries, {"format": "pt"}, progress)
     return RankFile(name, written, stored)
 
 
-def commit(
-    folder: Path,
-    rank_files: list[RankFile | None],
-    run_state: dict[str, Any],
-    config: dict[str, Any],
-    assets: dict[str, bytes],
-) -> None:
+def commit(folder: Folder, rank_files: list[RankFile | None], contents: Contents) -> None:
     """Rank 0, when all files are on disk: check that they make whole tensors, write the assets, then the manifest.
 
     Raises ValueError naming a tensor whose boxes overlap, leave gaps, or disagree about its shape or dtype.
     """
-    present = [file for file in rank_files if file is not None]
-    for file in present:
-        path = folder / file.name
-        if not path.is_file() or path.stat().st_size != file.written.bytes:
-            raise ValueError(f"{path} was written, but rank 0 does not see it; checkpoints need a folder that all nodes share")
-    tensors = _joined(present)
-    files = {file.name: file.written for file in present}
-    for name, content in assets.items():
-        path = folder / "assets" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files[f"assets/{name}"] = write_bytes(path, content)
-    for path in {parent for name in files for parent in (folder / name).parents if folder in parent.parents}:
-        sync_folder(path)
+    written = [file for file in rank_files if file is not None]
+    present = folder.files()
+    for file in written:
+        if present.get(file.name) != file.written.bytes:
+            raise ValueError(
+                f"{folder}/{file.name} was written, but rank 0 does not see it; checkpoints need a folder that all nodes share"
+            )
+    tensors = _joined(written)
+    files = {file.name: file.written for file in written}
+    for name, content in contents.assets.items():
+        files[f"assets/{name}"] = write_bytes(folder, f"assets/{name}", content)
     versions = {"megatron_llm": __version__, "torch": str(torch.__version__)}
-    write_manifest(folder, Manifest(run_state, config, tensors, files, versions))
+    write_manifest(folder, Manifest(contents.run_state, contents.config, tensors, files, versions, contents.data))
 
 
 def _joined(files: list[RankFile]) -> Tensors:

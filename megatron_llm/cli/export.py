@@ -39,11 +39,11 @@ def parse_size(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Export and say what was written. Raises ValueError if there is no whole checkpoint or the output is in the way."""
-    from megatron_llm.checkpoint import find_checkpoint, open_checkpoint
+    from megatron_llm.checkpoint import find_checkpoint
     from megatron_llm.config import parse_config
     from megatron_llm.hf import export_hf
 
-    checkpoint = open_checkpoint(find_checkpoint(args.checkpoint))
+    checkpoint = find_checkpoint(args.checkpoint)
     if args.ema and "ema" not in checkpoint.kinds:
         raise ValueError(
             f"{checkpoint.folder} has no average of the weights: it was trained without optimizer.ema_decay; leave out --ema"

@@ -53,9 +53,8 @@ def inspect_checkpoint(path: str, verify: bool = False) -> str:
     With `verify` every file's checksum is computed. Raises ValueError for a missing or damaged checkpoint.
     """
     from megatron_llm.checkpoint.folders import find_checkpoint
-    from megatron_llm.checkpoint.load import open_checkpoint
 
-    checkpoint = open_checkpoint(find_checkpoint(path))
+    checkpoint = find_checkpoint(path)
     numbers = {key: value for key, value in checkpoint.run_state.items() if not isinstance(value, list)}
     lines = [str(checkpoint.folder), "state: " + ", ".join(f"{key} {value:,}" for key, value in numbers.items())]
     if skipped := checkpoint.run_state.get("skipped_rows"):

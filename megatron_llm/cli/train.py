@@ -11,6 +11,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A YAML file and overrides."""
     parser.add_argument("config", metavar="CONFIG.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file")
+    parser.add_argument(
+        "--allow-change",
+        action="store_true",
+        help="go on although settings that decide the numbers (data, optimizer, schedule, ...) are not those of the checkpoint",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -19,4 +24,4 @@ def run(args: argparse.Namespace) -> int:
     from megatron_llm.training.loop import train
     from megatron_llm.training.resolve import resolve
 
-    return train(resolve(args.config, args.overrides, launched_world_size()))
+    return train(resolve(args.config, args.overrides, launched_world_size()), args.allow_change)

@@ -32,9 +32,15 @@ class RopeScalingConfig(Section):
 
 
 class ModelConfig(Section):
-    """A Llama-type decoder. With `hf` the remaining fields come from that folder's config.json."""
+    """A Llama-type decoder. With `hf` or `checkpoint` the remaining fields come from there."""
 
     hf: str | None = Field(default=None, description="Hugging Face folder to take architecture and weights from")
+    checkpoint: str | None = Field(
+        default=None,
+        description="checkpoint, or run whose newest one is meant, to take architecture, weights and tokenizer from; the "
+        "optimizer and all else begin anew",
+    )
+    checkpoint_ema: bool = Field(default=False, description="of checkpoint: the average that optimizer.ema_decay kept")
     vocab_size: int = PositiveInt
     hidden_size: int = PositiveInt
     intermediate_size: int = PositiveInt
@@ -275,8 +281,24 @@ class CheckpointConfig(Section):
     """When checkpoints are written, how many stay, and whether a run starts from the newest one in its folder."""
 
     every_steps: int = Field(default=0, ge=0, description="0: only after the last step or when stopped by a signal")
-    keep_last: int = Field(default=3, gt=0)
-    resume: Literal["auto", "never"] = "auto"
+    keep_last: int = Field(default=3, gt=0, description="checkpoints; older ones are deleted")
+    keep_every: int = Field(default=0, ge=0, description="those of steps that this divides are never deleted; 0: none")
+    path: str | None = Field(
+        default=None,
+        description="where they are: a folder or a URL such as s3://bucket/run; logging.run_dir/checkpoints if unset",
+    )
+    asynchronous: bool = Field(
+        default=True,
+        description="write from a copy in host memory while training goes on; false: training waits, and there is no copy",
+    )
+    resume: Literal["auto", "strict", "never"] = Field(
+        default="auto",
+        description="go on from the newest checkpoint. A damaged one is named, and then auto: the one before is taken, "
+        "strict: the run ends. never: start anew, and move an earlier run aside",
+    )
+    verify: bool = Field(
+        default=True, description="compare all checksums before going on: each byte is read once more, by one rank"
+    )
 
 
 class LoggingConfig(Section):

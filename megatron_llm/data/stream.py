@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -118,6 +118,21 @@ def build_train_stream(config: Config) -> TokenStream:
     planned = _planned_rows(config)
     blend: Blend | MegatronBlend = MegatronBlend(weights, planned) if _blends_as_megatron(config) else Blend(weights)
     return TokenStream(sources, blend, length, planned_rows=planned)
+
+
+def describe_data(config: Config) -> dict[str, Any]:
+    """What is in the training data, to notice when it is not the same any more; reads no tokens. Empty for random tokens.
+
+    Raises ValueError for what `check_data` would have reported.
+    """
+    if config.data.kind == "synthetic":
+        return {}
+    described = []
+    for source in config.data.train:
+        dataset = _open(config, source)
+        tokenizer = dataset.meta.tokenizer_fingerprint if dataset.meta else None
+        described.append({"documents": dataset.documents, "tokens": len(dataset.tokens), "tokenizer_fingerprint": tokenizer})
+    return {"data": {"train": described}}
 
 
 def build_valid_streams(config: Config) -> dict[str, TokenStream]:

@@ -51,12 +51,24 @@ def collect_assets(folder: str | Path | None, tokenizer: str | Path | None = Non
     return assets
 
 
+def with_tokenizer(assets: Mapping[str, bytes], tokenizer: str | Path | None) -> dict[str, bytes]:
+    """Assets of an earlier run with the files of another tokenizer folder in place of theirs; as they are if there is none."""
+    if tokenizer is None:
+        return dict(assets)
+    kept = {name: data for name, data in assets.items() if not _matches(name.removeprefix("hf/"), _TOKENIZER_FILES)}
+    return kept | collect_assets(None, tokenizer)
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
 def _read(folder: Path, patterns: tuple[str, ...]) -> dict[str, bytes]:
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
     assets = {}
     for path in sorted(folder.iterdir()):
-        if path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in patterns):
+        if path.is_file() and _matches(path.name, patterns):
             if path.stat().st_size > MAX_BYTES:
                 raise ValueError(
                     f"{path} has {path.stat().st_size} bytes; files that travel with checkpoints may have {MAX_BYTES}. "

@@ -21,7 +21,8 @@ from megatron_llm.hf.assets import CONFIG, TENSOR_DTYPES, exported_files, specia
 from megatron_llm.hf.families import find_family
 from megatron_llm.hf.family import Family, TensorName
 from megatron_llm.hf.reader import architecture_of
-from megatron_llm.ops.safetensors import TORCH_NAMES, Entry, TensorInfo, sync_folder, torch_dtype, write_bytes, write_safetensors
+from megatron_llm.ops.safetensors import TORCH_NAMES, Entry, TensorInfo, torch_dtype, write_bytes, write_safetensors
+from megatron_llm.ops.storage import LocalFolder, sync_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,10 +73,9 @@ def export_hf(
     try:
         total = sum(entry.info.nbytes for entry in plan.entries)
         with tqdm(total=total, desc=f"Writing {output.name}", unit="B", unit_scale=True, disable=not progress) as bar:
-            _write_weights(partial_folder, plan.entries, shard_size, bar.update)
+            _write_weights(LocalFolder(partial_folder), plan.entries, shard_size, bar.update)
         for name, content in {"config.json": plan.config, **plan.files}.items():
-            write_bytes(partial_folder / name, content)
-        sync_folder(partial_folder)
+            write_bytes(LocalFolder(partial_folder), name, content)
         old = output.with_name(f".{output.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         if output.exists():
@@ -156,7 +156,7 @@ def _load(source: TensorSource, tensor: TensorName, dtype: str) -> Tensor:
     return converted
 
 
-def _write_weights(folder: Path, entries: list[Entry], shard_size: int, progress: Callable[[int], object]) -> None:
+def _write_weights(folder: LocalFolder, entries: list[Entry], shard_size: int, progress: Callable[[int], object]) -> None:
     """model.safetensors, or numbered shards with an index if the tensors have more than `shard_size` bytes."""
     shards: list[list[Entry]] = [[]]
     room = shard_size
@@ -167,13 +167,15 @@ def _write_weights(folder: Path, entries: list[Entry], shard_size: int, progress
         shards[-1].append(entry)
         room -= entry.info.nbytes
     if len(shards) == 1:
-        write_safetensors(folder / "model.safetensors", shards[0], {"format": "pt"}, progress)
+        with folder.create("model.safetensors") as sink:
+            write_safetensors(sink, shards[0], {"format": "pt"}, progress)
         return
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(folder / name, shard, {"format": "pt"}, progress)
+        with folder.create(name) as sink:
+            write_safetensors(sink, shard, {"format": "pt"}, progress)
         weight_map |= {entry.key: name for entry in shard}
     total = sum(entry.info.nbytes for entry in entries)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_bytes(folder / "model.safetensors.index.json", _json(index))
+    write_bytes(folder, "model.safetensors.index.json", _json(index))

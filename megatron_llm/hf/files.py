@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from megatron_llm.ops.safetensors import SafetensorsFile, TensorInfo, dtype_name
+from megatron_llm.ops.storage import LocalFolder
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
@@ -21,8 +22,13 @@ if TYPE_CHECKING:
 class TensorFile(Protocol):
     """A file whose tensors are known before they are read."""
 
-    path: Path
     infos: dict[str, TensorInfo]
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def name(self) -> str: ...
 
     def read(self, key: str, slices: tuple[slice, ...]) -> Tensor:
         """The values at `slices` of tensor `key`, as a contiguous CPU tensor of the caller's own."""
@@ -35,7 +41,7 @@ class TorchFile:
     def __init__(self, path: Path):
         import torch
 
-        self.path = path
+        self.path, self.name = str(path), path.name
         try:
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             self._tensors: dict[str, Tensor] = dict(tensors)
@@ -58,7 +64,11 @@ def _name(dtype: dtype) -> str:
         return str(dtype)
 
 
-_SINGLE: dict[str, Callable[[Path], TensorFile]] = {"model.safetensors": SafetensorsFile, "pytorch_model.bin": TorchFile}
+def _open_safetensors(path: Path) -> SafetensorsFile:
+    return SafetensorsFile(LocalFolder(path.parent).open(path.name))
+
+
+_SINGLE: dict[str, Callable[[Path], TensorFile]] = {"model.safetensors": _open_safetensors, "pytorch_model.bin": TorchFile}
 
 
 def open_tensor_files(folder: Path) -> tuple[dict[str, TensorFile], list[str]]:
@@ -90,9 +100,9 @@ def _open_indexed(index: Path, opener: Callable[[Path], TensorFile]) -> tuple[di
     for file in files:
         for key in file.infos:
             if key in found:
-                problems.append(f"tensor {key} is both in {found[key].path.name} and in {file.path.name}")
+                problems.append(f"tensor {key} is both in {found[key].name} and in {file.name}")
             found[key] = file
-    opened = {file.path.name: file for file in files}
+    opened = {file.name: file for file in files}
     for key, name in weight_map.items():
         if name in opened and key not in opened[name].infos:
             problems.append(f"{index} says that {opened[name].path} holds {key}, but it does not")

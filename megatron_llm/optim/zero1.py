@@ -27,7 +27,7 @@ from megatron_llm.optim.rules import MOMENTS, rules_of
 from megatron_llm.optim.state import State
 from megatron_llm.parallel.collectives import Handle, all_reduce, start_all_gather
 from megatron_llm.parallel.grid import Axis, Grid
-from megatron_llm.parallel.shard import Piece, TensorSource, pieces
+from megatron_llm.parallel.shard import Piece, TensorSource, fill, pieces
 from megatron_llm.parallel.weight_grad import WeightGradients, count_weight_gradient
 
 
@@ -173,18 +173,23 @@ class ZeroOptimizer:
                 if number % self.grid.dp_cp.size == self.grid.dp_cp.rank:
                     yield from _frozen_pieces(parameter)
 
-    def load(self, kind: str, source: TensorSource) -> None:
+    def load(self, kind: str, source: TensorSource, progress: Callable[[float], object] = lambda _: None) -> None:
         """Fill a kind of state from a source. Collective over dp_cp.
 
         Weights enter the masters unrounded, and the average begins with them: load `ema` after `weights`.
+
+        progress: told again and again which part of this rank's share has been read.
         """
         with torch.no_grad():
             self.wait_weights()
             everything = [piece for state in self.states for piece in state.pieces(kind, state.lo, state.hi)]
             if kind == "weights":
                 everything += [piece for parameter in self.frozen for piece in _frozen_pieces(parameter)]
+            total, done = sum(view.numel() for _, view in everything), 0
             for piece, view in everything:
-                view.copy_(source.read(piece.part, piece.box))
+                for count in fill(view, piece.part, piece.box, source):
+                    done += count
+                    progress(done / total)
             if kind == "weights":
                 for state in reversed(self.states):
                     state.begin_with_weights()

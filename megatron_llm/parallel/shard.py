@@ -103,6 +103,26 @@ class TensorSource(Protocol):
         ...
 
 
+_SLAB_ELEMENTS = 1 << 22  # an allocator hands out memory of this size again; larger pieces come new from the system each time
+
+
+def fill(values: Tensor, part: Part, box: Box, source: TensorSource) -> Iterator[int]:
+    """Copy `box` of the logical tensor `part` from a source into `values`, of the same shape, a slab of rows at a time.
+
+    So the memory beside `values` is small whatever the tensor. Yields the number of elements of each slab when it is there.
+    """
+    if not box.shape:
+        values.copy_(source.read(part, box))
+        yield 1
+        return
+    rows = max(1, _SLAB_ELEMENTS // max(1, math.prod(box.shape[1:])))
+    for first in range(0, box.shape[0], rows):
+        count = min(rows, box.shape[0] - first)
+        slab = Box((box.offset[0] + first, *box.offset[1:]), (count, *box.shape[1:]))
+        values[first : first + count].copy_(source.read(part, slab))
+        yield slab.numel
+
+
 @dataclass(frozen=True)
 class Piece:
     """A rectangle of a logical tensor, and where it lies in the flat slice [lo, hi) of the local tensor that holds it."""

@@ -5,7 +5,7 @@ Called by `training/loop.py`, `benchmarks/` and the tests.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from megatron_llm.models.stages import build_stages, parameters, whole_model
 from megatron_llm.optim.rules import freeze
 from megatron_llm.optim.zero1 import ZeroOptimizer
 from megatron_llm.parallel.grid import Grid
-from megatron_llm.parallel.shard import TensorSource, pieces
+from megatron_llm.parallel.shard import TensorSource, fill, pieces
 from megatron_llm.parallel.weight_grad import WeightGradients
 from megatron_llm.pipeline.check import check
 from megatron_llm.pipeline.runtime import PipelineRuntime
@@ -80,15 +80,23 @@ def build_model(model: ModelConfig, weights: TensorSource, dtype: torch.dtype, d
     with torch.no_grad():
         for parameter in stage.parameters():
             for piece in pieces(parameter.shard, tuple(parameter.shape)):  # type: ignore[attr-defined]
-                piece.view(parameter.data.view(-1)).copy_(weights.read(piece.part, piece.box))
+                for _ in fill(piece.view(parameter.data.view(-1)), piece.part, piece.box, weights):
+                    pass
     return stage.eval()
 
 
-def build_engine(config: Config, grid: Grid, device: torch.device, weights: TensorSource | None = None) -> Engine:
+def build_engine(
+    config: Config,
+    grid: Grid,
+    device: torch.device,
+    weights: TensorSource | None = None,
+    progress: Callable[[float], object] = lambda _: None,
+) -> Engine:
     """Assemble this rank's engine. Collective over the grid.
 
     weights: where they come from; None makes fresh ones from the seed. (What else a checkpoint holds, moments and the
     state of the run, is loaded by the loop afterwards.)
+    progress: told which part of the weights is there.
     """
     parallel, training = config.parallel, config.training
     schedules = {
@@ -109,7 +117,7 @@ def build_engine(config: Config, grid: Grid, device: torch.device, weights: Tens
     optimizer = ZeroOptimizer(
         parameters(stages), grid, config.optimizer, parallel.bucket_size, config.precision, parallel.zero_stage
     )
-    optimizer.load("weights", weights or FreshWeights(training.seed, config.model.initializer_range))
+    optimizer.load("weights", weights or FreshWeights(training.seed, config.model.initializer_range), progress)
     shards = grid.tp.size if parallel.sequence_parallel else 1
     shape = (training.micro_batch_size * training.sequence_length // shards, config.model.hidden_size)
     gradients = WeightGradients(stages.values())

@@ -9,22 +9,24 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from megatron_llm.checkpoint.load import Checkpoint
+from megatron_llm.checkpoint.save import SaveError
+from megatron_llm.checkpoint.saver import Saver
 from megatron_llm.config import Config
-from megatron_llm.data.stream import TokenStream, build_train_stream, build_valid_streams
-from megatron_llm.hf.assets import collect_assets
+from megatron_llm.data.stream import TokenStream, build_train_stream, build_valid_streams, describe_data
 from megatron_llm.models.stages import parameters
 from megatron_llm.parallel.grid import Grid
-from megatron_llm.parallel.shard import TensorSource
 from megatron_llm.pipeline.timeline import Event
-from megatron_llm.training.agreement import check_same_config
+from megatron_llm.training.agreement import AgreedError, check_same_config
 from megatron_llm.training.build import Engine, build_engine, compute_dtype
+from megatron_llm.training.changes import changes_rates
 from megatron_llm.training.distributed import launched_rank, pick_device, process_group
 from megatron_llm.training.metrics import Metrics, setup_logging
 from megatron_llm.training.nonfinite import end_if_hopeless
-from megatron_llm.training.recovery import check_agreement, find_resume, load_run, save_run, schedule_changes
+from megatron_llm.training.progress import Progress
+from megatron_llm.training.recovery import changes_since, check_source, find_resume, load_run, make_saver, start_save, verified
 from megatron_llm.training.replicas import check_replicas
 from megatron_llm.training.resolve import ResolvedRun
 from megatron_llm.training.rollback import find_spike, go_back, ranges, remember_loss
@@ -38,15 +40,24 @@ logger = logging.getLogger("megatron_llm")
 
 @dataclass
 class Run:
-    """Everything that the steps of a run share. `metrics` exists on rank 0 only; `changes` are those of `schedule_changes`."""
+    """Everything that the steps of a run share.
+
+    Attributes:
+        assets, data: what travels with checkpoints, and what is known of the data (`describe_data`).
+        metrics: on rank 0 only.
+        saved_step: of the last checkpoint that was begun.
+        changes: settings that decide the numbers and are not those of the checkpoint.
+    """
 
     engine: Engine
     state: RunState
     train_stream: TokenStream
     valid_streams: dict[str, TokenStream]
     assets: dict[str, bytes]
+    data: dict[str, Any]
     metrics: Metrics | None
     stop: StopRequest
+    saver: Saver
     saved_step: int | None
     folder: RunFolder
     changes: list[str]
@@ -58,19 +69,21 @@ class Run:
     def report(self, outcome: str, **details: Any) -> None:
         """Say in the status how the run stands, and what in it is not as a reader of the config would think. On rank 0."""
         if self.metrics is not None:
-            notable = {"schedule_changes": self.changes, "skipped_rows": self.state.skipped_rows}
+            notable = {"changes": self.changes, "skipped_rows": self.state.skipped_rows}
             self.folder.report(outcome, **details, **{name: value for name, value in notable.items() if value})
 
 
-def train(resolved: ResolvedRun) -> int:
-    """Train as configured, continuing from the newest checkpoint of the run folder. Returns the exit code."""
+def train(resolved: ResolvedRun, allow_change: bool = False) -> int:
+    """Train as configured, continuing from the newest checkpoint of the run folder. Returns the exit code.
+
+    allow_change: go on although settings that decide the numbers are not those of the checkpoint.
+    """
     config = resolved.config
     setup_logging(launched_rank())
     # Whatever a user can still mend is checked before ranks wait for each other.
     device = pick_device(config.device)
-    checkpoint = find_resume(config)
-    source = resolved.source.path if resolved.source else None
-    assets = checkpoint.assets if checkpoint else collect_assets(source, config.data.tokenizer)
+    checkpoint = find_resume(config, allow_change)
+    assets = {} if checkpoint else resolved.assets()
     with (
         RunFolder(config, launched_rank()) as folder,
         process_group(device, config.parallel.timeout_seconds),
@@ -78,28 +91,33 @@ def train(resolved: ResolvedRun) -> int:
     ):
         check_same_config(config)
         grid = Grid.build(config.parallel, config.model.num_key_value_heads)
-        check_agreement(checkpoint, grid.world)
-        weights: TensorSource | None = None
+        checkpoint = verified(checkpoint, config, grid.world, Progress("verifying the checkpoint"))
         if checkpoint:
-            weights = checkpoint.source("weights")
-        elif resolved.source:
-            weights = resolved.source.source(config.model)
-        engine = build_engine(config, grid, device, weights)
-        state = load_run(engine, checkpoint) if checkpoint else RunState()
+            assets = checkpoint.assets
+        elif isinstance(resolved.source, Checkpoint):
+            check_source(resolved.source, config, grid.world, Progress("verifying the checkpoint"))
+        weights = checkpoint.source("weights") if checkpoint else resolved.weights()
+        engine = build_engine(config, grid, device, weights, Progress("loading weights"))
+        state = load_run(engine, checkpoint, Progress("loading the optimizer")) if checkpoint else RunState()
         metrics = Metrics(config, grid.world.size, device, state.step) if grid.world.first else None
         saved = state.step if checkpoint else None
-        changes = schedule_changes(checkpoint.config, config) if checkpoint else []
+        changes = changes_since(checkpoint, config) if checkpoint else None
         streams = build_train_stream(config), build_valid_streams(config)
-        run = Run(engine, state, *streams, assets, metrics, stop, saved, folder, changes)
-        _announce(run, resolved.notes, checkpoint.folder if checkpoint else None)
+        saver = make_saver(config, grid.world)
+        decisive = changes.decides_numbers if changes else []
+        run = Run(engine, state, *streams, assets, describe_data(config), metrics, stop, saver, saved, folder, decisive)
+        _announce(run, resolved.notes, checkpoint, changes.free if changes else [])
         run.report("running")
-        stopped = _steps(run)
+        stopped = _steps_and_saves(run)
         run.report("stopped" if stopped else "done", step=run.state.step)
     return EXIT_STOPPED if stopped else 0
 
 
-def _announce(run: Run, notes: tuple[str, ...], resumed: Path | None) -> None:
-    """Say what is about to be trained, and how that differs from what the checkpoint was trained for."""
+def _announce(run: Run, notes: tuple[str, ...], resumed: Checkpoint | None, changes: list[str]) -> None:
+    """Say what is about to be trained, and how that differs from what the checkpoint was trained for.
+
+    changes: those that decide no numbers.
+    """
     config, grid = run.config, run.engine.grid
     local = sum(parameter.numel() for parameter in parameters(run.engine.stages))
     dtype = str(compute_dtype(config, run.engine.device)).removeprefix("torch.")
@@ -119,15 +137,33 @@ def _announce(run: Run, notes: tuple[str, ...], resumed: Path | None) -> None:
     for line in notes:
         logger.warning(line)
     if resumed:
-        logger.info("continuing from %s", resumed)
+        logger.info("continuing from %s", resumed.folder)
+        for change in changes:
+            logger.info("changed since: %s", change)
     if run.state.skipped_rows:
         logger.warning("rows left out so far, because the loss leapt: %s", ranges(run.state.skipped_rows))
-    if run.changes:
+    for change in run.changes:
+        logger.warning("changed since, and allowed: %s", change)
+    if changes_rates(run.changes):
         logger.warning(
-            "the learning-rate schedule is not the one before: %s; the next step has lr %.3g",
-            ", ".join(run.changes),
-            next_rate(config, run.state),
+            "the learning-rate schedule is not the one before; the next step has lr %.3g", next_rate(config, run.state)
         )
+
+
+def _steps_and_saves(run: Run) -> bool:
+    """Train until the last step or a signal, and until all is saved. Returns whether a signal ended it."""
+    try:
+        return _steps(run)
+    except SaveError as error:
+        raise AgreedError(str(error)) from error
+    except AgreedError:
+        try:
+            run.saver.finish()  # all ranks are here, and the last good state is worth waiting for
+        except SaveError as error:
+            logger.warning("%s", error)
+        raise
+    finally:
+        run.saver.abandon()
 
 
 def _steps(run: Run) -> bool:
@@ -140,24 +176,30 @@ def _steps(run: Run) -> bool:
     stopped = False
     while run.state.step < training.steps and not stopped:
         result, values = _step(run)
+        stops, ready = result.votes
+        if ready == run.engine.grid.world.size:
+            run.saver.advance()
         why = find_spike(run.state, result.loss, training.loss_spike)
         if why and _go_back(run, why):
             continue
         remember_loss(run.state, result.loss, training.loss_spike)
-        step, last = run.state.step, run.state.step == training.steps
-        stopped = result.stop and not last
-        if last or (_due(training.eval_every, step) and not stopped):
-            values |= _evaluate(run)
-        if run.metrics:
-            run.metrics.write(values)
-        if not result.finite:
-            end_if_hopeless(run.engine, run.state, result)
-        if _due(training.check_replicas_every, step):
-            check_replicas(run.engine)
-        if _due(run.config.checkpoint.every_steps, step):
-            _save(run)
+        last = run.state.step == training.steps
+        stopped = bool(stops) and not last
+        try:
+            if last or (_due(training.eval_every, run.state.step) and not stopped):
+                values |= _evaluate(run)
+            if not result.finite:
+                end_if_hopeless(run.engine, run.state, result)
+            if _due(training.check_replicas_every, run.state.step):
+                check_replicas(run.engine)
+            if last or stopped or _due(run.config.checkpoint.every_steps, run.state.step):
+                _save(run, wait=last or stopped)
+        finally:
+            if run.metrics:
+                stall = run.saver.stall_seconds()
+                run.metrics.write(values | ({"checkpoint_stall_seconds": stall} if stall else {}))
     run.engine.optimizer.wait_weights()  # no rank leaves while others still receive from it
-    _save(run)
+    _save(run, wait=True)  # of a run without steps
     return stopped
 
 
@@ -172,7 +214,7 @@ def _step(run: Run) -> tuple[StepResult, dict[str, Any]]:
     trace: list[Event] | None = [] if state.step + 1 in run.config.logging.trace_steps else None
     before = engine.grid.traffic()
     start = time.perf_counter()
-    result = train_step(engine, run.train_stream, state, run.stop.requested, trace)
+    result = train_step(engine, run.train_stream, state, (run.stop.requested, run.saver.ready), trace)
     seconds = time.perf_counter() - start
     if trace is not None:
         write_trace(run.config.logging.run_dir, state.step, trace, engine.schedules[result.rows], engine.grid)
@@ -186,7 +228,8 @@ def _go_back(run: Run, why: str) -> bool:
     The state is saved with the next checkpoint. Whoever starts again before has the same losses, and goes back alike.
     """
     undone = run.state.step
-    back = go_back(run.engine, run.state, why)
+    run.saver.finish()
+    back = go_back(run.engine, run.state, why, Progress("going back"))
     if back is None:
         logger.warning("%s; there is no checkpoint to go back to yet: going on", why)
         return False
@@ -215,11 +258,10 @@ def _evaluate(run: Run) -> dict[str, Any]:
     return values
 
 
-def _save(run: Run) -> None:
-    """Save unless this very step is saved already."""
-    if run.saved_step == run.state.step:
-        return
-    start = time.perf_counter()
-    folder = save_run(run.engine, run.state, run.assets)
-    run.saved_step = run.state.step
-    logger.info("saved %s in %.1f s", folder, time.perf_counter() - start)
+def _save(run: Run, wait: bool) -> None:
+    """Begin to save, or wait until all is saved; but this very step only once."""
+    if run.saved_step != run.state.step:
+        run.saved_step = run.state.step
+        start_save(run.saver, run.engine, run.state, run.assets, run.data, wait)
+    elif wait:
+        run.saver.finish()

@@ -14,12 +14,16 @@ from typing import Any
 
 import torch
 
+from megatron_llm.checkpoint.folders import find_checkpoint
+from megatron_llm.checkpoint.load import Checkpoint
 from megatron_llm.config import Config, ConfigError, LrScheduleConfig, ModelConfig, parse_config, read_raw_config
 from megatron_llm.data.stream import build_train_stream, check_data, steps_of_epochs
 from megatron_llm.data.tokenizer import fingerprint
+from megatron_llm.hf.assets import collect_assets, with_tokenizer
 from megatron_llm.hf.reader import HFFolder
 from megatron_llm.models.stages import whole_model
 from megatron_llm.optim.rules import rule_problems
+from megatron_llm.parallel.shard import TensorSource
 from megatron_llm.pipeline.schedules import placement
 from megatron_llm.planning.compare import GIB, Assumptions, choose
 
@@ -28,17 +32,30 @@ from megatron_llm.planning.compare import GIB, Assumptions, choose
 class ResolvedRun:
     """Attributes:
     config: complete and checked against the world.
-    source: the Hugging Face folder that `model.hf` names.
+    source: what `model.hf` or `model.checkpoint` names.
     notes: what a user should hear about the settings before the first step.
     """
 
     config: Config
-    source: HFFolder | None
+    source: HFFolder | Checkpoint | None
     notes: tuple[str, ...] = ()
+
+    def weights(self) -> TensorSource | None:
+        """Where the first weights come from; None: they are made."""
+        if isinstance(self.source, Checkpoint):
+            return self.source.source("ema" if self.config.model.checkpoint_ema else "weights")
+        return self.source.source(self.config.model) if self.source else None
+
+    def assets(self) -> dict[str, bytes]:
+        """The files that travel with the model. Raises ValueError if one is missing or damaged."""
+        tokenizer = self.config.data.tokenizer
+        if isinstance(self.source, Checkpoint):
+            return with_tokenizer(self.source.assets, tokenizer)
+        return collect_assets(self.source.path if self.source else None, tokenizer)
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> ResolvedRun:
-    """The configuration with architecture filled in from `model.hf`. Raises ConfigError; looks at no data and no world."""
+    """The configuration with architecture filled in from its source. Raises ConfigError; looks at no data and no world."""
     raw = read_raw_config(path, overrides)
     source = _complete_model(raw)
     config = parse_config(raw)
@@ -53,7 +70,7 @@ def resolve(path: str | Path, overrides: list[str] | None, world_size: int) -> R
     run = load_config(path, overrides)
     problems = layout_problems(run.config, world_size) + _setting_problems(run.config) + _schedule_problems(run.config)
     problems += _rule_problems(run.config) + check_data(run.config)
-    if run.source is not None:
+    if isinstance(run.source, HFFolder):
         problems += run.source.problems(run.config.model)
     if not problems and run.config.training.steps == -1:
         run, problems = _plan_steps(run)
@@ -116,20 +133,29 @@ def _find_rate(run: ResolvedRun) -> tuple[ResolvedRun, list[str]]:
     return dataclasses.replace(run, config=config.model_copy(update={"optimizer": optimizer}), notes=(*run.notes, note)), []
 
 
-def _complete_model(raw: dict[str, Any]) -> HFFolder | None:
-    """Fill `raw["model"]` in place from the folder that `model.hf` names. A field given as well must agree."""
+def _complete_model(raw: dict[str, Any]) -> HFFolder | Checkpoint | None:
+    """Fill `raw["model"]` in place from what `model.hf` or `model.checkpoint` names. A field given as well must agree."""
     section = raw.get("model")
-    if not isinstance(section, dict) or section.get("hf") is None:
+    if not isinstance(section, dict):
         return None
-    if not isinstance(section["hf"], str):
-        raise ConfigError([f"model.hf: must be the path of a Hugging Face folder, got {section['hf']!r}"])
+    key, *more = [name for name in ("hf", "checkpoint") if section.get(name) is not None] or [""]
+    if not key:
+        return None
+    place = section[key]
+    if more:
+        raise ConfigError([f"model.hf: {place} and model.checkpoint: {section['checkpoint']} both give weights; remove one"])
+    if not isinstance(place, str):
+        raise ConfigError([f"model.{key}: must be the path of a folder, got {place!r}"])
     try:
-        source = HFFolder(section["hf"])
-        fields = ModelConfig(**source.model_fields()).model_dump(exclude={"hf"})
+        source = HFFolder(place) if key == "hf" else find_checkpoint(place)
+        model = ModelConfig(**source.model_fields()) if isinstance(source, HFFolder) else source.model
+        if isinstance(source, Checkpoint) and section.get("checkpoint_ema") and "ema" not in source.kinds:
+            raise ValueError(f"{source.folder} has no average of the weights; remove model.checkpoint_ema")
     except ValueError as error:
-        raise ConfigError([f"model.hf: {error}"]) from error
+        raise ConfigError([f"model.{key}: {error}"]) from error
+    fields = model.model_dump(exclude={"hf", "checkpoint", "checkpoint_ema"})
     problems = [
-        f"model.{name}: {section[name]!r} contradicts {fields[name]!r} of {section['hf']}/config.json; remove it here"
+        f"model.{name}: {section[name]!r} contradicts {fields[name]!r} of {place}; remove it here"
         for name in fields
         if name in section and section[name] != fields[name] and (section[name] or name not in _ZERO_MEANS_DEFAULT)
     ]

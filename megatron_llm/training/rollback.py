@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Callable
 
-from megatron_llm.checkpoint.folders import latest_checkpoint
-from megatron_llm.checkpoint.load import open_checkpoint
 from megatron_llm.config import LossSpikeConfig
 from megatron_llm.training.agreement import AgreedError
 from megatron_llm.training.build import Engine
-from megatron_llm.training.recovery import check_agreement, checkpoints_folder, load_run
+from megatron_llm.training.recovery import load_run, newest_checkpoint, verified
 from megatron_llm.training.step import RunState
 
 
@@ -44,7 +43,7 @@ def remember_loss(state: RunState, loss: float, spike: LossSpikeConfig | None) -
         state.losses = [*state.losses, loss][-spike.window :]
 
 
-def go_back(engine: Engine, state: RunState, why: str) -> RunState | None:
+def go_back(engine: Engine, state: RunState, why: str, progress: Callable[[float], object] = lambda _: None) -> RunState | None:
     """Load the newest checkpoint of this run into the engine. Collective.
 
     Returns the state to go on with: the checkpoint's, but with the next rows that were not read yet, and a record of those
@@ -58,13 +57,11 @@ def go_back(engine: Engine, state: RunState, why: str) -> RunState | None:
             f"{spike.max_rollbacks}) and left out the rows {ranges(state.skipped_rows)}. If the data are sound, lower "
             "optimizer.lr, lengthen the warm-up or raise training.loss_spike.threshold"
         )
-    folder = latest_checkpoint(checkpoints_folder(engine.config))
-    checkpoint = open_checkpoint(folder) if folder else None
-    check_agreement(checkpoint, engine.grid.world)
+    checkpoint = verified(newest_checkpoint(engine.config, {}), engine.config, engine.grid.world, progress)
     if checkpoint is None:
         return None
-    engine.optimizer.load("weights", checkpoint.source("weights"))
-    back = load_run(engine, checkpoint)
+    engine.optimizer.load("weights", checkpoint.source("weights"), progress)
+    back = load_run(engine, checkpoint, progress)
     # The rows of an earlier way from the same checkpoint are on record already.
     start = max([back.rows, *(stop for _, stop in state.skipped_rows)])
     back.skipped_rows = [*state.skipped_rows, [start, state.rows]]

@@ -18,6 +18,7 @@ from typing import Any, TextIO
 import yaml
 
 from megatron_llm.config import Config
+from megatron_llm.ops.storage import LocalFolder, open_folder
 
 logger = logging.getLogger("megatron_llm")
 
@@ -90,8 +91,19 @@ class RunFolder:
     def _set_aside_earlier_run(self) -> None:
         """With `resume: never` in a used folder: rename what the earlier run left, so that nothing mixes or is lost."""
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        for name in ("checkpoints", "metrics.jsonl"):
-            if (self.path / name).exists():
-                target = self.path / f"{name}.before-{stamp}"
-                (self.path / name).rename(target)
-                logger.warning("checkpoint.resume is never: moved %s of an earlier run to %s", self.path / name, target)
+        checkpoints = open_folder(self.config.checkpoint.path or self.path / "checkpoints")
+        if isinstance(checkpoints, LocalFolder):
+            self._move_away(checkpoints.path, stamp)
+        elif checkpoints.names():
+            raise ValueError(
+                f"checkpoint.resume: never, but {checkpoints} holds checkpoints of an earlier run, and renaming would copy them; "
+                "choose another checkpoint.path"
+            )
+        self._move_away(self.path / "metrics.jsonl", stamp)
+
+    @staticmethod
+    def _move_away(path: Path, stamp: str) -> None:
+        if path.exists():
+            target = path.with_name(f"{path.name}.before-{stamp}")
+            path.rename(target)
+            logger.warning("checkpoint.resume is never: moved %s of an earlier run to %s", path, target)

@@ -3,7 +3,7 @@
     for every micro-batch: forward, backward of the *unnormalized* weighted sum of token losses      (pipeline runtime)
                            (in float16 of a multiple of it, see optim/loss_scale.py)
     reduce-scatter gradients, add replicas' partial ones                                             (optim/zero1.py)
-    one all-reduce of (squared norm, loss sum, weight sum, stop flag)
+    one all-reduce of (loss sum, weight sum, squared norm, votes: stop? saved?)
     scale = clip / weight sum;  update;  all-gather weights
 
 Because the division by the sum of weights happens once, at the end, and over the global batch, nothing depends on how
@@ -70,7 +70,7 @@ class StepResult:
     grad_norm: norm of the gradient of that mean, before clipping.
     rows: size of the global batch.
     lr: learning rate used. skipped: the weights were left alone (no weighted token, or a number that is not finite).
-    stop: some rank was asked to stop.
+    votes: how many ranks said yes to each of the votes.
     finite: loss and gradient are finite.
     loss_scale: what the loss was multiplied with; 1 unless in float16.
     local_sums: this rank's share of (loss sum, weight sum), [2] on the device.
@@ -81,18 +81,18 @@ class StepResult:
     rows: int
     lr: float
     skipped: bool
-    stop: bool
+    votes: tuple[int, ...]
     finite: bool
     loss_scale: float
     local_sums: Tensor
 
 
 def train_step(
-    engine: Engine, stream: TokenStream, state: RunState, stop: bool = False, trace: list[Event] | None = None
+    engine: Engine, stream: TokenStream, state: RunState, votes: Sequence[bool] = (), trace: list[Event] | None = None
 ) -> StepResult:
     """Train on the next global batch and advance `state`. Every rank calls it and gets the same result.
 
-    stop: this rank was asked to stop; the flag travels with the loss, so that all ranks learn of it in the same step.
+    votes: what this rank has to say besides; they travel with the loss, so that all ranks learn of them in the same step.
     trace: gets what this rank's pipeline does, and when; given on all ranks or on none.
     """
     config = engine.config
@@ -101,9 +101,9 @@ def train_step(
     engine.optimizer.zero_gradients()
     sums = _run_microbatches(engine, engine.schedules[len(rows)], stream, rows, scale, trace)
     squares = engine.optimizer.reduce_gradients()
-    flag = torch.tensor(float(stop), dtype=sums.dtype, device=sums.device)
-    totals = all_reduce(torch.cat((sums, torch.stack((squares.to(sums), flag)))), engine.grid.world).tolist()
-    loss_sum, weight_sum, square_sum, stops = totals
+    said = torch.tensor([float(vote) for vote in votes], dtype=sums.dtype, device=sums.device)
+    totals = all_reduce(torch.cat((sums, squares.to(sums).view(1), said)), engine.grid.world).tolist()
+    loss_sum, weight_sum, square_sum, *counts = totals
 
     finite = math.isfinite(loss_sum) and 0 <= square_sum < math.inf
     divisor = weight_sum * scale
@@ -117,7 +117,7 @@ def train_step(
         engine.optimizer.update(state.updates, lr, coefficient / divisor)
     _advance(config, state, rows, finite, skipped)
     loss = loss_sum / weight_sum if weight_sum else math.nan
-    return StepResult(loss, norm, len(rows), lr, skipped, bool(stops), finite, scale, sums)
+    return StepResult(loss, norm, len(rows), lr, skipped, tuple(map(int, counts)), finite, scale, sums)
 
 
 def _advance(config: Config, state: RunState, rows: range, finite: bool, skipped: bool) -> None:

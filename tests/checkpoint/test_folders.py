@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_llm.checkpoint import (
+    Contents,
     TensorToSave,
     checkpoint_folder,
     find_checkpoint,
@@ -22,10 +24,17 @@ from megatron_llm.parallel.shard import Box, Part
 
 
 def _save(checkpoints: Path, step: int, value: float = 1.0) -> Path:
-    folder = checkpoint_folder(checkpoints, step)
+    folder = checkpoints / f"step-{step:08d}"
+    assert str(checkpoint_folder(checkpoints, step)) == str(folder)
     items = [TensorToSave(kind, "x", (3,), Box((0,), (3,)), torch.full((3,), value)) for kind in ("weights", "m")]
-    save_checkpoint(folder, items, run_state={"step": step}, config={}, assets={"t": b"x"}, world=Axis("world"))
+    save_checkpoint(folder, items, Contents({"step": step}, {}, {"t": b"x"}), Axis("world"))
     return folder
+
+
+def _latest(checkpoints: Path) -> str:
+    found = latest_checkpoint(checkpoints)
+    assert found is not None and str(found.folder.parent()) == str(checkpoints)
+    return str(found.folder).rsplit("/", 1)[-1]
 
 
 def _names(checkpoints: Path) -> list[str]:
@@ -56,18 +65,15 @@ def test_killed_at_any_moment_of_a_save(tmp_path: Path, monkeypatch: pytest.Monk
         return wrapper
 
     with monkeypatch.context() as patched:
-        for name in ("os.fsync", "os.replace", "os.open", "os.unlink", "os.rmdir", "pathlib.Path.open", "pathlib.Path.mkdir"):
-            module, _, attribute = name.rpartition(".")
-            target = Path if module == "pathlib.Path" else __import__(module)
-            patched.setattr(target, attribute, dying(getattr(target, attribute)))
+        for name in ("fsync", "replace", "open", "write", "unlink", "rmdir", "makedirs"):
+            patched.setattr(os, name, dying(getattr(os, name)))
         try:
             _save(tmp_path, 2, 2.0)
             done = True
         except Killed:
             done = False
-    newest = latest_checkpoint(tmp_path)
-    assert newest is not None
-    checkpoint = open_checkpoint(newest)
+    checkpoint = latest_checkpoint(tmp_path)
+    assert checkpoint is not None
     checkpoint.verify()
     step = checkpoint.run_state["step"]
     value = checkpoint.source("weights").read(Part("x", (3,), ()), Box((1,), (2,)))
@@ -78,10 +84,10 @@ def test_killed_at_any_moment_of_a_save(tmp_path: Path, monkeypatch: pytest.Monk
     assert call > 0 or not done  # the first call already kills
     assert call < 39 or done  # the last case lets everything through: the others died at every earlier call
     _save(tmp_path, 2, 3.0)  # what is left over is cleaned
-    again = open_checkpoint(checkpoint_folder(tmp_path, 2))
+    again = open_checkpoint(tmp_path / "step-00000002")
     again.verify()
     assert again.source("weights").read(Part("x", (3,), ()), Box((0,), (3,))).tolist() == [3.0] * 3
-    assert _names(again.folder) == ["assets", "manifest.json", "rank-00000.safetensors"]
+    assert _names(tmp_path / "step-00000002") == ["assets", "manifest.json", "rank-00000.safetensors"]
 
 
 def test_latest_is_the_newest_whole_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -91,15 +97,15 @@ def test_latest_is_the_newest_whole_one(tmp_path: Path, caplog: pytest.LogCaptur
         _save(tmp_path, step)
     (tmp_path / "step-x").mkdir()
     (tmp_path / "notes.txt").write_text("step-00000099")
-    assert latest_checkpoint(tmp_path) == tmp_path / "step-100000000"
+    assert _latest(tmp_path) == "step-100000000"
     (tmp_path / "step-100000000" / "manifest.json").unlink()
     with caplog.at_level(logging.WARNING):
-        assert latest_checkpoint(tmp_path) == tmp_path / "step-00000010"
+        assert _latest(tmp_path) == "step-00000010"
     assert not caplog.records  # an interrupted save is nothing to warn about
     manifest = tmp_path / "step-00000010" / "manifest.json"
     manifest.write_bytes(manifest.read_bytes()[:50])
     with caplog.at_level(logging.WARNING):
-        assert latest_checkpoint(tmp_path) == tmp_path / "step-00000002"
+        assert _latest(tmp_path) == "step-00000002"
     assert f"{manifest} is truncated or damaged (50 bytes" in caplog.text
     (tmp_path / "step-00000002" / "rank-00000.safetensors").unlink()
     assert latest_checkpoint(tmp_path) is None
@@ -122,11 +128,11 @@ def test_find_checkpoint_understands_step_checkpoints_and_run_folders(tmp_path: 
     run = tmp_path / "run"
     step = _save(run / "checkpoints", 3)
     newest = _save(run / "checkpoints", 20)
-    assert find_checkpoint(step) == step
-    assert find_checkpoint(run / "checkpoints") == newest
-    assert find_checkpoint(run) == newest
+    assert str(find_checkpoint(step).folder) == str(step)
+    assert str(find_checkpoint(run / "checkpoints").folder) == str(newest)
+    assert str(find_checkpoint(run).folder) == str(newest)
     (newest / "manifest.json").unlink()
-    assert find_checkpoint(run) == step
+    assert str(find_checkpoint(run).folder) == str(step)
     with pytest.raises(ValueError, match="step-00000020 has no manifest.json: it was not saved to the end"):
         find_checkpoint(newest)
     with pytest.raises(ValueError, match="absent is not a folder"):

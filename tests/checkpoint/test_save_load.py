@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from megatron_llm.checkpoint import Checkpoint, TensorToSave, latest_checkpoint, open_checkpoint, save_checkpoint
+from megatron_llm.checkpoint import Checkpoint, Contents, TensorToSave, latest_checkpoint, open_checkpoint, save_checkpoint
 from megatron_llm.checkpoint.manifest import Manifest, untiled, write_manifest
 from megatron_llm.checkpoint.save import commit, write_rank_file
 from megatron_llm.ops.safetensors import WrittenFile
+from megatron_llm.ops.storage import LocalFolder
 from megatron_llm.parallel.grid import Axis
 from megatron_llm.parallel.shard import Box, Part, ShardSpec, flat_boxes, pieces
 from tests.ranks import RankFailure, run_ranks
@@ -65,15 +65,9 @@ def _assert_whole(checkpoint: Checkpoint) -> None:
                 assert read.dtype == values.dtype and torch.equal(read, values[box.slices])
 
 
-def _save(folder: Path, items: list[TensorToSave] | None = None, **changes: Any) -> None:
-    settings: dict[str, Any] = {
-        "run_state": STATE,
-        "config": {"a": 1},
-        "assets": {"hf/x.txt": b"\x00\xff"},
-        "world": ALONE,
-        **changes,
-    }
-    save_checkpoint(folder, _share(0, 1) if items is None else items, **settings)
+def _save(folder: Path, items: list[TensorToSave] | None = None, assets: dict[str, bytes] | None = None) -> None:
+    contents = Contents(STATE, {"a": 1}, {"hf/x.txt": b"\x00\xff"} if assets is None else assets, {"train": [1]})
+    save_checkpoint(folder, _share(0, 1) if items is None else items, contents, ALONE)
 
 
 def _save_on_ranks(folder: Path, fail: str = "") -> str | None:
@@ -87,7 +81,7 @@ def _save_on_ranks(folder: Path, fail: str = "") -> str | None:
         items.pop()
     config = {"unserializable": object()} if fail == "config" else {}
     try:
-        save_checkpoint(folder, items, run_state=STATE, config=config, assets={"a": b"1"}, world=world)
+        save_checkpoint(folder, items, Contents(STATE, config, {"a": b"1"}), world)
     except ValueError as error:
         return str(error)
     return None
@@ -140,6 +134,7 @@ def test_one_process_state_config_and_assets_come_back(tmp_path: Path) -> None:
     checkpoint.verify()
     _assert_whole(checkpoint)
     assert checkpoint.run_state == json.loads(json.dumps(STATE)) and checkpoint.config == {"a": 1}
+    assert checkpoint.data == {"train": [1]}
     assert checkpoint.assets == {"hf/x.txt": b"\x00\xff"}
     assert checkpoint.versions["torch"] == torch.__version__
     stored = load_file(tmp_path / "step-00000001" / "rank-00000.safetensors")  # the library reads our files
@@ -147,11 +142,11 @@ def test_one_process_state_config_and_assets_come_back(tmp_path: Path) -> None:
 
 
 def test_ranks_without_tensors_write_no_file(tmp_path: Path) -> None:
-    assert write_rank_file(tmp_path, 0, []) is None
+    assert write_rank_file(LocalFolder(tmp_path), 0, []) is None
     empty = TensorToSave("weights", "a", (4,), Box((4,), (0,)), torch.zeros(0))
-    assert write_rank_file(tmp_path, 1, [empty]) is None
+    assert write_rank_file(LocalFolder(tmp_path), 1, [empty]) is None
     assert list(tmp_path.iterdir()) == []
-    commit(tmp_path, [None, write_rank_file(tmp_path, 1, _share(0, 1)), None], {}, {}, {})
+    commit(LocalFolder(tmp_path), [None, write_rank_file(LocalFolder(tmp_path), 1, _share(0, 1)), None], Contents({}, {}))
     _assert_whole(open_checkpoint(tmp_path))
 
 
@@ -173,17 +168,19 @@ def test_tensors_that_do_not_fit_together_are_refused(
     files = []
     for rank, (offset, size, whole, dtype) in enumerate(written):
         values = torch.zeros(size, dtype=getattr(torch, dtype))
-        files.append(write_rank_file(tmp_path, rank, [TensorToSave("m", "x", (whole,), Box((offset,), (size,)), values)]))
+        files.append(
+            write_rank_file(LocalFolder(tmp_path), rank, [TensorToSave("m", "x", (whole,), Box((offset,), (size,)), values)])
+        )
     with pytest.raises(ValueError, match=message):
-        commit(tmp_path, files, {}, {}, {})
+        commit(LocalFolder(tmp_path), files, Contents({}, {}))
     assert not (tmp_path / "manifest.json").exists()
 
 
 def test_file_that_rank_0_does_not_see_is_refused(tmp_path: Path) -> None:
-    file = write_rank_file(tmp_path, 1, _share(0, 1))
+    file = write_rank_file(LocalFolder(tmp_path), 1, _share(0, 1))
     (tmp_path / "rank-00001.safetensors").unlink()
     with pytest.raises(ValueError, match="rank 0 does not see it; checkpoints need a folder that all nodes share"):
-        commit(tmp_path, [file], {}, {}, {})
+        commit(LocalFolder(tmp_path), [file], Contents({}, {}))
 
 
 @settings(max_examples=200, deadline=None)
@@ -257,7 +254,7 @@ def test_manifest_of_another_version_or_with_paths_outside_is_refused(tmp_path: 
         _save(tmp_path / "step-00000002")
     with pytest.raises(ValueError, match="version 2, .* this package reads .* version 1"):
         open_checkpoint(tmp_path / "step-00000002")
-    write_manifest(tmp_path, Manifest({}, {}, {}, {"../x": WrittenFile(1, "")}, {}))
+    write_manifest(LocalFolder(tmp_path), Manifest({}, {}, {}, {"../x": WrittenFile(1, "")}, {}, {}))
     with pytest.raises(ValueError, match="file name '../x' leads out of the checkpoint"):
         open_checkpoint(tmp_path)
     with pytest.raises(ValueError, match="asset name '../x' leads out"):

@@ -15,12 +15,13 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from megatron_llm.checkpoint import TensorToSave, checkpoint_folder
-from megatron_llm.checkpoint.save import commit, write_rank_file
+from megatron_llm.checkpoint.save import Contents, commit, write_rank_file
 from megatron_llm.cli.export import parse_size
 from megatron_llm.cli.main import main
 from megatron_llm.config import ModelConfig
 from megatron_llm.hf import HFFolder, collect_assets, export_hf
 from megatron_llm.hf.assets import exported_files
+from megatron_llm.ops.storage import LocalFolder
 from megatron_llm.parallel.shard import Box, Part, ShardSpec, pieces
 from tests.hf.folders import LLAMA3, assert_same_tensors, make_folder, stored_tensors
 
@@ -59,9 +60,10 @@ def save_from_folder(folder: Path, run: Path, compute: str = "float32", **model:
             for piece in pieces(ShardSpec((part,)), tensor.shape, lo, hi):
                 owned[rank].append(TensorToSave("weights", part.name, part.shape, piece.box, piece.view(flat[lo:hi])))
     step = checkpoint_folder(run / "checkpoints", 0)
-    step.mkdir(parents=True)
-    commit(step, [write_rank_file(step, rank, owned[rank]) for rank in range(RANKS)], {"step": 0}, config, collect_assets(folder))
-    return step
+    step.make()
+    contents = Contents({"step": 0}, config, collect_assets(folder))
+    commit(step, [write_rank_file(step, rank, owned[rank]) for rank in range(RANKS)], contents)
+    return Path(str(step))
 
 
 def assert_loads(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -163,7 +165,7 @@ def test_model_from_scratch(tmp_path: Path, compute: str, dtype: torch.dtype, ti
         for name, entry in content["tensors"]["weights"].items()
         for box in [Box.full(tuple(entry["shape"]))]
     ]
-    commit(step, [write_rank_file(step, 0, owned)], {}, content["config"], assets)
+    commit(LocalFolder(step), [write_rank_file(LocalFolder(step), 0, owned)], Contents({}, content["config"], assets))
     assert main(["export", str(step), str(tmp_path / "out")]) == 0
     assert_same_tensors(stored_tensors(tmp_path / "out"), {name: tensor.to(dtype) for name, tensor in stored.items()})
     assert_loads(tmp_path / "out", stored)

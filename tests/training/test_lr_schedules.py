@@ -17,12 +17,12 @@ from megatron_llm.config import Config, ConfigError, TrainingConfig
 from megatron_llm.data.stream import build_train_stream
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.training.build import build_engine
-from megatron_llm.training.recovery import find_resume, load_run, save_run
+from megatron_llm.training.recovery import find_resume, load_run
 from megatron_llm.training.resolve import resolve
 from megatron_llm.training.step import RunState, next_rate, train_step
 from tests.data.sources import ASSISTANT, write_chat, write_pretrain
 from tests.ranks import run_ranks
-from tests.runs import TINY, Pieces, assemble, config_of, owned_weights
+from tests.runs import TINY, Pieces, assemble, config_of, owned_weights, save_run
 from tests.training.commands import read_metrics, read_status, write_config
 
 
@@ -84,11 +84,11 @@ TOKENS = {"kind": "wsd", "warmup_tokens": 160, "decay_tokens": 256, "min_lr": 1e
 def run_part(config: Config, steps: int) -> tuple[list[tuple[float, float, int, float]], Pieces]:
     """Continue the run of the run folder by some steps and save it: (loss, norm, rows, lr) of each, and the weights."""
     grid = Grid.build(config.parallel, config.model.num_key_value_heads)
-    checkpoint = find_resume(config)
+    checkpoint = find_resume(config, allow_change=True)
     engine = build_engine(config, grid, torch.device("cpu"), checkpoint.source("weights") if checkpoint else None)
     state, stream = load_run(engine, checkpoint) if checkpoint else RunState(), build_train_stream(config)
     results = [train_step(engine, stream, state) for _ in range(steps)]
-    save_run(engine, state, {})
+    save_run(engine, state)
     return [(result.loss, result.grad_norm, result.rows, result.lr) for result in results], owned_weights(engine)
 
 
@@ -161,19 +161,26 @@ def raw_config(folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
     return raw
 
 
-def test_a_changed_schedule_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_changed_schedule_is_refused_or_allowed_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = str(write_config(tmp_path / "config.yaml", raw_config(tmp_path)))
     assert main(["train", config]) == 0
-    assert main(["train", config, "training.steps=4", "lr_schedule.decay_steps=4", "optimizer.lr=0.02"]) == 0
-    assert main(["train", config, "training.steps=5", "lr_schedule.decay_steps=4", "optimizer.lr=0.02"]) == 0
-    status = read_status(tmp_path / "run")
-    assert status == {"outcome": "done", "step": 5}, "a length that the schedule does not depend on is no change of it"
+    changed = ["train", config, "lr_schedule.decay_steps=4", "optimizer.lr=0.02"]
+    assert main([*changed, "training.steps=4"]) == 1
     text = capsys.readouterr().err
     changes = ["lr_schedule.decay_steps: None -> 4", "optimizer.lr: 0.01 -> 0.02"]
-    assert f"the learning-rate schedule is not the one before: {', '.join(changes)}; the next step has lr 0.02" in text
-    assert text.count("the learning-rate schedule is not the one before") == 1
-    assert main(["train", config, "training.steps=6", "optimizer.lr=0.02", "training.global_batch_size=4"]) == 0
-    assert read_status(tmp_path / "run")["schedule_changes"] == [
+    for change in changes:
+        assert f"step-00000002 was saved: {change}. The run would go on as another one: undo the change, or allow it" in text
+    assert main([*changed, "training.steps=4", "--allow-change"]) == 0
+    assert read_status(tmp_path / "run")["changes"] == changes
+    text = capsys.readouterr().err
+    assert all(f"changed since, and allowed: {change}" in text for change in changes)
+    assert "the learning-rate schedule is not the one before; the next step has lr 0.02" in text
+    assert main([*changed, "training.steps=5"]) == 0
+    status = read_status(tmp_path / "run")
+    assert status == {"outcome": "done", "step": 5}, "a length that the schedule does not depend on is no change of it"
+    more = ["train", config, "training.steps=6", "optimizer.lr=0.02", "training.global_batch_size=4", "--allow-change"]
+    assert main(more) == 0
+    assert read_status(tmp_path / "run")["changes"] == [
         "lr_schedule.decay_steps: 4 -> None",
         "training.global_batch_size: 8 -> 4",
         "training.steps: 5 -> 6",
@@ -184,7 +191,8 @@ def test_continued_pretraining_warms_up_again(tmp_path: Path) -> None:
     """3 steps up to 0.01 and 3 down to 0.001; prolonged with a restart, the same again from 0.001."""
     config = str(write_config(tmp_path / "config.yaml", raw_config(tmp_path, lr_schedule={"kind": "linear"})))
     assert main(["train", config, "training.steps=6"]) == 0
-    assert main(["train", config, "training.steps=12", "lr_schedule.restart_steps=[6]"]) == 0
+    assert main(["train", config, "training.steps=12", "lr_schedule.restart_steps=[6]"]) == 1
+    assert main(["train", config, "training.steps=12", "lr_schedule.restart_steps=[6]", "--allow-change"]) == 0
     rates = [line["lr"] for line in read_metrics(tmp_path / "run") if "lr" in line]
     down = [0.007, 0.004, 0.001]
     assert rates == pytest.approx([0.01 / 3, 0.02 / 3, 0.01, *down, 0.004, 0.007, 0.01, *down])

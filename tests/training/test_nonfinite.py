@@ -19,10 +19,10 @@ from megatron_llm.parallel.grid import Grid
 from megatron_llm.training.agreement import AgreedError
 from megatron_llm.training.build import Engine, build_engine
 from megatron_llm.training.nonfinite import _local_share, end_if_hopeless
-from megatron_llm.training.recovery import find_resume, load_run, save_run
+from megatron_llm.training.recovery import find_resume, load_run
 from megatron_llm.training.step import RunState, StepResult, train_step
 from tests.ranks import run_ranks
-from tests.runs import TINY, config_of, owned_weights
+from tests.runs import TINY, config_of, owned_weights, save_run
 from tests.training.commands import environment, read_metrics, read_status, train_command, write_config
 from tests.training.planted import PlantedStream
 
@@ -66,7 +66,7 @@ def loss_scales(config: Config, factors: dict[int, float], stop: int) -> list[tu
     engine, state, stream, seen = engine_of(config), RunState(), PlantedStream(build_train_stream(config), factors), []
     for step in range(config.training.steps):
         if step == stop:
-            save_run(engine, state, {})
+            save_run(engine, state)
             checkpoint = find_resume(config)
             assert checkpoint is not None
             engine = build_engine(config, engine.grid, engine.device, checkpoint.source("weights"))

@@ -15,11 +15,11 @@ from megatron_llm.config import Config
 from megatron_llm.data.stream import build_train_stream
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.training.build import build_engine
-from megatron_llm.training.recovery import check_agreement, find_resume, load_run, save_run
+from megatron_llm.training.recovery import check_agreement, find_resume, load_run
 from megatron_llm.training.run_folder import RunFolder
 from megatron_llm.training.step import RunState, train_step
 from tests.ranks import RankFailure, run_ranks
-from tests.runs import config_of
+from tests.runs import config_of, save_run
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "single": (1, {}),
@@ -38,7 +38,7 @@ def continue_run(config: Config) -> list[tuple[float, float]]:
     state = load_run(engine, checkpoint) if checkpoint else RunState()
     stream = build_train_stream(config)
     results = [train_step(engine, stream, state) for _ in range(STEPS)]
-    save_run(engine, state, {})
+    save_run(engine, state)
     return [(result.loss, result.grad_norm) for result in results]
 
 
@@ -59,7 +59,7 @@ def test_a_checkpoint_continues_in_any_layout(tmp_path: Path, tied: bool) -> Non
 def agree(steps: list[int | None]) -> None:
     grid = Grid.build(config_of().parallel, 1)
     step = steps[grid.world.rank]
-    check_agreement(None if step is None else cast(Checkpoint, SimpleNamespace(run_state={"step": step})), grid.world)
+    check_agreement(None if step is None else cast(Checkpoint, SimpleNamespace(step=step)), grid.world)
 
 
 @pytest.mark.parametrize("steps", [[6, 6, 6], [None, None, None]])
@@ -71,7 +71,7 @@ def test_ranks_that_agree_go_on(steps: list[int | None]) -> None:
     "steps, said", [([6, 6, 3], "rank 0 step 6, rank 2 step 3"), ([6, None, 6], "rank 0 step 6, rank 1 none")]
 )
 def test_ranks_that_see_different_checkpoints_do_not_train(steps: list[int | None], said: str) -> None:
-    with pytest.raises(RankFailure, match=f"different checkpoints to continue from: {said}; logging.run_dir"):
+    with pytest.raises(RankFailure, match=f"different checkpoints to continue from: {said}; they must be in a folder"):
         run_ranks(3, agree, steps)
 
 

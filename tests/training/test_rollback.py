@@ -127,7 +127,7 @@ def test_without_a_checkpoint_the_run_says_so_and_goes_on(tmp_path: Path, capfd:
 def test_a_resumed_run_knows_the_losses_before(tmp_path: Path) -> None:
     raw = raw_config(tmp_path / "run", write_rows(tmp_path / "data", range(72, 80)))
     run_command(tmp_path, raw, "training.steps=9")
-    run_command(tmp_path, raw)
+    run_command(tmp_path, raw, "--allow-change")
     assert read_status(tmp_path / "run")["skipped_rows"] == [[72, 80]]
 
 

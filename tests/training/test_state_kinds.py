@@ -12,16 +12,15 @@ import torch
 
 from megatron_llm.checkpoint.load import open_checkpoint
 from megatron_llm.cli.main import main
-from megatron_llm.config import Config
+from megatron_llm.config import Config, ConfigError
 from megatron_llm.data.stream import build_train_stream
 from megatron_llm.hf.reader import HFFolder
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.parallel.shard import Box, Part, Piece, TensorSource
-from megatron_llm.training import recovery
 from megatron_llm.training.build import Engine, build_engine
-from megatron_llm.training.recovery import find_resume, load_run, save_run
+from megatron_llm.training.recovery import changes_since, find_resume, load_run
 from megatron_llm.training.step import RunState, train_step
-from tests.runs import config_of
+from tests.runs import config_of, save_run
 
 
 class OtherState:
@@ -36,7 +35,7 @@ class OtherState:
     def state_pieces(self, kind: str) -> Iterator[tuple[Piece, torch.Tensor]]:
         yield from self.own.state_pieces("weights") if kind == "weights" else iter(self.tensors[kind])
 
-    def load(self, kind: str, source: TensorSource) -> None:
+    def load(self, kind: str, source: TensorSource, progress: Any = None) -> None:
         for piece, values in self.state_pieces(kind):
             values.copy_(source.read(piece.part, piece.box))
 
@@ -62,7 +61,7 @@ def saved_by_adamw(run: Path, **sections: dict[str, Any]) -> Config:
     engine, state, stream = build_engine(config, Grid.single(), torch.device("cpu")), RunState(), build_train_stream(config)
     for _ in range(2):
         train_step(engine, stream, state)
-    save_run(engine, state, {})
+    save_run(engine, state)
     return config
 
 
@@ -74,7 +73,7 @@ def test_moments_of_another_optimizer_start_at_zero_and_an_average_at_the_weight
     tmp_path: Path, log: pytest.LogCaptureFixture
 ) -> None:
     config = changed(saved_by_adamw(tmp_path), name="lion", ema_decay=0.9)
-    checkpoint = find_resume(config)
+    checkpoint = find_resume(config, allow_change=True)
     assert checkpoint is not None
     engine = engine_of(config, ("weights", "m", "ema"), checkpoint)
     assert load_run(engine, checkpoint) == RunState(step=2, updates=2, rows=16, tokens=256)
@@ -83,7 +82,8 @@ def test_moments_of_another_optimizer_start_at_zero_and_an_average_at_the_weight
     averages = {piece.part.name: values for piece, values in engine.optimizer.state_pieces("ema")}
     for piece, values in engine.optimizer.state_pieces("weights"):
         assert torch.equal(averages[piece.part.name], values) or piece.box.shape != piece.part.shape
-    assert f"changed since {checkpoint.folder} was saved: optimizer.name: adamw -> lion" in log.text
+    with pytest.raises(ConfigError, match="optimizer.name: adamw -> lion. The run would go on as another one"):
+        find_resume(config)
     assert f"{checkpoint.folder} has v, for which this run has no use" in log.text
     assert f"'m' in {checkpoint.folder} are of adamw: those of lion start at zero" in log.text
     assert f"'ema' in {checkpoint.folder} are not there: those of lion start from the weights" in log.text
@@ -97,7 +97,7 @@ def test_the_same_kinds_come_back_whatever_they_are_called(tmp_path: Path, log: 
     for kind in kinds[1:]:
         for _, values in engine.optimizer.state_pieces(kind):
             values.normal_()
-    save_run(engine, RunState(step=3, skipped=1, loss_scale=0.5, losses=[1.0, 2.0], skipped_rows=[[3, 4]]), {})
+    save_run(engine, RunState(step=3, skipped=1, loss_scale=0.5, losses=[1.0, 2.0], skipped_rows=[[3, 4]]))
     checkpoint = find_resume(config)
     assert checkpoint is not None and checkpoint.kinds == list(kinds)
     again = engine_of(config, kinds, checkpoint)
@@ -118,10 +118,8 @@ def test_an_older_checkpoint_loads_and_younger_settings_are_no_changes(tmp_path:
     engine = build_engine(config, Grid.single(), torch.device("cpu"), checkpoint.source("weights"))
     assert load_run(engine, checkpoint) == RunState(2, 2, 16, 256)
     assert "start" not in log.text
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recovery, "open_checkpoint", lambda _: checkpoint)
-        assert find_resume(config) is checkpoint
-    assert "changed" not in log.text
+    changes = changes_since(checkpoint, config)
+    assert (changes.of_another_run, changes.decides_numbers, changes.free) == ([], [], [])
 
 
 def test_export_takes_the_average_if_there_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,7 +129,7 @@ def test_export_takes_the_average_if_there_is_one(tmp_path: Path, capsys: pytest
     engine = engine_of(config, ("weights", "ema"))
     for _, values in engine.optimizer.state_pieces("ema"):
         values.normal_()
-    save_run(engine, RunState(step=5), {})
+    save_run(engine, RunState(step=5))
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--ema"]) == 0
     part = Part("final_norm.weight", (32,), ())
     exported = HFFolder(tmp_path / "out").source(config.model).read(part, Box.full((32,)))
@@ -144,7 +142,7 @@ def test_weights_that_were_frozen_when_saved_go_on_without_moments(tmp_path: Pat
     frozen = {"rules": [{"match": "embedding.*", "frozen": True}]}
     config = saved_by_adamw(tmp_path / "run", optimizer=frozen)
     thawed = changed(config, rules=config_of(optimizer={"rules": [{"match": "head.*", "frozen": True}]}).optimizer.rules)
-    checkpoint = find_resume(thawed)
+    checkpoint = find_resume(thawed, allow_change=True)
     assert checkpoint is not None
     assert "embedding.weight" not in checkpoint.tensors("m") and config.optimizer.rules[0].frozen
     engine = build_engine(thawed, Grid.single(), torch.device("cpu"), checkpoint.source("weights"))

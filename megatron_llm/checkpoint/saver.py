@@ -1,0 +1,182 @@
+"""Saving behind the training steps. A run has one `Saver`; called by `training/loop.py` and `training/recovery.py`.
+
+Training stands still while a rank's share is copied to host memory. A thread of each rank writes the copy while the next
+steps run, and then a thread of rank 0 commits. Nothing is exchanged from these threads: whether they are done travels with the
+loss of each step (`ready`), and when it is true of all ranks, all go on to the next stage together (`advance`). So ranks never
+disagree about how far a save is, NCCL sees no second thread, and an error on one rank ends the run on all in the same step.
+
+    start     prepare; copy; begin to write       collective
+    advance   written everywhere: begin to commit, then: committed       collective, only if all ranks are `ready`
+    finish    the same, waiting                   collective; before the next save, before going back, at the end
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for_futures
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+
+from megatron_llm.checkpoint.save import Contents, RankFile, TensorToSave, commit, on_all, prepare, write_rank_file
+from megatron_llm.ops.storage import Folder
+from megatron_llm.parallel.grid import Axis
+
+logger = logging.getLogger("megatron_llm")
+_ALIGNMENT = 64
+_LOOK_SECONDS = 1.0
+
+
+class Saver:
+    """Writes one checkpoint at a time.
+
+    Args:
+        asynchronous: copy and go on; otherwise a save is committed when `start` returns.
+        committed: called on rank 0 with the folder's parent after each commit, in the thread that committed.
+        alive: called often while training waits for a save that makes headway.
+    """
+
+    def __init__(
+        self, world: Axis, asynchronous: bool, committed: Callable[[Folder], None], alive: Callable[[], None] = lambda: None
+    ):
+        self._world, self._asynchronous, self._committed, self._alive = world, asynchronous, committed, alive
+        self._stage: Literal["idle", "writing", "committing"] = "idle"
+        self._work: Future[Any] = Future()
+        self._staging = Staging()
+        self._stall = 0.0
+        self._abandoned = False
+        self._headway = 0  # bytes written; read by another thread
+
+    @property
+    def ready(self) -> bool:
+        """Whether this rank has done its part of the stage that a save is in."""
+        return self._stage != "idle" and self._work.done()
+
+    def start(self, folder: Folder, tensors: Iterable[TensorToSave], contents: Contents, wait: bool = False) -> None:
+        """Begin to save, when the save before has been committed. Collective.
+
+        wait: the run ends here; nothing is copied, and the save is committed when this returns.
+
+        Raises SaveError on all ranks, for the save before as well.
+        """
+        self.finish()
+        start = time.perf_counter()
+        self._folder, self._contents, self._started = folder, contents, start
+        on_all(self._world, folder, lambda: prepare(folder, contents) if self._world.first else None)
+        behind = self._asynchronous and not wait
+        self._stage = "writing"
+        try:
+            mine = self._staging.copy(list(tensors)) if behind else list(tensors)
+        except Exception as error:  # no memory: the other ranks learn of it when they ask for the result
+            self._work = Future()
+            self._work.set_exception(error)
+        else:
+            self._begin(lambda: write_rank_file(folder, self._world.rank, mine, self._progress))
+        self._stall += time.perf_counter() - start
+        if not behind:
+            self.finish()
+
+    def advance(self) -> None:
+        """Go on to the next stage when all ranks are `ready`. Collective; raises SaveError."""
+        start = time.perf_counter()
+        results = on_all(self._world, self._folder, self._work.result)
+        if self._stage == "writing":
+            self._stage = "committing"
+            self._begin(lambda: self._commit(results) if self._world.first else None)
+        else:
+            self._stage = "idle"
+        self._stall += time.perf_counter() - start
+
+    def finish(self) -> None:
+        """Return when no save is under way any more. Collective; raises SaveError."""
+        while self._stage != "idle":
+            start = time.perf_counter()
+            self._wait_for_all()
+            self._stall += time.perf_counter() - start
+            self.advance()
+
+    def abandon(self) -> None:
+        """Let a save that cannot be committed any more end soon; what it wrote is no checkpoint."""
+        self._abandoned = True
+
+    def stall_seconds(self) -> float:
+        """Seconds that training stood still for saves, since the last call."""
+        stall, self._stall = self._stall, 0.0
+        return stall
+
+    def _begin(self, work: Callable[[], Any]) -> None:
+        """Do `work` in a thread, which does not keep the process from ending."""
+        future: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._work = future
+        threading.Thread(target=run, name="checkpoint", daemon=True).start()
+
+    def _wait_for_all(self) -> None:
+        """Return when all ranks are `ready`. They tell each other again and again, as none may wait for a message for long."""
+        before: list[tuple[bool, int]] = []
+        while True:
+            wait_for_futures([self._work], timeout=_LOOK_SECONDS)
+            now = on_all(self._world, self._folder, lambda: (self.ready, self._headway))
+            if all(ready for ready, _ in now):
+                return
+            if now != before:
+                self._alive()
+            before = now
+
+    def _progress(self, count: int) -> None:
+        self._headway += count
+        if self._abandoned:
+            raise RuntimeError("the run has ended")
+
+    def _commit(self, files: list[RankFile | None]) -> None:
+        commit(self._folder, files, self._contents)
+        size = sum(file.written.bytes for file in files if file)
+        logger.info("saved %s: %.3f GB in %.1f s", self._folder, size / 1e9, time.perf_counter() - self._started)
+        self._committed(self._folder.parent())
+
+
+class Staging:
+    """Host memory for a copy of what a rank saves, kept for the next save; page-locked for a GPU, which halves the time."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._locked = False
+
+    def copy(self, tensors: list[TensorToSave]) -> list[TensorToSave]:
+        """The same with copies of the tensors, which hold until the next call. Returns when they are complete."""
+        offsets, end = [], 0
+        for item in tensors:
+            offsets.append(end)
+            end += -(-item.tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+        device = next((item.tensor.device for item in tensors if item.tensor.is_cuda), None)
+        if self._buffer.numel() < end:
+            self._grow(end, locked=device is not None)
+        copies = []
+        for item, offset in zip(tensors, offsets, strict=True):
+            flat = self._buffer[offset : offset + item.tensor.nbytes].view(item.tensor.dtype)
+            copies.append(replace(item, tensor=flat.view(item.tensor.shape).copy_(item.tensor.detach(), non_blocking=True)))
+        if device is not None:
+            torch.cuda.current_stream(device).synchronize()
+        return copies
+
+    def _grow(self, size: int, locked: bool) -> None:
+        if self._locked:
+            torch.cuda.cudart().cudaHostUnregister(self._buffer.data_ptr())
+        self._buffer = torch.empty(0, dtype=torch.uint8)  # gone before the larger one is there
+        self._buffer = torch.empty(size, dtype=torch.uint8)
+        if locked:  # of exactly this size: torch's own allocator of such memory rounds up to a power of two
+            error = torch.cuda.cudart().cudaHostRegister(self._buffer.data_ptr(), size, 0)
+            self._locked = int(error) == 0
+            if not self._locked:  # copies are right without, and slower
+                logger.warning("%.1f GB of host memory for checkpoints could not be page-locked (%s)", size / 1e9, error)

@@ -1,0 +1,115 @@
+"""What a run that goes on has changed since its checkpoint was saved, and which of it would make another run of it.
+
+Called by `training/recovery.py`. Every setting is in one of three classes, by the names below: it says of which model and rows
+the checkpoint is (then it is useless to this run), it decides which numbers come next (then a change must be meant:
+`--allow-change`), or it is free: the layout, the machine, names of files, what is written and when.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from megatron_llm.config import Config
+
+OF_ANOTHER_RUN = ("model.*", "training.sequence_length")
+DECIDES_NUMBERS = (
+    "data.*",
+    "lr_schedule.*",
+    "optimizer.*",
+    "precision.*",
+    "training.batch_size_rampup*",
+    "training.document_isolation",
+    "training.global_batch_size",
+    "training.loss_spike*",
+    "training.seed",
+)
+FREE = (
+    "checkpoint.*",
+    "data.tokenizer",
+    "data.train.*.name",
+    "data.valid*",
+    "device",
+    "kernels.*",
+    "logging.*",
+    "model.checkpoint*",
+    "model.hf",
+    "model.initializer_range",
+    "model.max_position_embeddings",
+    "parallel.*",
+    "training.check_replicas_every",
+    "training.eval_*",
+    "training.hang_timeout",
+    "training.max_*",
+    "training.micro_batch_size",
+    "training.recompute*",
+    "training.steps",
+)
+"""Comes before the others: the exceptions of a section stand beside it."""
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Changed settings as `section.key: old -> new`, by class."""
+
+    of_another_run: list[str]
+    decides_numbers: list[str]
+    free: list[str]
+
+
+def class_of(setting: str) -> str:
+    """The name of the field of `Changes` that a setting belongs to. Raises ValueError for one that nobody has classified."""
+    for name, patterns in (("free", FREE), ("of_another_run", OF_ANOTHER_RUN), ("decides_numbers", DECIDES_NUMBERS)):
+        if any(fnmatchcase(setting, pattern) for pattern in patterns):
+            return name
+    raise ValueError(f"{setting} is not classified in {__name__}")
+
+
+def find_changes(saved: Config, saved_data: dict[str, Any], config: Config, data: dict[str, Any]) -> Changes:
+    """What differs between the settings and data of a checkpoint and those of a run that wants to go on from it.
+
+    saved_data, data: as `data.stream.describe_data` gives them; empty if nothing is known.
+    """
+    before, after = _flat(saved.model_dump(mode="json")), _flat(config.model_dump(mode="json"))
+    if saved_data and data:
+        before, after = before | _flat(saved_data), after | _flat(data)
+    found = Changes([], [], [])
+    for name in sorted(before.keys() | after.keys()):
+        old, new = before.get(name), after.get(name)
+        if old == new:
+            continue
+        kind = class_of(name)
+        if name == "training.steps" and _depends_on_steps(config):
+            kind = "decides_numbers"
+        if fnmatchcase(name, "data.train.*.path") and saved_data and data:
+            kind = "free"  # what is in the files is compared
+        getattr(found, kind).append(f"{name}: {old} -> {new}")
+    return found
+
+
+def changes_rates(changes: list[str]) -> bool:
+    """Whether one of the changes moves the learning rate."""
+    names = ("lr_schedule.", "optimizer.lr:", "training.global_batch_size:", "training.batch_size_rampup", "training.steps:")
+    return any(change.startswith(names) for change in changes)
+
+
+def _depends_on_steps(config: Config) -> bool:
+    """Whether the length of a run decides what happens before its end."""
+    schedule = config.lr_schedule
+    falls = schedule.kind == "wsd" or (schedule.kind in ("linear", "cosine") and not schedule.decay)
+    return falls or (config.data.kind != "synthetic" and config.data.order == "megatron")
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Settings by `section.key`; items of lists of sections by their number."""
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        items = {str(number): item for number, item in enumerate(value)}.items()
+    else:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, item in items:
+        flat |= _flat(item, f"{prefix}.{key}" if prefix else key)
+    return flat

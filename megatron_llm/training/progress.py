@@ -1,0 +1,28 @@
+"""Long work before the first step says how far it is. Called by `training/loop.py`."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+logger = logging.getLogger("megatron_llm")
+_SECONDS = 10.0  # between two lines; what is done earlier says nothing
+
+
+class Progress:
+    """Called with the part of a piece of work that is done, as often as one likes.
+
+    Ranks above 0 are silent by their log level.
+    """
+
+    def __init__(self, what: str):
+        self.what = what
+        self._started = self._said = time.monotonic()
+
+    def __call__(self, part: float) -> None:
+        now = time.monotonic()
+        if now - self._said < _SECONDS or part <= 0:
+            return
+        self._said = now
+        left = (now - self._started) * (1 / part - 1)
+        logger.info("%s: %.0f %%, %.0f s left", self.what, 100 * part, left)

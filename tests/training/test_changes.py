@@ -1,0 +1,131 @@
+"""What a run that goes on may change: every setting is classified, and what decides the numbers is refused or allowed by name."""
+
+from __future__ import annotations
+
+import copy
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from megatron_llm.cli.main import main
+from megatron_llm.config import Config
+from megatron_llm.training.changes import DECIDES_NUMBERS, FREE, OF_ANOTHER_RUN, class_of
+from tests.data.sources import write_pretrain
+from tests.runs import TINY
+from tests.training.commands import read_status, write_config
+
+
+def settings_of(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """`section.key` of every setting there is; items of lists of sections by the number 0."""
+    found = []
+    for name, field in section.model_fields.items():
+        inner = _section(field.annotation)
+        is_list = "list[" in str(field.annotation)
+        found += settings_of(inner, f"{prefix}{name}.{'0.' * is_list}") if inner else [f"{prefix}{name}"]
+    return found
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in typing.get_args(annotation) if (found := _section(part))), None)
+
+
+def test_every_setting_is_classified_and_every_pattern_means_one() -> None:
+    names = settings_of(Config)
+    assert {"data.train.0.path", "optimizer.rules.0.match", "training.loss_spike.window", "device"} <= set(names)
+    classes = {name: class_of(name) for name in names}
+    assert set(classes.values()) == {"free", "of_another_run", "decides_numbers"}
+    from fnmatch import fnmatchcase
+
+    for pattern in (*FREE, *OF_ANOTHER_RUN, *DECIDES_NUMBERS):
+        assert any(fnmatchcase(name, pattern) for name in names), f"{pattern} means no setting"
+    with pytest.raises(ValueError, match="training.brand_new is not classified"):
+        class_of("training.brand_new")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> dict[str, Any]:
+    """A run of two steps that is saved."""
+    raw = copy.deepcopy(TINY) | {"logging": {"run_dir": str(tmp_path / "run")}}
+    raw["model"] |= {"num_hidden_layers": 1}
+    raw["training"] |= {"steps": 2, "global_batch_size": 4}
+    raw["lr_schedule"] = {"kind": "constant"}
+    paths = [write_pretrain(tmp_path / name, [20, 30, 40], meta=None) for name in ("one", "two")]
+    raw["data"] = {"kind": "pretrain", "train": [{"path": path} for path in paths]}
+    assert main(["train", str(write_config(tmp_path / "config.yaml", raw))]) == 0
+    return raw
+
+
+FREELY = [
+    "training.micro_batch_size=1",
+    "training.eval_rows=3",
+    "checkpoint.keep_last=1",
+    "parallel.zero_stage=0",
+    "training.steps=3",
+]
+MEANT = [
+    "optimizer.lr=0.5",
+    "optimizer.weight_decay=0.2",
+    "optimizer.ema_decay=0.9",
+    "training.seed=8",
+    "training.global_batch_size=8",
+    "data.train.0.weight=2",
+    "data.order=file",
+    "lr_schedule.kind=cosine",
+    "precision.compute=float32",
+    "training.document_isolation=false",
+]
+NEVER = ["training.sequence_length=8", "model.rope_theta=500.0", "model.num_hidden_layers=2"]
+
+
+@pytest.mark.parametrize("change", FREELY)
+def test_what_changes_no_numbers_is_free(tmp_path: Path, config: dict[str, Any], change: str, capsys: Any) -> None:
+    assert main(["train", str(tmp_path / "config.yaml"), "training.steps=3", change]) == 0
+    assert read_status(tmp_path / "run") == {"outcome": "done", "step": 3}
+    name, value = change.split("=")
+    assert f"changed since: {name}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", MEANT)
+def test_what_decides_numbers_must_be_meant(tmp_path: Path, config: dict[str, Any], change: str, capsys: Any) -> None:
+    command = ["train", str(tmp_path / "config.yaml"), "training.steps=3", change]
+    assert main(command) == 1
+    name = change.split("=")[0]
+    text = capsys.readouterr().err
+    assert f"changed since {tmp_path}/run/checkpoints/step-00000002 was saved: {name}: " in text and "--allow-change" in text
+    assert main([*command, "--allow-change"]) == 0
+    (said, *_) = read_status(tmp_path / "run")["changes"]
+    assert said.startswith(name)
+    assert main(["train", str(tmp_path / "config.yaml"), change, "training.steps=3"]) == 0, "the new checkpoint knows it"
+
+
+@pytest.mark.parametrize("change", NEVER)
+def test_another_model_or_other_rows_are_another_run(tmp_path: Path, config: dict[str, Any], change: str, capsys: Any) -> None:
+    assert main(["train", str(tmp_path / "config.yaml"), "training.steps=3", change, "--allow-change"]) == 1
+    assert f"belongs to another run ({change.split('=')[0]}: " in capsys.readouterr().err
+
+
+def test_data_may_move_but_not_change(tmp_path: Path, config: dict[str, Any], capsys: Any) -> None:
+    (tmp_path / "moved").mkdir()
+    for file in tmp_path.glob("one.*"):
+        file.rename(tmp_path / "moved" / file.name)
+    moved = ["train", str(tmp_path / "config.yaml"), f"data.train.0.path={tmp_path}/moved/one"]
+    assert main([*moved, "training.steps=3"]) == 0
+    assert "changed since: data.train.0.path: " in capsys.readouterr().err
+    write_pretrain(tmp_path / "moved/one", [20, 30, 40, 5], meta=None)
+    assert main([*moved, "training.steps=4"]) == 1
+    text = capsys.readouterr().err
+    assert "data.train.0.documents: 3 -> 4. The run" in text and "data.train.0.tokens: 90 -> 95. The run" in text
+    assert main([*moved, "training.steps=4", "--allow-change"]) == 0
+
+
+def test_the_length_counts_where_the_rates_depend_on_it(tmp_path: Path, config: dict[str, Any], capsys: Any) -> None:
+    cosine = ["train", str(tmp_path / "config.yaml"), "lr_schedule.kind=cosine"]
+    assert main([*cosine, "training.steps=4", "--allow-change"]) == 0
+    assert main([*cosine, "training.steps=6"]) == 1
+    assert "training.steps: 4 -> 6" in capsys.readouterr().err
