@@ -1,14 +1,14 @@
 """A run from its first step to its last, or to the signal that stops it. Called by `cli/train.py`.
 
-Exit codes: 0 done, 75 stopped by a signal after saving (run the same command again to continue). Failures are
-exceptions; `RUN/status.json` carries the outcome of each.
+Exit codes: 0 done, 75 stopped by a signal or `training.max_minutes` after saving (run the same command again to continue; 0 under
+`torchrun --max-restarts`). Failures are exceptions; `RUN/status.json` carries the outcome of each.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,15 @@ from megatron_llm.parallel.shard import TensorSource
 from megatron_llm.pipeline.timeline import Event
 from megatron_llm.training.agreement import check_same_config
 from megatron_llm.training.build import Engine, build_engine, compute_dtype
-from megatron_llm.training.distributed import launched_rank, pick_device, process_group
+from megatron_llm.training.distributed import (
+    exit_code_of_stopped_run,
+    launched_at,
+    launched_rank,
+    pick_device,
+    process_group,
+    restarts,
+)
+from megatron_llm.training.hang_watch import HangWatch
 from megatron_llm.training.metrics import Metrics, setup_logging
 from megatron_llm.training.nonfinite import end_if_hopeless
 from megatron_llm.training.recovery import check_agreement, find_resume, load_run, save_run, schedule_changes
@@ -29,7 +37,7 @@ from megatron_llm.training.replicas import check_replicas
 from megatron_llm.training.resolve import ResolvedRun
 from megatron_llm.training.rollback import find_spike, go_back, ranges, remember_loss
 from megatron_llm.training.run_folder import RunFolder
-from megatron_llm.training.signals import EXIT_STOPPED, StopRequest
+from megatron_llm.training.signals import StopRequest, time_limit
 from megatron_llm.training.step import RunState, StepResult, evaluate, next_rate, train_step
 from megatron_llm.training.trace import write_trace
 
@@ -50,6 +58,7 @@ class Run:
     saved_step: int | None
     folder: RunFolder
     changes: list[str]
+    watch: HangWatch = field(default_factory=HangWatch)
 
     @property
     def config(self) -> Config:
@@ -72,9 +81,10 @@ def train(resolved: ResolvedRun) -> int:
     source = resolved.source.path if resolved.source else None
     assets = checkpoint.assets if checkpoint else collect_assets(source, config.data.tokenizer)
     with (
-        RunFolder(config, launched_rank()) as folder,
+        RunFolder(config, launched_rank(), restarts() > 0) as folder,
         process_group(device, config.parallel.timeout_seconds),
-        StopRequest() as stop,  # not earlier: a rank that waits for one that failed must end when the launcher says so
+        # Not earlier: a rank that waits for one that failed must end when the launcher says so.
+        StopRequest(*time_limit(config.training.max_minutes, launched_at()), folder.fail) as stop,
     ):
         check_same_config(config)
         grid = Grid.build(config.parallel, config.model.num_key_value_heads)
@@ -93,9 +103,14 @@ def train(resolved: ResolvedRun) -> int:
         run = Run(engine, state, *streams, assets, metrics, stop, saved, folder, changes)
         _announce(run, resolved.notes, checkpoint.folder if checkpoint else None)
         run.report("running")
-        stopped = _steps(run)
-        run.report("stopped" if stopped else "done", step=run.state.step)
-    return EXIT_STOPPED if stopped else 0
+        with HangWatch(config.training.hang_timeout, folder, lambda: run.state.step) as run.watch:
+            engine.runtime.after_action = run.watch.progress
+            stopped = _steps(run)
+        if stopped:
+            run.report("stopped", step=run.state.step, reason=stop.reason)
+        else:
+            run.report("done", step=run.state.step)
+    return exit_code_of_stopped_run() if stopped else 0
 
 
 def _announce(run: Run, notes: tuple[str, ...], resumed: Path | None) -> None:
