@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from tests.training.commands import read_metrics
 
@@ -60,7 +63,40 @@ def started(world: int, config: Path, *overrides: str, script: Path | None = Non
     finally:
         for process in ranks:
             process.kill()
-            process.communicate()
+        for process in ranks:
+            process.wait()
+
+
+@contextmanager
+def launched(*command: str, **variables: str) -> Iterator[subprocess.Popen[str]]:
+    """A launcher, whose log is its stdout. At the end of the context it and all that it started are killed."""
+    settings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd(), **variables}
+    process = subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        yield process
+    finally:
+        kill_tree(process.pid)
+        process.communicate()
+
+
+def descendants(process: int, name: str = "") -> list[int]:
+    """Processes that a process has started, and those that they have, whose command line has `name`."""
+    try:
+        found = psutil.Process(process).children(recursive=True)
+        return [child.pid for child in found if name in " ".join(child.cmdline())]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def ranks_of(launcher: int) -> list[int]:
+    """The processes of the ranks that run under a launcher."""
+    return [pid for pid in descendants(launcher, " train ") if "RANK" in psutil.Process(pid).environ()]
+
+
+def kill_tree(process: int) -> None:
+    for pid in (*descendants(process), process):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def ended(ranks: list[subprocess.Popen[str]], seconds: float = SECONDS) -> list[tuple[int, str]]:
@@ -71,7 +107,7 @@ def ended(ranks: list[subprocess.Popen[str]], seconds: float = SECONDS) -> list[
 
 
 def wait_for_steps(run: Path, steps: int, *processes: subprocess.Popen[Any]) -> None:
-    """Wait until so many lines of metrics are there."""
+    """Wait until so many lines of metrics are there, while none of the processes ends."""
     deadline = time.monotonic() + SECONDS
     while not ((run / "metrics.jsonl").exists() and len(read_metrics(run)) >= steps):
         assert time.monotonic() < deadline, f"no {steps} steps within {SECONDS:g} s"
