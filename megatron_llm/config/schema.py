@@ -228,6 +228,19 @@ class TrainingConfig(Section):
     check_replicas_every: int = Field(
         default=0, ge=0, description="steps between checks that all copies of weights are equal to the bit; 0: never"
     )
+    max_minutes: float | None = Field(
+        default=None,
+        gt=0,
+        le=1e7,
+        description="after so many minutes since the launch the run finishes its step, saves and stops, as after a signal",
+    )
+    hang_timeout: float = Field(
+        default=480.0,
+        ge=0,
+        le=1e7,
+        description="seconds without any progress after which all ranks write their stacks to run_dir/stacks and end; 0: never. "
+        "Less than parallel.timeout_seconds, or that ends the ranks that wait before",
+    )
 
     @model_validator(mode="after")
     def _rampup_reaches_the_batch(self) -> TrainingConfig:

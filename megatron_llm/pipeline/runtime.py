@@ -29,6 +29,10 @@ from megatron_llm.pipeline.timeline import Event
 Forward = Callable[[int, int, Tensor | None], Tensor]
 
 
+def _nothing() -> None:
+    """What is done after an action when nobody watches."""
+
+
 class PipelineRuntime:
     """Runs the actions of this rank. Making one is collective over the pipeline axis.
 
@@ -44,6 +48,7 @@ class PipelineRuntime:
     Attributes:
         before_layer: called with the global index of a layer that is about to run forward, see `DecoderStage.forward`. The other
             event of a step, that a parameter's last gradient is in, is `gradients.on_last`. Communication overlaps on these.
+        after_action: called when an action is done, for whoever watches that something goes on.
     """
 
     def __init__(
@@ -60,6 +65,7 @@ class PipelineRuntime:
         self.gradients = gradients or WeightGradients(())
         self.timeout_seconds = timeout_seconds
         self.before_layer: Callable[[int], None] | None = None
+        self.after_action: Callable[[], None] = _nothing
         self._open_channels()
 
     def _open_channels(self) -> None:
@@ -123,6 +129,7 @@ class _Execution:
                 act[action.kind](action)
                 for outbox in self.outboxes.values():
                     outbox.release()
+            self.runtime.after_action()
         with self._naming("with all actions done, waiting for its messages to be taken"):
             for outbox in self.outboxes.values():
                 outbox.finish()

@@ -7,7 +7,7 @@ the checkpoint is (then it is useless to this run), it decides which numbers com
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -53,9 +53,9 @@ FREE = (
 class Changes:
     """Changed settings as `section.key: old -> new`, by class."""
 
-    of_another_run: list[str]
-    decides_numbers: list[str]
-    free: list[str]
+    of_another_run: list[str] = field(default_factory=list)
+    decides_numbers: list[str] = field(default_factory=list)
+    free: list[str] = field(default_factory=list)
 
 
 def class_of(setting: str) -> str:
@@ -74,7 +74,7 @@ def find_changes(saved: Config, saved_data: dict[str, Any], config: Config, data
     before, after = _flat(saved.model_dump(mode="json")), _flat(config.model_dump(mode="json"))
     if saved_data and data:
         before, after = before | _flat(saved_data), after | _flat(data)
-    found = Changes([], [], [])
+    found = Changes()
     for name in sorted(before.keys() | after.keys()):
         old, new = before.get(name), after.get(name)
         if old == new:

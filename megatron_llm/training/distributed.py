@@ -1,14 +1,17 @@
 """Ranks and devices: from the launcher's environment to a process group. Called by `training/loop.py`.
 
-The only environment variables read in the project are the launcher's: RANK, WORLD_SIZE, LOCAL_RANK (torchrun).
+The only environment variables read in the project are the launcher's: RANK, WORLD_SIZE, LOCAL_RANK, and TORCHELASTIC_* of a
+torchrun that restarts ranks.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -16,6 +19,7 @@ import torch.distributed as dist
 
 from megatron_llm.training.agreement import AgreedError
 from megatron_llm.training.roll_call import roll_call
+from megatron_llm.training.signals import EXIT_STOPPED
 
 
 def launched_world_size() -> int:
@@ -26,6 +30,40 @@ def launched_world_size() -> int:
 def launched_rank() -> int:
     """This process's rank; 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))
+
+
+def restarts() -> int:
+    """How often torchrun has replaced this rank by a new process, as far as its agent on this node knows."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def exit_code_of_stopped_run() -> int:
+    """75, or 0 under `torchrun --max-restarts`, which would start ranks anew that end with anything else.
+
+    Each node's agent counts its restarts by itself, so whether some are left does not matter: all ranks must say the same.
+    """
+    return 0 if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0 else EXIT_STOPPED
+
+
+def launched_at() -> float:
+    """When the run was launched on this node, on the clock of `time.monotonic`: the start of torchrun, or of this process.
+
+    A rank that torchrun has restarted has not got more time than the one before.
+    """
+    processes = [os.getpid()]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        processes.append(os.getppid())
+    return time.monotonic() - max(map(_age, processes))
+
+
+def _age(process: int) -> float:
+    """Seconds since a process was started; 0 where the system does not say."""
+    try:
+        after_name = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        started = int(after_name[19]) / os.sysconf("SC_CLK_TCK")  # field 22, since the machine was started
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)
+    except (OSError, ValueError, IndexError):
+        return 0.0
 
 
 def pick_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
@@ -46,10 +84,11 @@ def process_group(device: torch.device, timeout_seconds: float) -> Iterator[None
         yield
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    _join(backend, timedelta(seconds=timeout_seconds))
     try:
         with roll_call(timeout_seconds):
             yield
+            dist.barrier()  # torchrun ends all ranks when one exits with 75, and rank 0 may still have something to write
     except AgreedError:
         raise
     except ValueError as error:
@@ -57,3 +96,15 @@ def process_group(device: torch.device, timeout_seconds: float) -> Iterator[None
         raise
     # Not after a failure: NCCL would first wait for messages that no longer come. The process ends, and the group with it.
     dist.destroy_process_group()
+
+
+def _join(backend: str, timeout: timedelta) -> None:
+    """Make the default process group.
+
+    Its store may be torchrun's own and survive the ranks. What those before a restart left there, their addresses and their
+    last words, must not be taken for ours.
+    """
+    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    store = dist.PrefixStore(f"restart {restarts()}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)

@@ -1,15 +1,17 @@
 """A run from its first step to its last, or to the signal that stops it. Called by `cli/train.py`.
 
-Exit codes: 0 done, 75 stopped by a signal after saving (run the same command again to continue). Failures are
-exceptions; `RUN/status.json` carries the outcome of each.
+Exit codes: 0 done, 75 stopped by a signal or `training.max_minutes` after saving (run the same command again to continue; 0
+under `torchrun --max-restarts`). Failures are exceptions; `RUN/status.json` carries the outcome of each.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from megatron_llm.checkpoint.load import Checkpoint
 from megatron_llm.checkpoint.save import SaveError
@@ -21,8 +23,16 @@ from megatron_llm.parallel.grid import Grid
 from megatron_llm.pipeline.timeline import Event
 from megatron_llm.training.agreement import AgreedError, check_same_config
 from megatron_llm.training.build import Engine, build_engine, compute_dtype
-from megatron_llm.training.changes import changes_rates
-from megatron_llm.training.distributed import launched_rank, pick_device, process_group
+from megatron_llm.training.changes import Changes, changes_rates
+from megatron_llm.training.distributed import (
+    exit_code_of_stopped_run,
+    launched_at,
+    launched_rank,
+    pick_device,
+    process_group,
+    restarts,
+)
+from megatron_llm.training.hang_watch import HangWatch
 from megatron_llm.training.metrics import Metrics, setup_logging
 from megatron_llm.training.nonfinite import end_if_hopeless
 from megatron_llm.training.progress import Progress
@@ -31,7 +41,7 @@ from megatron_llm.training.replicas import check_replicas
 from megatron_llm.training.resolve import ResolvedRun
 from megatron_llm.training.rollback import find_spike, go_back, ranges, remember_loss
 from megatron_llm.training.run_folder import RunFolder
-from megatron_llm.training.signals import EXIT_STOPPED, StopRequest
+from megatron_llm.training.signals import StopRequest, time_limit
 from megatron_llm.training.step import RunState, StepResult, evaluate, next_rate, train_step
 from megatron_llm.training.trace import write_trace
 
@@ -61,6 +71,7 @@ class Run:
     saved_step: int | None
     folder: RunFolder
     changes: list[str]
+    watch: HangWatch = field(default_factory=HangWatch)
 
     @property
     def config(self) -> Config:
@@ -83,34 +94,60 @@ def train(resolved: ResolvedRun, allow_change: bool = False) -> int:
     # Whatever a user can still mend is checked before ranks wait for each other.
     device = pick_device(config.device)
     checkpoint = find_resume(config, allow_change)
-    assets = {} if checkpoint else resolved.assets()
+    fresh_assets = {} if checkpoint else resolved.assets()
     with (
-        RunFolder(config, launched_rank()) as folder,
+        RunFolder(config, launched_rank(), restarts() > 0) as folder,
         process_group(device, config.parallel.timeout_seconds),
-        StopRequest() as stop,  # not earlier: a rank that waits for one that failed must end when the launcher says so
+        # Not earlier: a rank that waits for one that failed must end when the launcher says so.
+        StopRequest(*time_limit(config.training.max_minutes, launched_at()), folder.fail) as stop,
     ):
-        check_same_config(config)
-        grid = Grid.build(config.parallel, config.model.num_key_value_heads)
-        checkpoint = verified(checkpoint, config, grid.world, Progress("verifying the checkpoint"))
-        if checkpoint:
-            assets = checkpoint.assets
-        elif isinstance(resolved.source, Checkpoint):
-            check_source(resolved.source, config, grid.world, Progress("verifying the checkpoint"))
-        weights = checkpoint.source("weights") if checkpoint else resolved.weights()
-        engine = build_engine(config, grid, device, weights, Progress("loading weights"))
-        state = load_run(engine, checkpoint, Progress("loading the optimizer")) if checkpoint else RunState()
-        metrics = Metrics(config, grid.world.size, device, state.step) if grid.world.first else None
-        saved = state.step if checkpoint else None
-        changes = changes_since(checkpoint, config) if checkpoint else None
-        streams = build_train_stream(config), build_valid_streams(config)
-        saver = make_saver(config, grid.world)
-        decisive = changes.decides_numbers if changes else []
-        run = Run(engine, state, *streams, assets, describe_data(config), metrics, stop, saver, saved, folder, decisive)
-        _announce(run, resolved.notes, checkpoint, changes.free if changes else [])
-        run.report("running")
-        stopped = _steps_and_saves(run)
-        run.report("stopped" if stopped else "done", step=run.state.step)
-    return EXIT_STOPPED if stopped else 0
+        run = _begin(resolved, checkpoint, fresh_assets, device, folder, stop)
+        with HangWatch(config.training.hang_timeout, folder, lambda: run.state.step) as run.watch:
+            run.engine.runtime.after_action = run.watch.progress
+            stopped = _steps_and_saves(run)
+        if stopped:
+            run.report("stopped", step=run.state.step, reason=stop.reason)
+        else:
+            run.report("done", step=run.state.step)
+    return exit_code_of_stopped_run() if stopped else 0
+
+
+def _begin(
+    resolved: ResolvedRun,
+    checkpoint: Checkpoint | None,
+    fresh_assets: dict[str, bytes],
+    device: torch.device,
+    folder: RunFolder,
+    stop: StopRequest,
+) -> Run:
+    """Everything up to the first step: agree, verify, assemble, load, and say so. Collective."""
+    config = resolved.config
+    check_same_config(config)
+    grid = Grid.build(config.parallel, config.model.num_key_value_heads)
+    checkpoint = verified(checkpoint, config, grid.world, Progress("verifying the checkpoint"))
+    if checkpoint is None and isinstance(resolved.source, Checkpoint):
+        check_source(resolved.source, config, grid.world, Progress("verifying the checkpoint"))
+    weights = checkpoint.source("weights") if checkpoint else resolved.weights()
+    engine = build_engine(config, grid, device, weights, Progress("loading weights"))
+    state = load_run(engine, checkpoint, Progress("loading the optimizer")) if checkpoint else RunState()
+    changes = changes_since(checkpoint, config) if checkpoint else Changes()
+    run = Run(
+        engine=engine,
+        state=state,
+        train_stream=build_train_stream(config),
+        valid_streams=build_valid_streams(config),
+        assets=checkpoint.assets if checkpoint else fresh_assets,
+        data=describe_data(config),
+        metrics=Metrics(config, grid.world.size, device, state.step) if grid.world.first else None,
+        stop=stop,
+        saver=make_saver(config, grid.world, lambda: run.watch.progress()),
+        saved_step=state.step if checkpoint else None,
+        folder=folder,
+        changes=changes.decides_numbers,
+    )
+    _announce(run, resolved.notes, checkpoint, changes.free)
+    run.report("running")
+    return run
 
 
 def _announce(run: Run, notes: tuple[str, ...], resumed: Checkpoint | None, changes: list[str]) -> None:
@@ -229,7 +266,7 @@ def _go_back(run: Run, why: str) -> bool:
     """
     undone = run.state.step
     run.saver.finish()
-    back = go_back(run.engine, run.state, why, Progress("going back"))
+    back = go_back(run.engine, run.state, why, Progress("going back", run.watch.progress))
     if back is None:
         logger.warning("%s; there is no checkpoint to go back to yet: going on", why)
         return False

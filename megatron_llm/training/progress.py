@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 
 logger = logging.getLogger("megatron_llm")
 _SECONDS = 10.0  # between two lines; what is done earlier says nothing
@@ -15,11 +16,13 @@ class Progress:
     Ranks above 0 are silent by their log level.
     """
 
-    def __init__(self, what: str):
-        self.what = what
+    def __init__(self, what: str, alive: Callable[[], object] = lambda: None):
+        """alive: called each time."""
+        self.what, self._alive = what, alive
         self._started = self._said = time.monotonic()
 
     def __call__(self, part: float) -> None:
+        self._alive()
         now = time.monotonic()
         if now - self._said < _SECONDS or part <= 0:
             return

@@ -1,7 +1,8 @@
-"""The folder of a run: who may write to it, what it says about the run's outcome. Called by `training/loop.py`.
+"""The folder of a run: who may write to it, what it says about the run's outcome. Called by `training/loop.py`, `hang_watch.py`.
 
 `RUN/status.json` carries the outcome (running, done, stopped, failed with the reason), because torchrun turns every exit
 code but 0 into 1. `RUN/lock` keeps two runs from writing to the same folder: ranks can outlive a launcher that was killed.
+Ranks that a launcher has restarted wait for it, as those before may be about to end on another node.
 """
 
 from __future__ import annotations
@@ -22,15 +23,19 @@ from megatron_llm.ops.storage import LocalFolder, open_folder
 
 logger = logging.getLogger("megatron_llm")
 
+_PATIENCE_SECONDS = 120.0  # a launcher gives ranks 30 s to end, and a file server 90 s to a node that is gone
+
 
 class RunFolder:
     """Context manager around a run. Rank 0 makes and locks the folder; any rank that fails says so in the status.
 
     Entering raises ValueError if the folder cannot be written or another run holds it.
+
+    restarted: whether these ranks replace others of the same run, for whose end the lock is waited for.
     """
 
-    def __init__(self, config: Config, rank: int):
-        self.config, self.rank = config, rank
+    def __init__(self, config: Config, rank: int, restarted: bool = False):
+        self.config, self.rank, self.restarted = config, rank, restarted
         self.path = Path(config.logging.run_dir)
         self._lock: TextIO | None = None
 
@@ -49,9 +54,9 @@ class RunFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if error is not None and self.path.is_dir() and not self._failed():
+        if error is not None and self.path.is_dir():
             reason = [f"rank {self.rank}: {type(error).__name__}: {error}", *getattr(error, "__notes__", [])]
-            self.report("failed", reason="; ".join(reason))
+            self.fail("; ".join(reason))
         if self._lock is not None:
             self._lock.close()
 
@@ -61,28 +66,40 @@ class RunFolder:
         temporary.write_text(json.dumps({"outcome": outcome, **details}) + "\n", encoding="utf-8")
         temporary.replace(self.path / "status.json")
 
-    def _failed(self) -> bool:
-        """Whether another rank has reported a failure, of which this rank's is then a consequence."""
+    def fail(self, reason: str, replaces: str | None = None) -> None:
+        """Say why the run failed, unless another reason than `replaces` is there: what came later is a consequence of it."""
+        if self._failure() in (None, replaces):
+            self.report("failed", reason=reason)
+
+    def _failure(self) -> str | None:
+        """The reason that has been reported."""
         try:
-            return bool(json.loads((self.path / "status.json").read_text(encoding="utf-8"))["outcome"] == "failed")
+            status = json.loads((self.path / "status.json").read_text(encoding="utf-8"))
+            return str(status["reason"]) if status["outcome"] == "failed" else None
         except (OSError, ValueError, KeyError, TypeError):
-            return False
+            return None
 
     def _locked(self) -> TextIO:
         """The open lock file; the lock ends with the process, however it ends."""
         file = (self.path / "lock").open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            file.close()
-            raise ValueError(
-                f"logging.run_dir: another run is writing to {self.path} (process {holder}); "
-                "wait for it, end it, or choose another folder"
-            ) from None
-        except OSError as error:  # some network file systems have no locks
-            logger.warning("%s cannot be locked (%s): make sure that no other run writes to it", self.path, error)
+        deadline = time.monotonic() + (_PATIENCE_SECONDS if self.restarted else 0.0)
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() < deadline:
+                    time.sleep(0.2)
+                    continue
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+                file.close()
+                raise ValueError(
+                    f"logging.run_dir: another run is writing to {self.path} (process {holder}); "
+                    "wait for it, end it, or choose another folder"
+                ) from None
+            except OSError as error:  # some network file systems have no locks
+                logger.warning("%s cannot be locked (%s): make sure that no other run writes to it", self.path, error)
+            break
         file.truncate(0)
         file.write(f"{os.getpid()} on {os.uname().nodename}")
         file.flush()

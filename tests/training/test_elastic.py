@@ -1,0 +1,205 @@
+"""torchrun starts lost ranks anew, and the run goes on from its last checkpoint by itself: the same run, on fewer nodes too."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_llm.checkpoint.load import open_checkpoint
+from megatron_llm.training.run_folder import RunFolder
+from tests.runs import TINY, config_of
+from tests.training.commands import read_metrics, read_status, write_config
+from tests.training.processes import (
+    SECONDS,
+    descendants,
+    ended,
+    free_port,
+    kill_tree,
+    launched,
+    planted,
+    ranks_of,
+    started,
+    wait_for_steps,
+)
+from tests.training.test_runs import state_of
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+SLOWLY = "time.sleep(0.05)"
+
+
+def _config(folder: Path, run: str, steps: int = 40, **parallel: int) -> Path:
+    training = {"training": TINY["training"] | {"steps": steps}, "checkpoint": {"every_steps": 3}, "parallel": parallel}
+    return write_config(folder / f"{run}.yaml", TINY | training | {"logging": {"run_dir": str(folder / run)}})
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_restarted_and_the_run_is_the_same(tmp_path: Path) -> None:
+    script, run = planted(tmp_path, SLOWLY), tmp_path / "lost"
+    command = (*TORCHRUN, "--standalone", "--nproc-per-node", "2", "--max-restarts", "3", str(script), "train")
+    with launched(*command, str(_config(tmp_path, "lost"))) as torchrun:
+        for steps, victim in ((5, 1), (12, 0)):
+            wait_for_steps(run, steps, torchrun)
+            os.kill(ranks_of(torchrun.pid)[victim], signal.SIGKILL)
+        log = torchrun.communicate(timeout=SECONDS)[0]
+    assert torchrun.returncode == 0, log
+    assert log.count("continuing from") == 2 and read_status(run) == {"outcome": "done", "step": 40}
+    assert [line["step"] for line in read_metrics(run)] == list(range(41))
+    with started(2, _config(tmp_path, "whole")) as ranks:
+        assert [code for code, _ in ended(ranks)] == [0, 0]
+    expected, actual = (state_of(open_checkpoint(tmp_path / f"{name}/checkpoints/step-00000040")) for name in ("whole", "lost"))
+    assert expected.keys() == actual.keys()
+    assert [name for name in expected if not torch.equal(expected[name], actual[name])] == []
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_is_not_restarted(tmp_path: Path) -> None:
+    command = (*TORCHRUN, "--standalone", "--nproc-per-node", "2", "--max-restarts", "3", "-m", "megatron_llm", "train")
+    with launched(*command, str(_config(tmp_path, "run", 100_000))) as torchrun:
+        wait_for_steps(tmp_path / "run", 3, torchrun)
+        os.kill(ranks_of(torchrun.pid)[1], signal.SIGUSR1)
+        log = torchrun.communicate(timeout=SECONDS)[0]
+    assert torchrun.returncode == 0, log
+    status = read_status(tmp_path / "run")
+    assert status["outcome"] == "stopped" and status["step"] == read_metrics(tmp_path / "run")[-1]["step"]
+    assert "continuing from" not in log
+
+
+@pytest.mark.slow
+def test_what_no_restart_can_mend_ends_and_is_said_once_each_time(tmp_path: Path) -> None:
+    command = (*TORCHRUN, "--standalone", "--nproc-per-node", "2", "--max-restarts", "2", "-m", "megatron_llm", "train")
+    with launched(*command, str(_config(tmp_path, "run")), "training.global_batch_size=7") as torchrun:
+        log = torchrun.communicate(timeout=SECONDS)[0]
+    assert torchrun.returncode == 1 and log.count("training.global_batch_size: 7 is not a multiple of") == 3, log
+
+
+def _one_of_two_nodes_is_lost(folder: Path, **parallel: int) -> tuple[int, str]:
+    """Exit code and log of the node that stays."""
+    conf = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3"
+    node = (*TORCHRUN, "--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "1", "--rdzv-backend", "c10d")
+    node = (*node, "--rdzv-endpoint", f"localhost:{free_port()}", "--rdzv-id", "test", "--rdzv-conf", conf)
+    command = (*node, str(planted(folder, SLOWLY)), "train", str(_config(folder, "run", **parallel)))
+    with launched(*command) as stays:
+        time.sleep(1.5)  # it is the one that the nodes meet at
+        with launched(*command) as lost:
+            wait_for_steps(folder / "run", 5, stays, lost)
+            kill_tree(lost.pid)
+            log = stays.communicate(timeout=SECONDS)[0]
+    return stays.returncode, log
+
+
+@pytest.mark.slow
+def test_the_run_goes_on_with_fewer_nodes(tmp_path: Path) -> None:
+    code, log = _one_of_two_nodes_is_lost(tmp_path)
+    assert code == 0, log
+    assert "1 ranks: tp 1, pp 1, dp 1" in log and "continuing from" in log
+    assert read_status(tmp_path / "run") == {"outcome": "done", "step": 40}
+
+
+@pytest.mark.slow
+def test_a_layout_that_needs_the_lost_node_ends_with_its_numbers(tmp_path: Path) -> None:
+    code, log = _one_of_two_nodes_is_lost(tmp_path, tensor_parallel=2)
+    assert code == 1
+    assert "context_parallel 1 = 2 does not divide the world size 1; launch a multiple of 2 ranks" in log, log
+
+
+def test_a_restarted_rank_waits_for_the_lock_of_the_one_before(tmp_path: Path) -> None:
+    config = config_of(logging={"run_dir": str(tmp_path / "run")})
+    with RunFolder(config, 0) as before:
+        assert before._lock is not None
+        threading.Timer(0.5, before._lock.close).start()
+        start = time.monotonic()
+        with RunFolder(config, 0, restarted=True):
+            assert time.monotonic() - start >= 0.4
+
+
+def _launch(nodes: int, name: str, *arguments: str) -> Any:
+    script = Path(__file__).resolve().parents[2] / f"examples/torchrun_{name}_node.sh"
+    settings = {"PYTHON": sys.executable, "NPROC_PER_NODE": str(2 // nodes)}
+    if nodes > 1:
+        settings |= {"NNODES": str(nodes), "HEAD_NODE": "localhost", "RDZV_CONF": "last_call_timeout=2"}
+    return lambda port: launched(str(script), *arguments, HEAD_PORT=str(port), **settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
+def test_the_launch_script_of_one_node(tmp_path: Path, number: signal.Signals) -> None:
+    config, run = str(_config(tmp_path, "run", 100_000)), tmp_path / "run"
+    with _launch(1, "single", config)(0) as script:
+        wait_for_steps(run, 3, script)
+        script.send_signal(number)
+        log = script.communicate(timeout=SECONDS)[0]
+    assert script.returncode == 75, log
+    step = read_status(run)["step"]
+    with _launch(1, "single", config, f"training.steps={step + 2}")(0) as script:
+        log = script.communicate(timeout=SECONDS)[0]
+        assert script.returncode == 0 and "continuing from" in log, log
+    assert read_status(run)["outcome"] == "done"
+
+
+@pytest.mark.slow
+def test_a_request_during_the_start_reaches_the_ranks_when_they_listen(tmp_path: Path) -> None:
+    config, run = str(_config(tmp_path, "run", 100_000)), tmp_path / "run"
+    with _launch(1, "single", config)(0) as script:
+        deadline = time.monotonic() + SECONDS
+        while not ranks_of(script.pid):  # they import torch and hear nothing yet
+            assert time.monotonic() < deadline and script.poll() is None
+            time.sleep(0.02)
+        script.send_signal(signal.SIGUSR1)
+        log = script.communicate(timeout=SECONDS)[0]
+    assert script.returncode == 75 and read_status(run)["step"] > 0, log
+
+
+@pytest.mark.slow
+def test_a_second_signal_to_the_launch_script_ends_a_run_that_hangs(tmp_path: Path) -> None:
+    config, run = str(_config(tmp_path, "run", 100_000)), tmp_path / "run"
+    with _launch(1, "single", config)(0) as script:
+        wait_for_steps(run, 3, script)
+        waiting, stopped = ranks_of(script.pid)
+        os.kill(stopped, signal.SIGSTOP)  # so the other waits for it
+        for _ in range(2):
+            script.send_signal(signal.SIGUSR1)
+            time.sleep(2.5)
+        assert waiting not in ranks_of(script.pid)
+        os.kill(stopped, signal.SIGCONT)
+        log = script.communicate(timeout=SECONDS)[0]
+    assert script.returncode == 1 and "ended at once by a second signal (SIGUSR1)" in log, log
+    assert "continuing from" not in log
+
+
+@pytest.mark.slow
+def test_the_launch_scripts_of_two_nodes(tmp_path: Path) -> None:
+    config, run = str(_config(tmp_path, "run", 100_000)), tmp_path / "run"
+    node, port = _launch(2, "multi", config), free_port()
+    with node(port) as one, node(port) as other:
+        wait_for_steps(run, 3, one, other)
+        assert descendants(one.pid) and descendants(other.pid)
+        other.send_signal(signal.SIGUSR1)
+        logs = [script.communicate(timeout=SECONDS)[0] for script in (one, other)]
+    assert (one.returncode, other.returncode) == (75, 75), logs
+    node, port = _launch(2, "multi", config, f"training.steps={read_status(run)['step'] + 2}"), free_port()
+    with node(port) as one, node(port) as other:
+        logs = [script.communicate(timeout=SECONDS)[0] for script in (one, other)]
+    assert (one.returncode, other.returncode) == (0, 0), logs
+    assert read_status(run)["outcome"] == "done"
+
+
+def test_the_launch_scripts_say_how_they_are_used_and_what_is_wrong(tmp_path: Path) -> None:
+    for nodes, name, arguments in ((1, "single", ()), (2, "multi", ()), (1, "single", ("--nproc-per-node", "2"))):
+        with _launch(nodes, name, *arguments)(0) as script:
+            assert "usage: " in script.communicate(timeout=SECONDS)[0]
+        assert script.returncode == 2
+    # The status of an earlier run is not taken for that of one that never began.
+    config = _config(tmp_path, "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/status.json").write_text('{"outcome": "stopped", "step": 3}')
+    with _launch(1, "single", str(config), "optimizer.lr=fast")(0) as script:
+        assert "optimizer.lr" in script.communicate(timeout=SECONDS)[0]
+    assert script.returncode == 1
