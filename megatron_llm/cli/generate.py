@@ -71,7 +71,8 @@ def _open_model(args: argparse.Namespace) -> tuple[ModelConfig, TensorSource, Ma
     """(architecture, weights, the files of a Hugging Face folder that come with them)."""
     from megatron_llm.checkpoint.folders import find_checkpoint
     from megatron_llm.checkpoint.load import open_checkpoint
-    from megatron_llm.config import Config, ModelConfig
+    from megatron_llm.config import ModelConfig
+    from megatron_llm.exchange import model_config
     from megatron_llm.hf.assets import CONFIG, collect_assets, exported_files
     from megatron_llm.hf.reader import HFFolder
 
@@ -82,7 +83,7 @@ def _open_model(args: argparse.Namespace) -> tuple[ModelConfig, TensorSource, Ma
         assets = collect_assets(folder.path)
     else:
         checkpoint = open_checkpoint(find_checkpoint(args.checkpoint))
-        model = Config.model_validate(checkpoint.config).model
+        model = model_config(checkpoint)
         weights, assets = checkpoint.source("weights"), checkpoint.assets
     files = exported_files(assets)
     return model, weights, files | {"config.json": assets[CONFIG]} if CONFIG in assets else files
