@@ -25,13 +25,16 @@ _ONLY: dict[str, tuple[Any, Any]] = {  # argument: (Megatron's default, the valu
     "rotary_percent": (1.0, 1.0),
     "rotary_interleaved": (False, False),
     "apply_layernorm_1p": (False, False),
+    "layernorm_zero_centered_gamma": (False, False),
     "qk_layernorm": (False, False),
     "qk_l2_norm": (False, False),
     "num_experts": (None, None),
+    "num_moe_experts": (None, None),
     "multi_latent_attention": (False, False),
     "mtp_num_layers": (None, None),
     "apply_residual_connection_post_layernorm": (False, False),
     "window_size": (None, None),
+    "softmax_scale": (None, None),
     "softmax_type": ("vanilla", "vanilla"),
     "attention_output_gate": (False, False),
     "no_rope_freq": (None, None),
@@ -39,6 +42,7 @@ _ONLY: dict[str, tuple[Any, Any]] = {  # argument: (Megatron's default, the valu
     "quick_geglu": (False, False),
     "glu_linear_offset": (0.0, 0.0),
     "activation_func_clamp_value": (None, None),
+    "is_hybrid_model": (False, False),
     "hybrid_override_pattern": (None, None),
     "hybrid_layer_pattern": (None, None),
     "linear_attention_freq": (None, None),
@@ -107,14 +111,16 @@ def _scaling(args: Namespace, problems: list[str]) -> dict[str, Any] | None:
 
 
 def true_vocab_size(args: Namespace) -> int | None:
-    """The size of the vocabulary without padding, None where the arguments do not tell it.
+    """The size of the vocabulary without padding, None where the arguments do not tell it for certain.
 
-    With a NullTokenizer `vocab_size` is one less than the size that was padded.
+    `vocab_size` is what the user said, which many tokenizers do not look at, and a NullTokenizer adds one token to: it is
+    believed if `padded_vocab_size` is this number, padded.
     """
-    size = getattr(args, "vocab_size", None)
-    if size is None or getattr(args, "tokenizer_type", None) in ("NullTokenizer", "NullMultimodalTokenizer"):
+    size, padded = getattr(args, "vocab_size", None), getattr(args, "padded_vocab_size", None)
+    if size is None or padded is None or getattr(args, "tokenizer_type", None) in ("NullTokenizer", "NullMultimodalTokenizer"):
         return None
-    return int(size)
+    multiple = getattr(args, "make_vocab_size_divisible_by", 128) * getattr(args, "tensor_model_parallel_size", 1)
+    return int(size) if padded in (size, -(-size // multiple) * multiple) else None
 
 
 def args_of(model: ModelConfig, padded_vocab_size: int, multiple: int, dtype: str) -> Namespace:

@@ -67,7 +67,12 @@ def write_checkpoint(
     state = {"step": 0, "updates": 0, "rows": 0, "tokens": 0}
     with whole_folder(output, overwrite, "checkpoint", _foreign) as folder:
         tensors = _read_all(source, tqdm(names, desc=f"Reading for {Path(output).name}", unit=" tensors", disable=not progress))
-        save_checkpoint(folder, tensors, run_state=state, config=config, assets=dict(assets), world=Axis("world"))
+        try:
+            save_checkpoint(folder, tensors, run_state=state, config=config, assets=dict(assets), world=Axis("world"))
+        except ValueError as error:
+            if isinstance(error.__cause__, ValueError):
+                raise error.__cause__ from None  # of the source: the folder that was to be written has nothing to do with it
+            raise
 
 
 def _foreign(folder: Path) -> str | None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 MASTERS = "optimizer.state.fp32_param."
 EMBEDDING = "embedding.word_embeddings.weight"
-_NOT_WEIGHTS = ("optimizer.", "rng_state", "rerun_state_machine_state", "opt_param_scheduler")
+_NOT_WEIGHTS = re.compile(r"(chained_\d+\.)?optimizer\.|rng_state|rerun_state_machine_state|opt_param_scheduler|.*_extra_state")
 _SHOWN = 5
 _REASONS = (  # the first pattern that is found in a key says why a Llama does not have it
     (r"\bexperts\b|\brouter\b|shared_experts", "mixture of experts"),
@@ -115,7 +115,7 @@ class MegatronSource:
         """What is there and would be lost, by reason."""
         by_reason: dict[str, list[str]] = {}
         for key in self._folder.tensors:
-            if key in used or key.startswith(_NOT_WEIGHTS) or "_extra_state" in key:
+            if key in used or _NOT_WEIGHTS.match(key):
                 continue
             unknown = f"nothing that a Llama with {model.num_hidden_layers} layers has"
             reason = next((reason for pattern, reason in _REASONS if re.search(pattern, key)), unknown)

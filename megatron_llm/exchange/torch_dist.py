@@ -166,7 +166,7 @@ class TorchDistFolder:
         try:
             values = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except Exception as error:  # torch has no one exception for a damaged file
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
             raise ValueError(f"{where} is damaged or no plain tensor ({reason}); copy the checkpoint again") from error
         if not isinstance(values, torch.Tensor) or values.shape != chunk.box.shape or values.dtype != torch_dtype(tensor.dtype):
             found = f"{values.dtype} {tuple(values.shape)}" if isinstance(values, torch.Tensor) else type(values).__name__

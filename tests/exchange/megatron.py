@@ -46,7 +46,8 @@ def arguments(tied: bool, **changes: Any) -> Namespace:
         "norm_epsilon": MODEL["layernorm_epsilon"], "group_query_attention": True, "swiglu": True, "normalization": "RMSNorm",
         "add_bias_linear": False, "add_qkv_bias": False, "position_embedding_type": "rope", "rotary_base": ROTARY_BASE,
         "rotary_percent": 1.0, "rotary_interleaved": False, "use_rope_scaling": False, "max_position_embeddings": 64,
-        "untie_embeddings_and_output_weights": not tied, "vocab_size": VOCAB, "padded_vocab_size": PADDED,
+        "untie_embeddings_and_output_weights": not tied, "vocab_size": VOCAB, "padded_vocab_size": PADDED, 
+        "make_vocab_size_divisible_by": 16, "tensor_model_parallel_size": 2,
         "params_dtype": torch.float32, "num_experts": None, "attention_dropout": 0.1,
     }  # fmt: skip
     return Namespace(**{**values, **changes})

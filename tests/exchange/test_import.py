@@ -172,9 +172,25 @@ def test_the_vocabulary_is_cut_where_the_tokenizer_ends(tmp_path: Path, capsys: 
     assert f"vocabulary: {size} tokens" in capsys.readouterr().out
     generate = ["generate", "--checkpoint", str(tmp_path / "a"), "--prompt", "a b", "--max-new-tokens", "3"]
     assert main(generate) == 0 and capsys.readouterr().out.startswith("a b")
-    run_ranks(1, megatron.save, str(tmp_path / "null"), args={"vocab_size": 66, "tokenizer_type": "NullTokenizer"})
-    assert main(["import", "--from", "megatron", str(tmp_path / "null"), str(tmp_path / "b")]) == 1
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"vocab_size": 66, "tokenizer_type": "NullTokenizer"},  # which has one token more
+        {"vocab_size": 50},  # padded it would be 64, so the run took no notice of it
+        {"make_vocab_size_divisible_by": 128},
+        {"padded_vocab_size": None},
+    ],
+    ids=str,
+)
+def test_a_vocabulary_that_does_not_fit_the_padding_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], args: dict[str, Any]
+) -> None:
+    run_ranks(1, megatron.save, str(tmp_path / "m"), args=args)
+    assert main(["import", "--from", "megatron", str(tmp_path / "m"), str(tmp_path / "a")]) == 1
     assert "--vocab-size N" in capsys.readouterr().err
+    assert import_(tmp_path / "m", tmp_path / "a", "--vocab-size", "90")["head.weight"].shape == (90, 24)
 
 
 def test_a_hugging_face_folder_becomes_a_checkpoint_and_comes_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
