@@ -145,3 +145,24 @@ def test_a_hugging_face_model_goes_there_and_back(tmp_path: Path, capsys: pytest
         in capsys.readouterr().err
     )
     assert not (tmp_path / "no").exists()
+
+
+def test_a_run_exports_to_both_alike(tmp_path: Path) -> None:
+    """Float32 masters rounded to the run's bfloat16; the context is that of its rows."""
+    (tmp_path / "run.yaml").write_text(
+        "model: {vocab_size: 70, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 2, num_attention_heads: 4}\n"
+        "data: {kind: synthetic}\nprecision: {compute: bfloat16}\n"
+        "training: {sequence_length: 16, global_batch_size: 2, steps: 1}\n"
+        "optimizer: {lr: 1.0e-3, ema_decay: 0.5}\n"
+        f"logging: {{run_dir: {tmp_path / 'run'}}}\n"
+    )
+    assert main(["train", str(tmp_path / "run.yaml")]) == 0
+    for options in ((), ("--ema",)):
+        export(tmp_path / "run", tmp_path / "megatron", "--overwrite", *options)
+        assert main(["export", str(tmp_path / "run"), str(tmp_path / "hf"), "--overwrite", *options]) == 0
+        ours = import_(tmp_path / "megatron", tmp_path / "a", "--overwrite")
+        theirs = import_(tmp_path / "hf", tmp_path / "b", "--overwrite", origin="hf")
+        assert_same_tensors(ours, theirs)
+        assert {tensor.dtype for tensor in ours.values()} == {torch.bfloat16}
+        a, b = (model_config(open_checkpoint(tmp_path / name)) for name in "ab")
+        assert a == b and a.max_position_embeddings == 16
