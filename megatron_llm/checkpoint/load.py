@@ -47,9 +47,16 @@ class Checkpoint:
     def model(self) -> ModelConfig:
         """The architecture of the weights."""
         model = ModelConfig(**self.config["model"])
-        if not model.max_position_embeddings:
+        if not model.max_position_embeddings and "training" in self.config:
             model = model.model_copy(update={"max_position_embeddings": self.config["training"]["sequence_length"]})
         return model
+
+    @property
+    def export_dtype(self) -> str:
+        """safetensors' name of the dtype of the run's arithmetic, at most F32; of what another system has trained, as it is."""
+        if "precision" in self.config:
+            return {"bfloat16": "BF16", "float16": "F16"}.get(self.config["precision"].get("compute"), "F32")
+        return next(iter(self._stored("weights").values())).dtype
 
     @property
     def data(self) -> dict[str, Any]:

@@ -1,14 +1,17 @@
-"""`megatron-llm export`: a checkpoint as a Hugging Face folder. One process, one tensor in memory at a time, no GPU."""
+"""`megatron-llm export`: a checkpoint as a Hugging Face folder or a Megatron checkpoint.
+
+One process, one tensor in memory at a time, no GPU.
+"""
 
 from __future__ import annotations
 
 import argparse
 import re
+from typing import Any
 
-HELP = "write a checkpoint as a Hugging Face folder"
+HELP = "write a checkpoint as a Hugging Face folder or a Megatron checkpoint"
 
 _DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
-_COMPUTE_DTYPES = {"bfloat16": "BF16", "float16": "F16"}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -17,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint", metavar="CHECKPOINT_DIR", help="a step folder, or a run folder: its newest whole checkpoint"
     )
-    parser.add_argument("output", metavar="HF_DIR", help="folder to write")
+    parser.add_argument("output", metavar="OUT_DIR", help="folder to write")
+    parser.add_argument("--to", choices=("hf", "megatron"), default="hf", help="what to write (default: hf)")
     parser.add_argument(
         "--dtype",
         choices=_DTYPES,
@@ -26,6 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ema", action="store_true", help="the average of the weights that optimizer.ema_decay kept")
     parser.add_argument("--shard-size", type=parse_size, default="5GB", metavar="SIZE", help="largest file (default: 5GB)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    parser.add_argument(
+        "--make-vocab-size-divisible-by",
+        type=int,
+        metavar="N",
+        help="to megatron: pad the vocabulary to a multiple of N (default: 128, as Megatron's)",
+    )
 
 
 def parse_size(text: str) -> int:
@@ -40,7 +50,7 @@ def parse_size(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     """Export and say what was written. Raises ValueError if there is no whole checkpoint or the output is in the way."""
     from megatron_llm.checkpoint import find_checkpoint
-    from megatron_llm.config import parse_config
+    from megatron_llm.exchange import export_megatron
     from megatron_llm.hf import export_hf
 
     checkpoint = find_checkpoint(args.checkpoint)
@@ -48,20 +58,20 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"{checkpoint.folder} has no average of the weights: it was trained without optimizer.ema_decay; leave out --ema"
         )
-    config = parse_config(checkpoint.config)
-    model = config.model
-    if not model.max_position_embeddings:
-        model = model.model_copy(update={"max_position_embeddings": config.training.sequence_length})
-    files = export_hf(
-        checkpoint.source("ema" if args.ema else "weights"),
-        model,
-        checkpoint.assets,
-        args.output,
-        dtype=_DTYPES[args.dtype] if args.dtype else None,
-        default_dtype=_COMPUTE_DTYPES.get(config.precision.compute, "F32"),
-        shard_size=args.shard_size,
-        overwrite=args.overwrite,
-        progress=True,
-    )
+    options: dict[str, Any] = {
+        "dtype": _DTYPES[args.dtype] if args.dtype else None,
+        "default_dtype": checkpoint.export_dtype,
+        "shard_size": args.shard_size,
+        "overwrite": args.overwrite,
+        "progress": True,
+    }
+    multiple = args.make_vocab_size_divisible_by
+    if args.to == "megatron":
+        options |= {"vocab_multiple": multiple} if multiple is not None else {}
+    elif multiple is not None:
+        raise ValueError("--make-vocab-size-divisible-by belongs to --to megatron; a Hugging Face folder has no padding")
+    source, model = checkpoint.source("ema" if args.ema else "weights"), checkpoint.model
+    export = export_megatron if args.to == "megatron" else export_hf
+    files = export(source, model, checkpoint.assets, args.output, **options)
     print(f"{checkpoint.folder} -> {args.output}: {', '.join(files)}")
     return 0

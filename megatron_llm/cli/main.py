@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import keyword
 import os
 import resource
 import sys
@@ -16,11 +17,14 @@ from types import ModuleType
 
 from megatron_llm import __version__
 
-COMMANDS = ("train", "generate", "export", "preprocess", "preprocess-chat", "merge", "dedup", "inspect", "plan", "config")
+COMMANDS = (
+    "train", "generate", "import", "export", "preprocess", "preprocess-chat", "merge", "dedup", "inspect", "plan", "config",
+)  # fmt: skip
 
 
 def _module(command: str) -> ModuleType:
-    return importlib.import_module(f"megatron_llm.cli.{command.replace('-', '_')}")
+    name = command.replace("-", "_")
+    return importlib.import_module(f"megatron_llm.cli.{name}{'_' if keyword.iskeyword(name) else ''}")
 
 
 def build_parser() -> argparse.ArgumentParser:

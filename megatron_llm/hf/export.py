@@ -7,7 +7,6 @@ What came from a folder goes back as it was: same tensors, same dtypes, config.j
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -21,8 +20,9 @@ from megatron_llm.hf.assets import CONFIG, TENSOR_DTYPES, exported_files, specia
 from megatron_llm.hf.families import find_family
 from megatron_llm.hf.family import Family, TensorName
 from megatron_llm.hf.reader import architecture_of
+from megatron_llm.hf.whole import whole_folder
 from megatron_llm.ops.safetensors import TORCH_NAMES, Entry, TensorInfo, torch_dtype, write_bytes, write_safetensors
-from megatron_llm.ops.storage import LocalFolder, sync_folder
+from megatron_llm.ops.storage import LocalFolder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,50 +65,32 @@ def export_hf(
     Raises ValueError if `output` is in the way, the source lacks a tensor, or values overflow the dtype.
     """
     output = Path(output).absolute()
-    _check_output(output, overwrite)
-    plan = _plan(source, model, assets, dtype, default_dtype)
-    partial_folder = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial_folder, ignore_errors=True)  # of an export that was interrupted
-    partial_folder.mkdir(parents=True)
-    try:
+    with whole_folder(output, overwrite, "export", _foreign) as folder:
+        plan = _plan(source, model, assets, dtype, default_dtype)
         total = sum(entry.info.nbytes for entry in plan.entries)
         with tqdm(total=total, desc=f"Writing {output.name}", unit="B", unit_scale=True, disable=not progress) as bar:
-            _write_weights(LocalFolder(partial_folder), plan.entries, shard_size, bar.update)
+            _write_weights(LocalFolder(folder), plan.entries, shard_size, bar.update)
         for name, content in {"config.json": plan.config, **plan.files}.items():
-            write_bytes(LocalFolder(partial_folder), name, content)
-        old = output.with_name(f".{output.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if output.exists():
-            output.rename(old)
-        partial_folder.rename(output)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial_folder, ignore_errors=True)
-    sync_folder(output.parent)
+            write_bytes(LocalFolder(folder), name, content)
     return sorted(path.name for path in output.iterdir())
 
 
-def _check_output(output: Path, overwrite: bool) -> None:
-    """Refuse to mix with or delete what is not an older export."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    if not output.is_dir():
-        raise ValueError(f"{output} is a file; an export is a folder")
-    if not overwrite:
-        raise ValueError(f"{output} is not empty; choose another folder, or replace it with --overwrite")
-    folders = [path.name for path in output.iterdir() if path.is_dir()]
-    if folders or not (output / "config.json").is_file():
-        what = f"holds the folder {folders[0]}" if folders else "has no config.json"
-        raise ValueError(f"{output} {what}, so it is no earlier export and is not deleted; choose another folder")
+def _foreign(folder: Path) -> str | None:
+    """Why a folder is no earlier export, None if it looks like one."""
+    folders = [path.name for path in folder.iterdir() if path.is_dir()]
+    if folders:
+        return f"holds the folder {folders[0]}"
+    return None if (folder / "config.json").is_file() else "has no config.json"
 
 
-def _family(assets: Mapping[str, bytes]) -> Family:
+def family_of(assets: Mapping[str, bytes]) -> Family:
+    """The family that the assets' config.json names; that of ModelConfig if the model was trained from scratch."""
     if CONFIG not in assets:
         return find_family("LlamaForCausalLM")  # what ModelConfig describes
     return architecture_of(json.loads(assets[CONFIG]), CONFIG)
 
 
-def _tensors(
+def exported_tensors(
     family: Family, model: ModelConfig, assets: Mapping[str, bytes], dtype: str | None, default_dtype: str
 ) -> list[tuple[TensorName, str, TensorInfo]]:
     """(logical tensor, name in the folder, its dtype and shape) of everything to write, in the order of the forward pass."""
@@ -122,10 +104,10 @@ def _tensors(
 
 def _plan(source: TensorSource, model: ModelConfig, assets: Mapping[str, bytes], dtype: str | None, default_dtype: str) -> _Plan:
     """What to write; nothing is read from the source yet."""
-    family = _family(assets)
+    family = family_of(assets)
     entries = [
-        Entry(name, info, partial(_load, source, tensor, info.dtype))
-        for tensor, name, info in _tensors(family, model, assets, dtype, default_dtype)
+        Entry(name, info, partial(load_tensor, source, tensor, info.dtype))
+        for tensor, name, info in exported_tensors(family, model, assets, dtype, default_dtype)
     ]
     if CONFIG in assets:
         original: dict[str, Any] = json.loads(assets[CONFIG])
@@ -143,8 +125,8 @@ def _json(value: dict[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _load(source: TensorSource, tensor: TensorName, dtype: str) -> Tensor:
-    """One whole tensor in the dtype of the export."""
+def load_tensor(source: TensorSource, tensor: TensorName, dtype: str) -> Tensor:
+    """One whole tensor in the dtype of the export. Raises ValueError if a value is beyond float16's range."""
     from megatron_llm.parallel.shard import Box, Part
 
     part = Part(tensor.logical, tensor.shape, ())

@@ -128,6 +128,11 @@ class HFSource:
         self._names = {tensor.logical: tensor for tensor in family.tensor_names(model)}
         self._head = family.hf_name("head.weight")
 
+    def dtype(self, name: str) -> str:
+        """safetensors' name of the dtype of a logical tensor."""
+        key = self._names[name].hf
+        return self._tensors[key].infos[key].dtype
+
     def read(self, part: Part, box: Box) -> Tensor:
         """Values of `box` of `part.name`: a CPU tensor in the file's dtype; only these bytes are read.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
@@ -73,7 +72,7 @@ def test_module_and_script_are_the_same_program(config_file: str) -> None:
 
 def test_every_command_module_has_the_three_parts() -> None:
     for name in cli.COMMANDS:
-        module = importlib.import_module(f"megatron_llm.cli.{name.replace('-', '_')}")
+        module = cli._module(name)
         assert module.HELP and callable(module.add_arguments) and callable(module.run), name
 
 

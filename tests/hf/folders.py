@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -57,6 +57,19 @@ def make_folder(
         written["a_field_of_the_user"] = {"kept": [1, 2.5, None, "ü"]}
         file.write_text(json.dumps(written, indent=4, ensure_ascii=False))
     return stored_tensors(path)
+
+
+def make_tokenizer(path: Path) -> None:
+    """A word tokenizer whose end-of-text id is not Llama's."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+
+    inner = Tokenizer(WordLevel({"a": 0, "b": 1, "c": 2, "?": 3}, unk_token="?"))
+    inner.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>", pad_token="<|pad|>", unk_token="?")
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(path)
 
 
 def stored_tensors(path: Path) -> dict[str, torch.Tensor]:

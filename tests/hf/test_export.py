@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from megatron_llm.checkpoint import TensorToSave, checkpoint_folder
 from megatron_llm.checkpoint.save import Contents, commit, write_rank_file
@@ -23,7 +23,7 @@ from megatron_llm.hf import HFFolder, collect_assets, export_hf
 from megatron_llm.hf.assets import exported_files
 from megatron_llm.ops.storage import LocalFolder
 from megatron_llm.parallel.shard import Box, Part, ShardSpec, pieces
-from tests.hf.folders import LLAMA3, assert_same_tensors, make_folder, stored_tensors
+from tests.hf.folders import LLAMA3, assert_same_tensors, make_folder, make_tokenizer, stored_tensors
 
 RANKS = 3
 
@@ -132,19 +132,6 @@ def test_a_model_changed_by_the_run_is_exported_as_changed(tmp_path: Path) -> No
     assert loaded.rope_parameters["rope_theta"] == 1e6 and loaded.rope_parameters["factor"] == 2.0
 
 
-def _tokenizer(path: Path) -> None:
-    """A word tokenizer whose end-of-text id is not Llama's."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
-
-    inner = Tokenizer(WordLevel({"a": 0, "b": 1, "c": 2, "?": 3}, unk_token="?"))
-    inner.pre_tokenizer = WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>", pad_token="<|pad|>", unk_token="?")
-    tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    tokenizer.save_pretrained(path)
-
-
 @pytest.mark.parametrize(
     ("compute", "dtype", "tied"),
     [("bfloat16", torch.bfloat16, False), ("float32", torch.float32, True), ("float64", torch.float32, False)],
@@ -152,7 +139,7 @@ def _tokenizer(path: Path) -> None:
 def test_model_from_scratch(tmp_path: Path, compute: str, dtype: torch.dtype, tied: bool) -> None:
     """Nothing but a ModelConfig and a tokenizer folder: transformers must find the model, its dtype and its tokenizer."""
     stored = make_folder(tmp_path / "hf", torch.bfloat16, tied, rope=LLAMA3)
-    _tokenizer(tmp_path / "tokenizer")
+    make_tokenizer(tmp_path / "tokenizer")
     step = save_from_folder(tmp_path / "hf", tmp_path / "run", compute, hf=None, max_position_embeddings=0)
     manifest = step / "manifest.json"
     content = json.loads(manifest.read_text())
@@ -182,7 +169,7 @@ def test_tokenizer_folder_replaces_the_models(tmp_path: Path) -> None:
     make_folder(tmp_path / "hf")
     (tmp_path / "hf" / "tokenizer.model").write_bytes(b"\x00sentencepiece")
     (tmp_path / "hf" / "README.md").write_text("not part of the model")
-    _tokenizer(tmp_path / "tokenizer")
+    make_tokenizer(tmp_path / "tokenizer")
     own = collect_assets(tmp_path / "hf")
     names = ("config.json", "generation_config.json", "tensor_dtypes.json", "tokenizer.model")
     assert set(own) == {f"hf/{name}" for name in names}

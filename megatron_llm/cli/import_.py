@@ -1,0 +1,39 @@
+"""`megatron-llm import`: weights from elsewhere as a native checkpoint. One process, no GPU."""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = "make a checkpoint from a Hugging Face folder or a Megatron checkpoint"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of `import`."""
+    parser.add_argument("source", metavar="DIR", help="a Hugging Face folder, or a Megatron checkpoint (its newest iteration)")
+    parser.add_argument("output", metavar="CHECKPOINT_DIR", help="checkpoint to write")
+    parser.add_argument("--from", dest="origin", choices=("hf", "megatron"), default="hf", help="what DIR is (default: hf)")
+    parser.add_argument("--tokenizer", metavar="DIR", help="tokenizer folder that travels with the checkpoint and its exports")
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
+    megatron = parser.add_argument_group("from megatron")
+    megatron.add_argument(
+        "--config", metavar="HF_DIR", help="Hugging Face folder whose config.json describes the model, if DIR holds no arguments"
+    )
+    megatron.add_argument(
+        "--vocab-size", type=int, metavar="N", help="tokens of the vocabulary, without padding, if DIR does not say"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Import and say what was done. Raises ValueError if the source cannot be used or the output is in the way."""
+    from megatron_llm.exchange import import_hf, import_megatron
+
+    options = {"tokenizer": args.tokenizer, "overwrite": args.overwrite, "progress": True}
+    if args.origin == "megatron":
+        said = import_megatron(args.source, args.output, config=args.config, vocab_size=args.vocab_size, **options)
+    else:
+        wrong = [name for name in ("config", "vocab_size") if getattr(args, name) is not None]
+        if wrong:
+            raise ValueError(f"--{wrong[0].replace('_', '-')} belongs to --from megatron; a Hugging Face folder says it itself")
+        said = import_hf(args.source, args.output, **options)
+    print("\n".join(said))
+    return 0

@@ -1,0 +1,85 @@
+"""Native checkpoints that no run has written: weights only, at step 0. Called by `imports.py`.
+
+An imported checkpoint's config is `{"model": ...}` alone: there is no run to describe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_llm.checkpoint import Contents, SaveError, TensorToSave, save_checkpoint
+from megatron_llm.config import ModelConfig
+from megatron_llm.hf.families import find_family
+from megatron_llm.hf.family import Family, TensorName
+from megatron_llm.hf.whole import whole_folder
+from megatron_llm.ops.safetensors import torch_dtype
+from megatron_llm.parallel.grid import Axis
+from megatron_llm.parallel.shard import Box, Part, TensorSource
+
+_MANIFEST = "manifest.json"
+
+
+class TypedSource(TensorSource, Protocol):
+    """A source that knows the dtypes of what it has not read yet."""
+
+    def dtype(self, name: str) -> str:
+        """safetensors' name of the dtype of a logical tensor."""
+        ...
+
+
+def write_checkpoint(
+    source: TypedSource,
+    model: ModelConfig,
+    assets: Mapping[str, bytes],
+    output: str | Path,
+    *,
+    family: Family | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> None:
+    """Write the folder `output` as a native checkpoint of `source`'s weights, in their dtypes. It appears whole or not at all.
+
+    Args:
+        assets: as `collect_assets` made them.
+        family: which tensors the model has; None: Llama.
+        overwrite: replace a checkpoint that is there. Anything else in the way is refused all the same.
+        progress: show a bar.
+
+    Raises ValueError if `output` is in the way, the source lacks a tensor, or the checkpoint could not be written.
+    """
+    names = list((family or find_family("LlamaForCausalLM")).tensor_names(model))
+    config = {"model": model.model_copy(update={"hf": None}).model_dump(mode="json")}
+    state = {"step": 0, "updates": 0, "rows": 0, "tokens": 0}
+    with (
+        whole_folder(output, overwrite, "checkpoint", _foreign) as folder,
+        tqdm(total=len(names), desc=f"Writing {Path(output).name}", unit=" tensors", disable=not progress) as bar,
+    ):
+        tensors = [_tensor(source, tensor, bar.update) for tensor in names]
+        try:
+            save_checkpoint(folder, tensors, Contents(state, config, dict(assets)), Axis("world"))
+        except SaveError as error:
+            if isinstance(error.__cause__, ValueError):
+                raise error.__cause__ from None  # of the source: what was to be written has nothing to do with it
+            raise
+
+
+def _foreign(folder: Path) -> str | None:
+    return None if (folder / _MANIFEST).is_file() else f"has no {_MANIFEST}"
+
+
+def _tensor(source: TypedSource, tensor: TensorName, done: Callable[[], object]) -> TensorToSave:
+    """A tensor of the model, which is read when its turn comes."""
+    part, box = Part(tensor.logical, tensor.shape, ()), Box.full(tensor.shape)
+
+    def load() -> Tensor:
+        done()
+        return source.read(part, box)
+
+    like = torch.empty(tensor.shape, dtype=torch_dtype(source.dtype(tensor.logical)), device="meta")
+    return TensorToSave("weights", tensor.logical, tensor.shape, box, like, load)
