@@ -19,3 +19,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for length in LENGTHS:
             writer.add_document(rng.integers(0, 37, length))
     return prefix
+
+
+@pytest.fixture(scope="session")
+def more_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A second source, for blends."""
+    prefix = tmp_path_factory.mktemp("data") / "more"
+    rng = np.random.default_rng(12)
+    with IndexedWriter(prefix, np.uint16) as writer:
+        for length in LENGTHS[:8]:
+            writer.add_document(rng.integers(0, 37, length))
+    return prefix
