@@ -24,7 +24,7 @@ SAVING: dict[str, dict[str, Any]] = {"in the background": {}, "at once": {}}
 """The ways to save that tests of interrupted saves go through, by name: the `checkpoint` section of each."""
 
 
-def blend(data: Path, more_data: Path, run: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+def blend(data: Path, more_data: Path, run: Path, /, **sections: dict[str, Any]) -> dict[str, Any]:
     """The raw config of a run in `run` that saves after every step. 158 and 87 tokens make 19 and 10 rows of 8: a source is
     read again and again, and no step of 6 rows ends with one."""
     raw: dict[str, Any] = {name: dict(values) if isinstance(values, dict) else values for name, values in SMALL.items()}
