@@ -113,7 +113,7 @@ def assert_status_says(job: Job, reason: str) -> None:
 
 
 @pytest.mark.parametrize("saving", SAVING)
-@pytest.mark.parametrize("left", [0, 40_000], ids=["full", "space for a part"])
+@pytest.mark.parametrize("left", [40_000, pytest.param(0, marks=pytest.mark.slow)], ids=["space for a part", "full"])
 def test_a_full_disk(make: Make, disk: Any, undisturbed: Job, tmp_path: Path, left: int, saving: str) -> None:
     """A checkpoint takes 160 kB."""
     small = disk(tmp_path / "run/checkpoints")
@@ -163,7 +163,14 @@ def test_a_folder_without_permission(make: Make, undisturbed: Job, tmp_path: Pat
 
 
 @pytest.mark.parametrize("saving", SAVING)
-@pytest.mark.parametrize("rank, call, error", [(0, "fsync", "EIO"), (1, "fsync", "EIO"), (0, "replace", "EDQUOT")])
+@pytest.mark.parametrize(
+    "rank, call, error",
+    [
+        (1, "fsync", "EIO"),
+        pytest.param(0, "fsync", "EIO", marks=pytest.mark.slow),
+        pytest.param(0, "replace", "EDQUOT", marks=pytest.mark.slow),
+    ],
+)
 def test_a_call_that_fails_on_one_rank(
     make: Make, undisturbed: Job, tmp_path: Path, rank: int, call: str, error: str, saving: str
 ) -> None:

@@ -91,8 +91,17 @@ def stayed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], tuple[l
     return result
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("tour", TOURS)
+@pytest.mark.parametrize(
+    "tour, tied",
+    [
+        ("around", False),
+        ("ZeRO and stages", True),
+        pytest.param("around", True, marks=pytest.mark.slow),
+        pytest.param("ZeRO and stages", False, marks=pytest.mark.slow),
+        pytest.param("there and back", False, marks=pytest.mark.slow),
+        pytest.param("there and back", True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_checkpoint_continues_in_any_layout(tmp_path: Path, stayed: Any, tour: str, tied: bool) -> None:
     """Losses and norms of all steps, and in the end every tensor: weights, moments and average."""
     moved = [result for layout in TOURS[tour] for result in run(layout, tmp_path, tied)]

@@ -30,6 +30,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2, interleaved": (2, {"pipeline_parallel": 2, "pipeline_schedule": "interleaved", "virtual_stages": 2}),
     "tp2 pp2": (4, {"tensor_parallel": 2, "pipeline_parallel": 2}),
 }
+MANY = "tp2 pp2"  # ranks for two cores
 STOPS, LAST = (2, 5), 7
 ROWS = 6  # of a step
 Factors = dict[int, float]
@@ -76,7 +77,7 @@ def interrupted_and_not(make: Make, layout: str, factors: Factors | None = None,
     return parts
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*[name for name in LAYOUTS if name != MANY], pytest.param(MANY, marks=pytest.mark.slow)])
 def test_in_the_middle_of_epochs_and_blend(make: Make, layout: str) -> None:
     job = interrupted_and_not(make, layout)
     stream = build_train_stream(resolve(str(job.config), [], job.world).config)
