@@ -10,6 +10,8 @@ import pytest
 from megatron_llm.data.writer import IndexedWriter
 from tests.training.small import LENGTHS
 
+pytest.register_assert_rewrite("tests.training.blends")  # so that what its assertions compare is shown
+
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
