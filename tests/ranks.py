@@ -47,6 +47,10 @@ class _Worker:
             raise RuntimeError("a worker process did not start within 30 s")
         self.pid: int = pickle.loads(connection.recv_bytes())
 
+    def start(self, rank: int, world: int, folder: str, timeout: float, call: bytes) -> None:
+        """Give it a job; its answer comes over the connection."""
+        self.connection.send_bytes(pickle.dumps((rank, world, folder, timeout, call)))
+
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
             os.kill(self.pid, signal.SIGKILL)
@@ -68,11 +72,15 @@ class _Pool:
     def take(self, count: int) -> list[_Worker]:
         """`count` workers, forking those that are missing."""
         while len(self.workers) < count:
-            ours, theirs = socket.socketpair()
-            socket.send_fds(self.control, [b"f"], [theirs.fileno()])
-            theirs.close()
-            self.workers.append(_Worker(Connection(ours.detach())))
+            self.workers.append(self.fork())
         return self.workers[:count]
+
+    def fork(self) -> _Worker:
+        """A new worker, which is the caller's to end."""
+        ours, theirs = socket.socketpair()
+        socket.send_fds(self.control, [b"f"], [theirs.fileno()])
+        theirs.close()
+        return _Worker(Connection(ours.detach()))
 
     def kill(self) -> None:
         while self.workers:
@@ -87,6 +95,13 @@ def start_template() -> None:
     global _pool
     if _pool is None:
         _pool = _Pool()
+
+
+def fork_worker() -> _Worker:
+    """A worker that has had no job yet, and that no other job gets. The caller kills it in the end; `tests/launch.py` does."""
+    start_template()
+    assert _pool is not None
+    return _pool.fork()
 
 
 def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 60, **kwargs: Any) -> list[Any]:
@@ -106,7 +121,7 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 6
         try:
             workers = _pool.take(world)
             for rank, worker in enumerate(workers):
-                worker.connection.send_bytes(pickle.dumps((rank, world, folder, timeout, pickle.dumps((fn, args, kwargs)))))
+                worker.start(rank, world, folder, timeout, pickle.dumps((fn, args, kwargs)))
             results = _collect(workers, Path(folder), timeout)
             done = True
             return results

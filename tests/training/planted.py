@@ -26,7 +26,7 @@ class PlantedStream:
     """`stream`, but the loss weights of the rows in `factors` are multiplied."""
 
     def __init__(self, stream: TokenStream, factors: dict[int, float]):
-        self.stream, self.factors = stream, factors
+        self.stream, self.factors, self.summary = stream, factors, stream.summary
 
     def batch(self, rows: Sequence[int | None]) -> Batch:
         batch = self.stream.batch(rows)

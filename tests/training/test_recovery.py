@@ -1,8 +1,9 @@
-"""A checkpoint of any layout continues in any other, moments included: float64, equal to the run that never stopped."""
+"""A checkpoint of any layout continues in any other, with all that it holds: float64, equal to the run that never stopped."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -20,40 +21,101 @@ from megatron_llm.training.run_folder import RunFolder
 from megatron_llm.training.step import RunState, train_step
 from tests.ranks import RankFailure, run_ranks
 from tests.runs import config_of, save_run
+from tests.training.blends import contents
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "single": (1, {}),
     "tp2 pp2 dp2": (8, {"tensor_parallel": 2, "pipeline_parallel": 2}),
     "pp4": (4, {"pipeline_parallel": 4}),
     "tp4 dp2": (8, {"tensor_parallel": 4, "bucket_size": 2000}),
+    "tp2 pp2 dp2, ZeRO-0": (8, {"tensor_parallel": 2, "pipeline_parallel": 2, "zero_stage": 0}),
+    "tp2 dp2, ZeRO-0": (4, {"tensor_parallel": 2, "zero_stage": 0, "bucket_size": 1500}),
+    "pp2 dp2, interleaved": (4, {"pipeline_parallel": 2, "pipeline_schedule": "interleaved", "virtual_stages": 2}),
+    "tp2 pp2, zb_v": (4, {"tensor_parallel": 2, "pipeline_parallel": 2, "pipeline_schedule": "zb_v"}),
+}
+TOURS = {  # every layout of them is left, and come to, with all that a run has
+    "there and back": ["tp2 pp2 dp2", "pp4", "tp2 pp2 dp2", "tp4 dp2", "tp2 pp2 dp2", "single", "tp2 pp2 dp2"],
+    "around": ["tp2 pp2 dp2", "single", "pp4", "tp4 dp2", "single"],
+    "ZeRO and stages": [
+        "tp2 pp2 dp2",
+        "pp2 dp2, interleaved",
+        "tp2 pp2 dp2, ZeRO-0",
+        "tp2 pp2, zb_v",
+        "tp2 dp2, ZeRO-0",
+        "pp2 dp2, interleaved",
+        "single",
+    ],
 }
 STEPS = 3
 
 
-def continue_run(config: Config) -> list[tuple[float, float]]:
-    """Load the newest checkpoint of the run folder if there is one, train on, save. Losses and gradient norms."""
+def continue_run(config: Config, times: int) -> list[tuple[float, float]]:
+    """Load the newest checkpoint of the run folder if there is one; train on and save, some times. Losses, gradient norms."""
     grid = Grid.build(config.parallel, config.model.num_key_value_heads)
     checkpoint = find_resume(config)
     engine = build_engine(config, grid, torch.device("cpu"), checkpoint.source("weights") if checkpoint else None)
     state = load_run(engine, checkpoint) if checkpoint else RunState()
     stream = build_train_stream(config)
-    results = [train_step(engine, stream, state) for _ in range(STEPS)]
-    save_run(engine, state)
+    results = []
+    for _ in range(times):
+        results += [train_step(engine, stream, state) for _ in range(STEPS)]
+        save_run(engine, state)
     return [(result.loss, result.grad_norm) for result in results]
 
 
-def run(layout: str, folder: Path, tied: bool) -> list[tuple[float, float]]:
+def run(layout: str, folder: Path, tied: bool, times: int = 1) -> list[tuple[float, float]]:
     world, parallel = LAYOUTS[layout]
-    sections = {"model": {"tie_word_embeddings": tied}, "logging": {"run_dir": str(folder)}}
-    return run_ranks(world, continue_run, config_of(parallel=parallel, training={"micro_batch_size": 1}, **sections))[0]
+    sections = {
+        "model": {"tie_word_embeddings": tied},
+        "logging": {"run_dir": str(folder)},
+        "optimizer": {"ema_decay": 0.9},
+        "lr_schedule": {"decay_steps": 30},
+        "checkpoint": {"keep_last": 10},
+    }
+    config = config_of(parallel=parallel, training={"micro_batch_size": 1}, **sections)
+    return run_ranks(world, continue_run, config, times)[0]
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_a_checkpoint_continues_in_any_layout(tmp_path: Path, tied: bool) -> None:
-    tour = ["tp2 pp2 dp2", "single", "pp4", "tp4 dp2", "single"]
-    moved = [result for layout in tour for result in run(layout, tmp_path / "moved", tied)]
-    stayed = [result for _ in tour for result in run("single", tmp_path / "stayed", tied)]
-    assert moved == [pytest.approx(result, rel=1e-9) for result in stayed]
+@pytest.fixture(scope="module")
+def stayed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], tuple[list[tuple[float, float]], Path]]:
+    """Results of every step, and the folder, of a run of one process that never stopped and so loaded nothing."""
+    made: dict[bool, tuple[list[tuple[float, float]], Path]] = {}
+
+    def result(tied: bool) -> tuple[list[tuple[float, float]], Path]:
+        if tied not in made:
+            folder = tmp_path_factory.mktemp("stayed")
+            longest = max(map(len, TOURS.values()))
+            made[tied] = run("single", folder, tied, longest), folder
+        return made[tied]
+
+    return result
+
+
+@pytest.mark.parametrize(
+    "tour, tied",
+    [
+        ("around", False),
+        ("ZeRO and stages", True),
+        pytest.param("around", True, marks=pytest.mark.slow),
+        pytest.param("ZeRO and stages", False, marks=pytest.mark.slow),
+        pytest.param("there and back", False, marks=pytest.mark.slow),
+        pytest.param("there and back", True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_checkpoint_continues_in_any_layout(tmp_path: Path, stayed: Any, tour: str, tied: bool) -> None:
+    """Losses and norms of all steps, and in the end every tensor: weights, moments and average."""
+    moved = [result for layout in TOURS[tour] for result in run(layout, tmp_path, tied)]
+    expected, folder = stayed(tied)
+    assert moved == [pytest.approx(result, rel=1e-9) for result in expected[: len(moved)]]
+    step = len(moved)
+    ours, theirs = contents(tmp_path / "checkpoints", step), contents(folder / "checkpoints", step)
+    assert ours.keys() == theirs.keys() and {name.split("/")[0] for name in ours} >= {"weights", "m", "v", "ema"}
+    for name, whole in theirs.items():
+        if not isinstance(whole, torch.Tensor):
+            assert ours[name] == whole, name
+            continue
+        error, limit = torch.linalg.vector_norm(ours[name] - whole), torch.linalg.vector_norm(whole)
+        assert error <= 1e-9 * limit + 1e-12 * whole.numel() ** 0.5, name
 
 
 def agree(steps: list[int | None]) -> None:
