@@ -114,19 +114,24 @@ def read_manifest(folder: Folder) -> Manifest:
         raise ValueError(f"{path} is truncated or damaged ({len(raw)} bytes; {type(error).__name__}: {error})") from error
     if _checksum(body) != expected:
         raise ValueError(f"{path} is damaged: its checksum is {_checksum(body)}, it says {expected}")
-    if (body["format"], body["version"], body["checksum"]) != (FORMAT, VERSION, CHECKSUM):
+    found = tuple(body.get(key) for key in ("format", "version", "checksum"))
+    if found != (FORMAT, VERSION, CHECKSUM):
         raise ValueError(
-            f"{path} is of format {body['format']!r}, version {body['version']}, checksum {body['checksum']}; "
-            f"this package reads {FORMAT!r}, version {VERSION}, checksum {CHECKSUM}. It was written by {body['versions']}"
+            f"{path} is of format {found[0]!r}, version {found[1]}, checksum {found[2]}; "
+            f"this package reads {FORMAT!r}, version {VERSION}, checksum {CHECKSUM}. It was written by {body.get('versions')}"
         )
-    files = {name: WrittenFile(**entry) for name, entry in body["files"].items()}
+    try:
+        files = {name: WrittenFile(**entry) for name, entry in body["files"].items()}
+        tensors = {
+            kind: {name: _tensor_from_json(entry) for name, entry in tensors.items()} for kind, tensors in body["tensors"].items()
+        }
+        manifest = Manifest(body["run_state"], body["config"], tensors, files, body["versions"], body.get("data", {}))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
     for name in files:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
             raise ValueError(f"{path}: file name {name!r} leads out of the checkpoint")
-    tensors = {
-        kind: {name: _tensor_from_json(entry) for name, entry in tensors.items()} for kind, tensors in body["tensors"].items()
-    }
-    return Manifest(body["run_state"], body["config"], tensors, files, body["versions"], body.get("data", {}))
+    return manifest
 
 
 def _checksum(body: dict[str, Any]) -> str:

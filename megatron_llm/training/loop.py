@@ -46,6 +46,7 @@ from megatron_llm.training.step import RunState, StepResult, evaluate, next_rate
 from megatron_llm.training.trace import write_trace
 
 logger = logging.getLogger("megatron_llm")
+STOP, SAVED = 0, 1  # what the ranks vote on in every step: to stop; that a save has come to the end of its stage
 
 
 @dataclass
@@ -213,28 +214,22 @@ def _steps(run: Run) -> bool:
     stopped = False
     while run.state.step < training.steps and not stopped:
         result, values = _step(run)
-        stops, ready = result.votes
-        if ready == run.engine.grid.world.size:
-            run.saver.advance()
         why = find_spike(run.state, result.loss, training.loss_spike)
         if why and _go_back(run, why):
             continue
         remember_loss(run.state, result.loss, training.loss_spike)
         last = run.state.step == training.steps
-        stopped = bool(stops) and not last
-        try:
-            if last or (_due(training.eval_every, run.state.step) and not stopped):
-                values |= _evaluate(run)
-            if not result.finite:
-                end_if_hopeless(run.engine, run.state, result)
-            if _due(training.check_replicas_every, run.state.step):
-                check_replicas(run.engine)
-            if last or stopped or _due(run.config.checkpoint.every_steps, run.state.step):
-                _save(run, wait=last or stopped)
-        finally:
-            if run.metrics:
-                stall = run.saver.stall_seconds()
-                run.metrics.write(values | ({"checkpoint_stall_seconds": stall} if stall else {}))
+        stopped = bool(result.votes[STOP]) and not last
+        if last or (_due(training.eval_every, run.state.step) and not stopped):
+            values |= _evaluate(run)
+        if run.metrics:
+            run.metrics.write(values)
+        if not result.finite:
+            end_if_hopeless(run.engine, run.state, result)
+        if _due(training.check_replicas_every, run.state.step):
+            check_replicas(run.engine)
+        if last or stopped or _due(run.config.checkpoint.every_steps, run.state.step):
+            _save(run, wait=last or stopped)
     run.engine.optimizer.wait_weights()  # no rank leaves while others still receive from it
     _save(run, wait=True)  # of a run without steps
     return stopped
@@ -251,12 +246,15 @@ def _step(run: Run) -> tuple[StepResult, dict[str, Any]]:
     trace: list[Event] | None = [] if state.step + 1 in run.config.logging.trace_steps else None
     before = engine.grid.traffic()
     start = time.perf_counter()
-    result = train_step(engine, run.train_stream, state, (run.stop.requested, run.saver.ready), trace)
+    votes = {STOP: run.stop.requested, SAVED: run.saver.ready}
+    result = train_step(engine, run.train_stream, state, list(votes.values()), trace)
     seconds = time.perf_counter() - start
     if trace is not None:
         write_trace(run.config.logging.run_dir, state.step, trace, engine.schedules[result.rows], engine.grid)
     traffic = {axis: now - before[axis] for axis, now in engine.grid.traffic().items()}
-    return result, run.metrics.step(state, result, seconds, traffic) if run.metrics else {}
+    if result.votes[SAVED] == engine.grid.world.size:
+        run.saver.advance()
+    return result, run.metrics.step(state, result, seconds, traffic, run.saver.stall_seconds()) if run.metrics else {}
 
 
 def _go_back(run: Run, why: str) -> bool:

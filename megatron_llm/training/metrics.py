@@ -60,10 +60,13 @@ class Metrics:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(clean) + "\n")
 
-    def step(self, state: RunState, result: StepResult, seconds: float, traffic: dict[str, Traffic]) -> dict[str, Any]:
+    def step(
+        self, state: RunState, result: StepResult, seconds: float, traffic: dict[str, Traffic], stall: float = 0.0
+    ) -> dict[str, Any]:
         """The metrics of a step, which are also logged.
 
-        traffic: what this rank exchanged in the step, by axis.
+        traffic: what this rank exchanged in the step, by axis. stall: seconds that training stood still for checkpoints since
+        the step before.
         """
         training = self.config.training
         rate = result.rows * training.sequence_length / seconds
@@ -83,6 +86,7 @@ class Metrics:
             "skipped": result.skipped,
             "skipped_steps": state.skipped,
             **({"loss_scale": result.loss_scale} if self.config.precision.compute == "float16" else {}),
+            **({"checkpoint_stall_seconds": stall} if stall else {}),
             **{f"traffic_bytes/{axis}": round(moved.sent) for axis, moved in traffic.items() if moved.payload},
         }
         # Smoothed, so that one slow step does not shake the estimate; the first steps of a process are slower anyway.
