@@ -53,9 +53,14 @@ class Saver:
         self._headway = 0  # bytes written; read by another thread
 
     @property
+    def busy(self) -> bool:
+        """Whether a save is under way."""
+        return self._stage != "idle"
+
+    @property
     def ready(self) -> bool:
         """Whether this rank has done its part of the stage that a save is in."""
-        return self._stage != "idle" and self._work.done()
+        return self.busy and self._work.done()
 
     def start(self, folder: Folder, tensors: Iterable[TensorToSave], contents: Contents, wait: bool = False) -> None:
         """Begin to save, when the save before has been committed. Collective.
@@ -94,7 +99,7 @@ class Saver:
 
     def finish(self) -> None:
         """Return when no save is under way any more. Collective; raises SaveError."""
-        while self._stage != "idle":
+        while self.busy:
             start = time.perf_counter()
             self._wait_for_all()
             self._stall += time.perf_counter() - start

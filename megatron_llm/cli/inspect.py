@@ -35,6 +35,8 @@ def run(args: argparse.Namespace) -> int:
     path = Path(args.path)
     if Path(f"{path}.idx").is_file():
         print(inspect_prefix(str(path), args.documents, args.random, args.verify, args.plot, args.tokenizer))
+    elif "://" in args.path:
+        print(inspect_checkpoint(args.path, verify=args.verify))
     elif path.is_dir():
         inside = _prefixes(path)
         if inside:
@@ -52,6 +54,8 @@ def inspect_checkpoint(path: str, verify: bool = False) -> str:
 
     With `verify` every file's checksum is computed. Raises ValueError for a missing or damaged checkpoint.
     """
+    from tqdm import tqdm
+
     from megatron_llm.checkpoint.folders import find_checkpoint
 
     checkpoint = find_checkpoint(path)
@@ -67,7 +71,8 @@ def inspect_checkpoint(path: str, verify: bool = False) -> str:
     lines.append("travelling along: " + (", ".join(sorted(checkpoint.assets)) or "nothing"))
     lines.append("written by: " + ", ".join(f"{name} {version}" for name, version in checkpoint.versions.items()))
     if verify:
-        checkpoint.verify()
+        with tqdm(total=checkpoint.nbytes, desc="Verifying", unit="B", unit_scale=True, delay=2) as bar:
+            checkpoint.verify(bar.update)
         lines.append("verified: every file has the checksum of the manifest")
     return "\n".join(lines)
 
