@@ -36,7 +36,7 @@ from megatron_llm.training.recovery import check_agreement, find_resume, load_ru
 from megatron_llm.training.replicas import check_replicas
 from megatron_llm.training.resolve import ResolvedRun
 from megatron_llm.training.rollback import find_spike, go_back, ranges, remember_loss
-from megatron_llm.training.run_folder import RunFolder
+from megatron_llm.training.run_folder import RunFolder, first_start_only
 from megatron_llm.training.signals import StopRequest, time_limit
 from megatron_llm.training.step import RunState, StepResult, evaluate, next_rate, train_step
 from megatron_llm.training.trace import write_trace
@@ -73,7 +73,7 @@ class Run:
 
 def train(resolved: ResolvedRun) -> int:
     """Train as configured, continuing from the newest checkpoint of the run folder. Returns the exit code."""
-    config = resolved.config
+    config = first_start_only(resolved.config, launched_at()) if restarts() else resolved.config
     setup_logging(launched_rank())
     # Whatever a user can still mend is checked before ranks wait for each other.
     device = pick_device(config.device)

@@ -25,6 +25,20 @@ logger = logging.getLogger("megatron_llm")
 _PATIENCE_SECONDS = 120.0  # a launcher gives ranks 30 s to end, and a file server 90 s to a node that is gone
 
 
+def first_start_only(config: Config, launched_at: float) -> Config:
+    """The config of ranks that a launcher has restarted: `checkpoint.resume: never` was meant for the first start of the launch.
+
+    It still counts if no rank of this launch, which began at `launched_at` (`time.monotonic()`), has entered the folder so far.
+    """
+    try:
+        entered = (Path(config.logging.run_dir) / "lock").stat().st_mtime
+    except OSError:
+        return config
+    if time.time() - entered > time.monotonic() - launched_at:
+        return config
+    return config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"resume": "auto"})})
+
+
 class RunFolder:
     """Context manager around a run. Rank 0 makes and locks the folder; any rank that fails says so in the status.
 

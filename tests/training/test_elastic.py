@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from megatron_llm.checkpoint.load import open_checkpoint
+from megatron_llm.cli.main import main
 from megatron_llm.training.run_folder import RunFolder
 from tests.runs import TINY, config_of
 from tests.training.commands import read_metrics, read_status, write_config
@@ -118,6 +119,18 @@ def test_a_restarted_rank_waits_for_the_lock_of_the_one_before(tmp_path: Path) -
         start = time.monotonic()
         with RunFolder(config, 0, restarted=True):
             assert time.monotonic() - start >= 0.4
+
+
+def test_a_restart_does_not_begin_anew_what_this_launch_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["train", str(_config(tmp_path, "run")), "checkpoint.resume=never"]
+    run = tmp_path / "run"
+    assert main([*arguments, "training.steps=3"]) == 0
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert main([*arguments, "training.steps=5"]) == 0
+    assert [line["step"] for line in read_metrics(run)] == list(range(6)) and not list(run.glob("*.before-*"))
+    os.utime(run / "lock", (0, 0))  # another launch was here
+    assert main([*arguments, "training.steps=5"]) == 0
+    assert list(run.glob("checkpoints.before-*"))
 
 
 def _launch(nodes: int, name: str, *arguments: str) -> Any:
