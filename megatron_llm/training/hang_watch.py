@@ -118,8 +118,8 @@ class HangWatch:
                 _within(_FILE_SECONDS, lambda: self._write(f"another rank found no progress; here none for {self._idle:.0f} s"))
                 self._wait_for_others("")
                 return
-            reason = f"rank {rank}: {what} (training.hang_timeout: {self._timeout:g}); stack traces of the ranks are in {stacks}"
-            print(reason, file=sys.stderr, flush=True)
+            reason = f"{what} (training.hang_timeout: {self._timeout:g}); stack traces of the ranks are in {stacks}"
+            print(f"rank {rank}: {reason}", file=sys.stderr, flush=True)
             if not _within(_FILE_SECONDS, lambda: self._write(what)):
                 print(f"rank {rank}: the stack traces cannot be written to {stacks}:", file=sys.stderr, flush=True)
                 faulthandler.dump_traceback(sys.stderr, all_threads=True)

@@ -68,8 +68,7 @@ class RunFolder:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if error is not None and self.path.is_dir():
-            reason = [f"rank {self.rank}: {type(error).__name__}: {error}", *getattr(error, "__notes__", [])]
-            self.fail("; ".join(reason))
+            self.fail("; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])]))
         if self._lock is not None:
             self._lock.close()
 
@@ -80,9 +79,9 @@ class RunFolder:
         temporary.replace(self.path / "status.json")
 
     def fail(self, reason: str, replaces: str | None = None) -> None:
-        """Say why the run failed, unless another reason than `replaces` is there: what came later is a consequence of it."""
-        if self._failure() in (None, replaces):
-            self.report("failed", reason=reason)
+        """Say why this rank failed, unless another reason than its `replaces` is there: what came later is a consequence of it."""
+        if self._failure() in (None, f"rank {self.rank}: {replaces}"):
+            self.report("failed", reason=f"rank {self.rank}: {reason}")
 
     def _failure(self) -> str | None:
         """The reason that has been reported."""
