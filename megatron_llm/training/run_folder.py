@@ -78,10 +78,15 @@ class RunFolder:
         temporary.write_text(json.dumps({"outcome": outcome, **details}) + "\n", encoding="utf-8")
         temporary.replace(self.path / "status.json")
 
-    def fail(self, reason: str, replaces: str | None = None) -> None:
-        """Say why this rank failed, unless another reason than its `replaces` is there: what came later is a consequence of it."""
-        if self._failure() in (None, f"rank {self.rank}: {replaces}"):
-            self.report("failed", reason=f"rank {self.rank}: {reason}")
+    def fail(self, reason: str, replaces: str | None = None) -> bool:
+        """Say why this rank failed, and return True, unless another reason than its own `replaces` is there.
+
+        Whatever comes after a first failure is a consequence of it.
+        """
+        if self._failure() not in (None, f"rank {self.rank}: {replaces}"):
+            return False
+        self.report("failed", reason=f"rank {self.rank}: {reason}")
+        return True
 
     def _failure(self) -> str | None:
         """The reason that has been reported."""
