@@ -11,9 +11,9 @@ has them (weights, m and v of layers, of which each rank holds some rows). In a 
     torch_save     torch.save of the same tensors, and fsync
     torch_load     torch.load, and a copy into the tensors
 
-Ours writes, syncs and names files durably, makes and stores checksums and a manifest; the peer's fsync brings its file to the disk
-as well. Ours and the peer take turns, in an order that swaps; the figure is the median of the rounds' ratios of the slowest rank.
-Files are read from the page cache. Memory is what a rank holds at most beyond what it held before (VmHWM).
+Ours writes, syncs and names files durably, makes and stores checksums and a manifest; the peer's fsync brings its file to the
+disk as well. Ours and the peer take turns, in an order that swaps; the figure is the median of the rounds' ratios of the slowest
+rank. Files are read from the page cache. Memory is what a rank holds at most beyond what it held before (VmHWM).
 
 Stall: two data-parallel ranks train a decoder of 9 million parameters and save every --every steps into a folder that takes
 --throttle bytes a second and rank, so that a save outlasts several steps: once in the background, once at once. Told are seconds

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check everything, then train. Returns 0 when done, 75 when stopped by a signal after saving."""
+    """Check everything, then train. Returns 0 when done, 75 (or 0, see `training/distributed.py`) when stopped."""
     from megatron_llm.training.distributed import launched_world_size
     from megatron_llm.training.loop import train
     from megatron_llm.training.resolve import resolve

@@ -101,10 +101,11 @@ def process_group(device: torch.device, timeout_seconds: float) -> Iterator[None
 def _join(backend: str, timeout: timedelta) -> None:
     """Make the default process group.
 
-    Its store may be torchrun's own and survive the ranks. What those before a restart left there, their addresses and their
-    last words, must not be taken for ours.
+    Its store may be that of torchrun's agents and survive the ranks. What those before a restart left there, their addresses and
+    their last words, must not be taken for ours.
     """
     store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
-    store = dist.PrefixStore(f"restart {restarts()}", store)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = dist.PrefixStore(f"restart {restarts()}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)

@@ -18,7 +18,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -32,7 +31,7 @@ _LISTEN_SECONDS = 2.0  # between two looks into the store, which one process ser
 _GRACE_SECONDS = 15.0  # for all ranks to write their stacks
 _FILE_SECONDS = 10.0  # for this rank's, as a file system may be what hangs
 _STORE_SECONDS = 3.0
-_ASKED, _WRITTEN, _FIRED = "hang watch, asked", "hang watch, written", "hang watch, fired"
+_ASKED, _WRITTEN = "hang watch, asked", "hang watch, written"
 
 
 class HangWatch:
@@ -62,8 +61,9 @@ class HangWatch:
             self.progress()
             self._threads.append(threading.Thread(target=self._watch, name="hang watch", daemon=True))
             if dist.is_initialized():
-                self._store = dist.distributed_c10d._get_default_store()
-                listener = self._store.clone()  # type: ignore[attr-defined]
+                # Connections of their own: a thread that waits for an answer on one keeps all others from using it.
+                store = dist.distributed_c10d._get_default_store()
+                self._store, listener = store.clone(), store.clone()  # type: ignore[attr-defined]
                 self._threads.append(
                     threading.Thread(target=self._listen, args=(listener,), name="hang watch, asked", daemon=True)
                 )
@@ -109,22 +109,23 @@ class HangWatch:
 
     def _end(self, asked: bool) -> None:
         """Write everything and end the process. Never returns."""
-        assert self._folder is not None
-        step, rank = self._step(), self._folder.rank
-        what = f"no progress for {self._idle:.0f} s after step {step}"
-        stacks = self._folder.path / "stacks"
+        folder = self._folder
+        assert folder is not None
+        what = f"no progress for {self._idle:.0f} s after step {self._step()}"
+        stacks = folder.path / "stacks"
         try:
             if asked:
                 _within(_FILE_SECONDS, lambda: self._write(f"another rank found no progress; here none for {self._idle:.0f} s"))
                 self._wait_for_others("")
                 return
-            reason = f"rank {rank}: {what} (training.hang_timeout: {self._timeout:g}); stack traces of the ranks are in {stacks}"
-            print(reason, file=sys.stderr, flush=True)
+            reason = f"{what} (training.hang_timeout: {self._timeout:g}); stack traces of the ranks are in {stacks}"
+            print(f"rank {folder.rank}: {reason}", file=sys.stderr, flush=True)
             if not _within(_FILE_SECONDS, lambda: self._write(what)):
-                print(f"rank {rank}: the stack traces cannot be written to {stacks}:", file=sys.stderr, flush=True)
+                print(f"rank {folder.rank}: the stack traces cannot be written to {stacks}:", file=sys.stderr, flush=True)
                 faulthandler.dump_traceback(sys.stderr, all_threads=True)
-            _within(_FILE_SECONDS, partial(self._folder.fail, reason))
-            self._wait_for_others(reason)
+            reported: list[bool] = []
+            _within(_FILE_SECONDS, lambda: reported.append(folder.fail(reason)))
+            self._wait_for_others(reason if any(reported) else "")
         finally:
             os._exit(1)
 
@@ -143,7 +144,10 @@ class HangWatch:
         return file
 
     def _wait_for_others(self, reason: str) -> None:
-        """Give other ranks the time to write, as they may be ended with this one; say in the status who did not."""
+        """Give other ranks the time to write, as they may be ended with this one.
+
+        reason: what this rank has written into the status, where it adds who wrote no stacks.
+        """
         folder, store = self._folder, self._store
         if store is None or folder is None:
             return
@@ -151,14 +155,13 @@ class HangWatch:
 
         def meet() -> None:
             store.set(_ASKED, "end")
-            first = bool(reason) and store.add(_FIRED, 1) == 1
             store.set(f"{_WRITTEN} {folder.rank}", "")
             store.add(_WRITTEN, 1)
             deadline = time.monotonic() + _GRACE_SECONDS
             while store.add(_WRITTEN, 0) < world:
                 if time.monotonic() > deadline:
                     silent = [rank for rank in range(world) if not store.check([f"{_WRITTEN} {rank}"])]
-                    if first and silent:
+                    if reason and silent:
                         text = f"none of {name_ranks(silent)}: killed, stopped, or held in a call that keeps Python's lock"
                         print(text, file=sys.stderr, flush=True)
                         folder.fail(f"{reason}; {text}", replaces=reason)

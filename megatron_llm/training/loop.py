@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ from megatron_llm.training.recovery import changes_since, check_source, find_res
 from megatron_llm.training.replicas import check_replicas
 from megatron_llm.training.resolve import ResolvedRun
 from megatron_llm.training.rollback import find_spike, go_back, ranges, remember_loss
-from megatron_llm.training.run_folder import RunFolder
+from megatron_llm.training.run_folder import RunFolder, first_start_only
 from megatron_llm.training.signals import StopRequest, time_limit
 from megatron_llm.training.step import RunState, StepResult, evaluate, next_rate, train_step
 from megatron_llm.training.trace import write_trace
@@ -90,6 +90,8 @@ def train(resolved: ResolvedRun, allow_change: bool = False) -> int:
 
     allow_change: go on although settings that decide the numbers are not those of the checkpoint.
     """
+    if restarts():
+        resolved = replace(resolved, config=first_start_only(resolved.config, launched_at()))
     config = resolved.config
     setup_logging(launched_rank())
     # Whatever a user can still mend is checked before ranks wait for each other.

@@ -26,6 +26,20 @@ logger = logging.getLogger("megatron_llm")
 _PATIENCE_SECONDS = 120.0  # a launcher gives ranks 30 s to end, and a file server 90 s to a node that is gone
 
 
+def first_start_only(config: Config, launched_at: float) -> Config:
+    """The config of ranks that a launcher has restarted: `checkpoint.resume: never` was meant for the first start of the launch.
+
+    It still counts if no rank of this launch, which began at `launched_at` (`time.monotonic()`), has entered the folder so far.
+    """
+    try:
+        entered = (Path(config.logging.run_dir) / "lock").stat().st_mtime
+    except OSError:
+        return config
+    if time.time() - entered > time.monotonic() - launched_at:
+        return config
+    return config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"resume": "auto"})})
+
+
 class RunFolder:
     """Context manager around a run. Rank 0 makes and locks the folder; any rank that fails says so in the status.
 
@@ -55,8 +69,7 @@ class RunFolder:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if error is not None and self.path.is_dir():
-            reason = [f"rank {self.rank}: {type(error).__name__}: {error}", *getattr(error, "__notes__", [])]
-            self.fail("; ".join(reason))
+            self.fail("; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])]))
         if self._lock is not None:
             self._lock.close()
 
@@ -66,10 +79,15 @@ class RunFolder:
         temporary.write_text(json.dumps({"outcome": outcome, **details}) + "\n", encoding="utf-8")
         temporary.replace(self.path / "status.json")
 
-    def fail(self, reason: str, replaces: str | None = None) -> None:
-        """Say why the run failed, unless another reason than `replaces` is there: what came later is a consequence of it."""
-        if self._failure() in (None, replaces):
-            self.report("failed", reason=reason)
+    def fail(self, reason: str, replaces: str | None = None) -> bool:
+        """Say why this rank failed, and return True, unless another reason than its own `replaces` is there.
+
+        Whatever comes after a first failure is a consequence of it.
+        """
+        if self._failure() not in (None, f"rank {self.rank}: {replaces}"):
+            return False
+        self.report("failed", reason=f"rank {self.rank}: {reason}")
+        return True
 
     def _failure(self) -> str | None:
         """The reason that has been reported."""

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from megatron_llm.checkpoint.load import open_checkpoint
+from megatron_llm.cli.main import main
 from megatron_llm.training.run_folder import RunFolder
 from tests.runs import TINY, config_of
 from tests.training.commands import read_metrics, read_status, write_config
@@ -120,11 +121,25 @@ def test_a_restarted_rank_waits_for_the_lock_of_the_one_before(tmp_path: Path) -
             assert time.monotonic() - start >= 0.4
 
 
-def _launch(nodes: int, name: str, *arguments: str) -> Any:
+def test_a_restart_does_not_begin_anew_what_this_launch_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["train", str(_config(tmp_path, "run")), "checkpoint.resume=never"]
+    run = tmp_path / "run"
+    assert main([*arguments, "training.steps=3"]) == 0
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert main([*arguments, "training.steps=5"]) == 0
+    assert [line["step"] for line in read_metrics(run)] == list(range(6)) and not list(run.glob("*.before-*"))
+    os.utime(run / "lock", (0, 0))  # another launch was here
+    assert main([*arguments, "training.steps=5"]) == 0
+    assert list(run.glob("checkpoints.before-*"))
+
+
+def _launch(nodes: int, name: str, *arguments: str, **variables: str) -> Any:
+    """What starts a launch script, given the port at which nodes meet."""
     script = Path(__file__).resolve().parents[2] / f"examples/torchrun_{name}_node.sh"
     settings = {"PYTHON": sys.executable, "NPROC_PER_NODE": str(2 // nodes)}
     if nodes > 1:
         settings |= {"NNODES": str(nodes), "HEAD_NODE": "localhost", "RDZV_CONF": "last_call_timeout=2"}
+    settings |= variables
     return lambda port: launched(str(script), *arguments, HEAD_PORT=str(port), **settings)
 
 
@@ -189,6 +204,31 @@ def test_the_launch_scripts_of_two_nodes(tmp_path: Path) -> None:
         logs = [script.communicate(timeout=SECONDS)[0] for script in (one, other)]
     assert (one.returncode, other.returncode) == (0, 0), logs
     assert read_status(run)["outcome"] == "done"
+
+
+@pytest.mark.slow
+def test_nodes_come_and_go_under_the_launch_script(tmp_path: Path) -> None:
+    """One alone, two, the second is lost, and comes back: then their agents have counted different restarts."""
+    config, run, port = str(_config(tmp_path, "run", 100_000)), tmp_path / "run", free_port()
+    conf = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3"
+    node = _launch(2, "multi", config, NNODES="1:2", RDZV_CONF=conf)
+    with node(port) as stays:
+        wait_for_steps(run, 3, stays)
+        for time_of_loss in (True, False):
+            with node(port) as comes:
+                deadline = time.monotonic() + SECONDS
+                while not ranks_of(comes.pid):
+                    assert time.monotonic() < deadline
+                    time.sleep(0.1)
+                wait_for_steps(run, len(read_metrics(run)) + 20, stays, comes)
+                if time_of_loss:
+                    kill_tree(comes.pid)
+                else:
+                    comes.send_signal(signal.SIGTERM)
+                    logs = [script.communicate(timeout=SECONDS)[0] for script in (stays, comes)]
+                    assert (stays.returncode, comes.returncode) == (75, 75), logs
+    worlds = [line.split(" | ")[0].split(" ", 1)[1] for line in logs[0].splitlines() if " ranks: tp 1" in line]
+    assert [world.split(" ")[0] for world in worlds] in (["1", "2", "1", "2"], ["1", "2", "2"]), logs[0]
 
 
 def test_the_launch_scripts_say_how_they_are_used_and_what_is_wrong(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from tests.runs import TINY
 from tests.training.commands import read_metrics, read_status, write_config
 from tests.training.processes import ended, planted, started, wait_for_steps
 
+# An evaluation of 64 rows comes first, 16 calls on each of two ranks. Then the third step hangs.
 HANG = "rank == 1 and calls > 20 and time.sleep(1000)"
 
 

@@ -35,9 +35,13 @@ def test_one_rank_receiving_a_signal_stops_all(tmp_path: Path, number: signal.Si
     assert (tmp_path / f"run/checkpoints/step-{status['step']:08}/manifest.json").is_file()
 
 
+# An evaluation of 64 rows comes first: 32 calls on one rank, 16 on each of two. Then the third step hangs.
+ONE_HANGS, OF_TWO_HANGS = "calls > 40 and time.sleep(1000)", "rank == 1 and calls > 20 and time.sleep(1000)"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_second_signal_ends_a_run_at_once_that_hangs(tmp_path: Path, number: signal.Signals) -> None:
-    with started(1, _config(tmp_path), script=planted(tmp_path, "calls > 20 and time.sleep(1000)")) as ranks:
+    with started(1, _config(tmp_path), script=planted(tmp_path, ONE_HANGS)) as ranks:
         wait_for_steps(tmp_path / "run", 3, *ranks)
         ranks[0].send_signal(number)
         ranks[0].send_signal(number)  # the same request, passed on twice
@@ -55,7 +59,7 @@ def test_a_second_signal_ends_a_run_at_once_that_hangs(tmp_path: Path, number: s
 
 def test_two_ranks_that_wait_for_each_other_end_at_once_too(tmp_path: Path) -> None:
     """Rank 0 waits in a collective, where Python runs no signal handlers."""
-    with started(2, _config(tmp_path), script=planted(tmp_path, "rank == 1 and calls > 20 and time.sleep(1000)")) as ranks:
+    with started(2, _config(tmp_path), script=planted(tmp_path, OF_TWO_HANGS)) as ranks:
         wait_for_steps(tmp_path / "run", 3, *ranks)
         for _ in range(2):
             time.sleep(1.2)
