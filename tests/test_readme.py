@@ -1,4 +1,4 @@
-"""The commands of the README and of docs/data.md, run as written, in a folder that holds what the README says it holds."""
+"""The commands of the README, docs/data.md and docs/checkpoints.md, run as written, in a folder that holds what the README says it holds."""
 
 from __future__ import annotations
 
@@ -70,6 +70,9 @@ def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
     status = json.loads((tmp_path / "runs/demo/status.json").read_text())
     assert status == {"outcome": "done", "step": 12}
     assert (tmp_path / "hf/demo/tokenizer.json").is_file()
+    run_commands("docs/checkpoints.md", tmp_path, at_least=1)
+    status = json.loads((tmp_path / "runs/demo/status.json").read_text())
+    assert status == {"outcome": "done", "step": 12, "changes": ["optimizer.lr: 2e-05 -> 1e-05"]}
 
 
 @pytest.mark.slow

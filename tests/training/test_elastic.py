@@ -122,7 +122,7 @@ def test_a_restarted_rank_waits_for_the_lock_of_the_one_before(tmp_path: Path) -
 
 
 def test_a_restart_does_not_begin_anew_what_this_launch_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = ["train", str(_config(tmp_path, "run")), "checkpoint.resume=never"]
+    arguments = ["train", str(_config(tmp_path, "run")), "checkpoint.resume=never", "lr_schedule.kind=constant"]
     run = tmp_path / "run"
     assert main([*arguments, "training.steps=3"]) == 0
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
