@@ -1,4 +1,4 @@
-"""The commands of the README, docs/data.md and docs/checkpoints.md, run as written, in a folder that holds what the README says it holds."""
+"""The commands of the README, docs/data.md and docs/checkpoints.md, run as written, in a folder that holds what the README says."""
 
 from __future__ import annotations
 
