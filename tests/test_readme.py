@@ -1,4 +1,4 @@
-"""The commands of the README, docs/data.md and docs/checkpoints.md, run as written, in a folder that holds what the README says."""
+"""The commands of the README, docs/data.md and docs/checkpoints.md, run as written, in a folder as the README describes it."""
 
 from __future__ import annotations
 
