@@ -7,7 +7,8 @@
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 first=""          # signal that asked to stop
 latest=0          # when, in microseconds
-urgent=""         # a second request has come
+urgent=""         # when a second request came, in seconds since the start
+ending=""         # the ranks know of the second request
 torchrun=0        # its process
 declare -A told=()  # ranks that have been asked to stop
 
@@ -34,7 +35,7 @@ on_signal() { # name
     local now=${EPOCHREALTIME/[.,]/}
     if ((now - latest < 1000000)); then return; fi
     latest=$now
-    if [[ -z $first || ($first == USR1 && $1 != USR1) ]]; then first=$1; else urgent=yes; fi
+    if [[ -z $first || ($first == USR1 && $1 != USR1) ]]; then first=$1; else urgent=$SECONDS; fi
 }
 
 ranks() { # processes that torchrun has started
@@ -58,10 +59,14 @@ listens() { # whether a process has a handler of SIGUSR1, as ranks have that are
 
 pass_on() {
     local rank
-    if [[ -n $urgent ]]; then
+    if [[ -n $urgent && -z $ending ]]; then
+        ending=yes
         for rank in "${!told[@]}"; do kill -USR1 "$rank" 2>/dev/null || true; done
         kill -TERM "$torchrun" 2>/dev/null || true
-        urgent=""
+    elif [[ -n $urgent ]]; then
+        if ((SECONDS - urgent < 5)); then return; fi # to end by themselves
+        for rank in $(ranks); do kill -KILL "$rank" 2>/dev/null || true; done
+        kill -TERM "$torchrun" 2>/dev/null || true
     elif [[ -n $first ]]; then
         for rank in $(ranks); do
             if [[ -z ${told[$rank]:-} ]] && listens "$rank"; then
