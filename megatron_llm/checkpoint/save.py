@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ from megatron_llm.parallel.shard import Box
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+_SEEN_SECONDS = 90.0  # NFS clients believe in what they know of a folder for up to 60 s
 
 
 class SaveError(ValueError):
@@ -164,18 +166,29 @@ def commit(folder: Folder, rank_files: list[RankFile | None], contents: Contents
     Raises ValueError naming a tensor whose boxes overlap, leave gaps, or disagree about its shape or dtype.
     """
     written = [file for file in rank_files if file is not None]
-    present = folder.files()
-    for file in written:
-        if present.get(file.name) != file.written.bytes:
-            raise ValueError(
-                f"{folder}/{file.name} was written, but rank 0 does not see it; checkpoints need a folder that all nodes share"
-            )
     tensors = _joined(written)
+    _wait_until_seen(folder, written)
     files = {file.name: file.written for file in written}
     for name, content in contents.assets.items():
         files[f"assets/{name}"] = write_bytes(folder, f"assets/{name}", content)
     versions = {"megatron_llm": __version__, "torch": str(torch.__version__)}
     write_manifest(folder, Manifest(contents.run_state, contents.config, tensors, files, versions, contents.data))
+
+
+def _wait_until_seen(folder: Folder, written: list[RankFile]) -> None:
+    """Network file systems show what other nodes have written some time later. Raises ValueError naming what does not appear."""
+    deadline = time.monotonic() + _SEEN_SECONDS
+    while True:
+        present = folder.files()
+        unseen = [file.name for file in written if present.get(file.name) != file.written.bytes]
+        if not unseen:
+            return
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"{folder}/{unseen[0]} was written, but rank 0 does not see it after {_SEEN_SECONDS:g} s; checkpoints need a "
+                "folder that all nodes share"
+            )
+        time.sleep(1.0)
 
 
 def _joined(files: list[RankFile]) -> Tensors:

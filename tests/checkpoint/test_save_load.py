@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -176,10 +177,11 @@ def test_tensors_that_do_not_fit_together_are_refused(
     assert not (tmp_path / "manifest.json").exists()
 
 
-def test_file_that_rank_0_does_not_see_is_refused(tmp_path: Path) -> None:
+def test_file_that_rank_0_does_not_see_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_llm.checkpoint.save._SEEN_SECONDS", 0.0)
     file = write_rank_file(LocalFolder(tmp_path), 1, _share(0, 1))
     (tmp_path / "rank-00001.safetensors").unlink()
-    with pytest.raises(ValueError, match="rank 0 does not see it; checkpoints need a folder that all nodes share"):
+    with pytest.raises(ValueError, match="rank 0 does not see it after 0 s; checkpoints need a folder that all nodes share"):
         commit(LocalFolder(tmp_path), [file], Contents({}, {}))
 
 
@@ -272,3 +274,12 @@ def test_reading_what_was_not_saved_is_refused(tmp_path: Path) -> None:
         source.read(Part("other", (1,), ()), Box((0,), (1,)))
     with pytest.raises(ValueError, match=r"m of matrix in .* has shape \(7, 5\), the model needs \(8, 5\)"):
         source.read(Part("matrix", (8, 5), ()), Box((0, 0), (8, 5)))
+
+
+def test_file_that_rank_0_sees_later_is_waited_for(tmp_path: Path) -> None:
+    file = write_rank_file(LocalFolder(tmp_path), 1, _share(0, 1))
+    path, hidden = tmp_path / "rank-00001.safetensors", tmp_path.parent / "hidden"
+    path.rename(hidden)
+    threading.Timer(0.3, lambda: hidden.rename(path)).start()
+    commit(LocalFolder(tmp_path), [file], Contents({}, {}))
+    _assert_whole(open_checkpoint(tmp_path))
