@@ -50,7 +50,7 @@ from megatron_llm.ops.storage import open_folder
 from megatron_llm.parallel.grid import Axis, Grid
 from megatron_llm.parallel.shard import Box, Part, fill
 from megatron_llm.training.build import build_engine
-from megatron_llm.training.recovery import make_saver, start_save
+from megatron_llm.training.recovery import make_pruner, start_save
 from megatron_llm.training.step import RunState, train_step
 
 LEAST, MOST_STALL, MEBIBYTE = 0.9, 0.05, 2**20
@@ -204,7 +204,7 @@ def stall_rank(folder: str, asynchronous: bool, throttle: float, every: int) -> 
     grid = Grid.build(config.parallel, config.model.num_key_value_heads)
     engine, stream, run = build_engine(config, grid, torch.device("cpu")), build_train_stream(config), RunState()
     committed: list[int] = []
-    saver = make_saver(config, grid.world)
+    saver = Saver(grid.world, asynchronous, make_pruner(config))
 
     def answer(steps: int) -> dict[str, Any]:
         seconds, stalls, lasted, began = [], [], [], {}

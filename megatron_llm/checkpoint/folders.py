@@ -39,7 +39,7 @@ def list_checkpoints(checkpoints: str | Path | Folder) -> Iterator[Checkpoint | 
     Saves that were interrupted are left out: nothing is wrong with them.
     """
     for _, folder in _by_step(open_folder(checkpoints)):
-        if MANIFEST in folder.files():
+        if MANIFEST in folder.names():
             try:
                 yield open_checkpoint(folder)
             except ValueError as error:
@@ -55,28 +55,34 @@ def latest_checkpoint(checkpoints: str | Path | Folder) -> Checkpoint | None:
     return None
 
 
-def prune_checkpoints(checkpoints: str | Path | Folder, keep_last: int, keep_every: int = 0) -> None:
-    """Delete whole checkpoints but the newest `keep_last`, and what interrupted saves before the newest one left.
+def prune_checkpoints(newest: Folder, keep_last: int, keep_every: int = 0, known: set[str] | None = None) -> None:
+    """Of the checkpoints up to `newest`, which is whole, delete all but the last `keep_last`, and what interrupted saves left.
 
-    Those of every `keep_every`-th step stay for good (0: none). Damaged ones are neither counted nor deleted: somebody may want
-    to look at them.
+    Those of every `keep_every`-th step stay for good (0: none). Damaged ones are neither counted nor deleted, because somebody
+    may want to look at them, nor are those of later steps: the run did not go on from them, and will write them anew.
+
+    known: names that were found whole before, so that nothing is opened twice; more are added.
     """
     assert keep_last > 0
-    whole = 0
-    for step, folder in _by_step(open_folder(checkpoints)):
-        if MANIFEST not in folder.files():
-            if whole:
-                delete_checkpoint(folder)
+    known = set() if known is None else known
+    last = int(newest.name.removeprefix("step-"))
+    whole = 1
+    for step, folder in _by_step(newest.parent()):
+        if step >= last:
             continue
-        if whole >= keep_last and keep_every and step % keep_every == 0:
-            continue
-        try:
-            open_checkpoint(folder)
-        except ValueError:
-            continue
-        whole += 1
-        if whole > keep_last:
-            delete_checkpoint(folder)
+        if MANIFEST in folder.names():
+            if keep_every and step % keep_every == 0 and whole >= keep_last:
+                continue
+            if folder.name not in known:
+                try:
+                    open_checkpoint(folder)
+                except ValueError:
+                    continue
+                known.add(folder.name)
+            whole += 1
+            if whole <= keep_last:
+                continue
+        delete_checkpoint(folder)
 
 
 def find_checkpoint(path: str | Path | Folder) -> Checkpoint:
@@ -86,7 +92,7 @@ def find_checkpoint(path: str | Path | Folder) -> Checkpoint:
     """
     folder = open_folder(path)
     files = folder.names()
-    if MANIFEST in files or re.fullmatch(r"step-\d{8,}", str(folder).rsplit("/", 1)[-1]):
+    if MANIFEST in files or re.fullmatch(r"step-\d{8,}", folder.name):
         return open_checkpoint(folder)
     if not files and not (isinstance(folder, LocalFolder) and folder.path.is_dir()):
         raise ValueError(f"{path} is not a folder; expected a checkpoint, a folder of checkpoints or a run folder")

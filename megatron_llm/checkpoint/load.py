@@ -44,6 +44,11 @@ class Checkpoint:
         return self._manifest.config
 
     @property
+    def checksum(self) -> str:
+        """Of the manifest, and thereby of everything: what is the same in two checkpoints only if they are the same one."""
+        return self._manifest.checksum
+
+    @property
     def model(self) -> ModelConfig:
         """The architecture of the weights."""
         model = ModelConfig(**self.config["model"])
@@ -94,7 +99,7 @@ class Checkpoint:
         return sum(written.bytes for written in self._manifest.files.values())
 
     def damaged(self, rank: int = 0, ranks: int = 1, progress: Callable[[int], object] | None = None) -> list[str]:
-        """A sentence for each file whose content is not what was written.
+        """A sentence for each file whose content is not what was written. What cannot be read raises OSError.
 
         Every byte is read once by one of `ranks` ranks, if all of them call this: in an unchanged layout by the one that
         is about to load it.
@@ -116,8 +121,8 @@ class Checkpoint:
             path, expected = f"{self.folder}/{name}", self._manifest.files[name].checksum
             try:
                 checksum = file_checksum(self.folder.open(name), progress)
-            except (OSError, ValueError) as error:
-                problems.append(f"{path} cannot be read: {error}")
+            except (FileNotFoundError, ValueError) as error:
+                problems.append(f"{path} has vanished or become shorter: {error}")
                 continue
             if checksum != expected:
                 problems.append(f"{path} is damaged: its checksum is {checksum}, the manifest says {expected}")

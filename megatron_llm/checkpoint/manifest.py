@@ -52,7 +52,10 @@ Tensors = dict[str, dict[str, StoredTensor]]
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of a manifest, checked. `data` is what is known of the training data, to notice when they change."""
+    """The content of a manifest, checked.
+
+    `data` is what is known of the training data, to notice when they change; `checksum` that of all the rest, when it was read.
+    """
 
     run_state: dict[str, Any]
     config: dict[str, Any]
@@ -60,6 +63,7 @@ class Manifest:
     files: dict[str, WrittenFile]
     versions: dict[str, str]
     data: dict[str, Any]
+    checksum: str = ""
 
 
 def untiled(shape: tuple[int, ...], boxes: Iterable[Box]) -> str | None:
@@ -96,7 +100,7 @@ def write_manifest(folder: Folder, manifest: Manifest) -> None:
     }
     body = json.loads(json.dumps(body))  # what a reader will see: keys are strings there, so they sort as strings
     body["manifest_checksum"] = _checksum(body)
-    folder.commit(MANIFEST, json.dumps(body, indent=1).encode())
+    folder.commit(MANIFEST, json.dumps(body, separators=(",", ":")).encode())
 
 
 def read_manifest(folder: Folder) -> Manifest:
@@ -125,7 +129,7 @@ def read_manifest(folder: Folder) -> Manifest:
         tensors = {
             kind: {name: _tensor_from_json(entry) for name, entry in tensors.items()} for kind, tensors in body["tensors"].items()
         }
-        manifest = Manifest(body["run_state"], body["config"], tensors, files, body["versions"], body.get("data", {}))
+        manifest = Manifest(body["run_state"], body["config"], tensors, files, body["versions"], body.get("data", {}), expected)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
     for name in files:

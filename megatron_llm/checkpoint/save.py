@@ -16,14 +16,14 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_llm import __version__
 from megatron_llm.checkpoint.manifest import MANIFEST, Manifest, StoredBox, StoredTensor, Tensors, untiled, write_manifest
+from megatron_llm.checkpoint.work import gather, gather_to_first
 from megatron_llm.ops.safetensors import Entry, TensorInfo, WrittenFile, dtype_name, write_bytes, write_safetensors
 from megatron_llm.ops.storage import Folder, open_folder
 from megatron_llm.parallel.grid import Axis
@@ -96,11 +96,12 @@ def save_checkpoint(folder: str | Path | Folder, tensors: Iterable[TensorToSave]
     folder = open_folder(folder)
     on_all(world, folder, lambda: prepare(folder, contents) if world.first else None)
     mine = on_all(world, folder, lambda: write_rank_file(folder, world.rank, tensors))
-    on_all(world, folder, lambda: commit(folder, mine, contents) if world.first else None)
+    files = gather_to_first(mine, world)
+    on_all(world, folder, lambda: commit(folder, files, contents) if world.first else None)
 
 
-def on_all(world: Axis, folder: Folder, work: Callable[[], T]) -> list[T]:
-    """Every rank's result of `work`, in rank order; if it raises anywhere, all ranks raise SaveError."""
+def on_all(world: Axis, folder: Folder, work: Callable[[], T]) -> T:
+    """This rank's result of `work`; if it raises anywhere, all ranks raise SaveError. Collective."""
     result: T | None = None
     error: str | None = None
     cause: Exception | None = None
@@ -108,14 +109,10 @@ def on_all(world: Axis, folder: Folder, work: Callable[[], T]) -> list[T]:
         result = work()
     except Exception as caught:  # whatever it is, the other ranks wait for this one's answer
         error, cause = f"{type(caught).__name__}: {caught}", caught
-    answers: list[Any] = [(result, error)]
-    if world.size > 1:
-        answers = [None] * world.size
-        dist.all_gather_object(answers, (result, error), group=world.group)
-    problems = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(answers) if error is not None]
+    problems = [f"rank {rank}: {error}" for rank, error in enumerate(gather(error, world)) if error is not None]
     if problems:
         raise SaveError(f"checkpoint {folder} was not written: " + "; ".join(problems)) from cause
-    return [result for result, _ in answers]
+    return cast(T, result)
 
 
 def prepare(folder: Folder, contents: Contents) -> None:

@@ -13,23 +13,21 @@ disagree about how far a save is, NCCL sees no second thread, and an error on on
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
-from concurrent.futures import wait as wait_for_futures
+from contextlib import suppress
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from megatron_llm.checkpoint.save import Contents, RankFile, TensorToSave, commit, on_all, prepare, write_rank_file
+from megatron_llm.checkpoint.work import Work, gather_to_first
 from megatron_llm.ops.storage import Folder
 from megatron_llm.parallel.grid import Axis
 
 logger = logging.getLogger("megatron_llm")
 _ALIGNMENT = 64
-_LOOK_SECONDS = 1.0
 
 
 class Saver:
@@ -37,7 +35,7 @@ class Saver:
 
     Args:
         asynchronous: copy and go on; otherwise a save is committed when `start` returns.
-        committed: called on rank 0 with the folder's parent after each commit, in the thread that committed.
+        committed: called on rank 0 with the folder after each commit, in the thread that committed.
         alive: called often while training waits for a save that makes headway.
     """
 
@@ -46,11 +44,9 @@ class Saver:
     ):
         self._world, self._asynchronous, self._committed, self._alive = world, asynchronous, committed, alive
         self._stage: Literal["idle", "writing", "committing"] = "idle"
-        self._work: Future[Any] = Future()
+        self._work: Work | None = None
         self._staging = Staging()
         self._stall = 0.0
-        self._abandoned = False
-        self._headway = 0  # bytes written; read by another thread
 
     @property
     def busy(self) -> bool:
@@ -60,7 +56,7 @@ class Saver:
     @property
     def ready(self) -> bool:
         """Whether this rank has done its part of the stage that a save is in."""
-        return self.busy and self._work.done()
+        return self.busy and self._work is not None and self._work.done
 
     def start(self, folder: Folder, tensors: Iterable[TensorToSave], contents: Contents, wait: bool = False) -> None:
         """Begin to save, when the save before has been committed. Collective.
@@ -74,14 +70,19 @@ class Saver:
         self._folder, self._contents, self._started = folder, contents, start
         on_all(self._world, folder, lambda: prepare(folder, contents) if self._world.first else None)
         behind = self._asynchronous and not wait
-        self._stage = "writing"
+        mine = list(tensors)
+        error: Exception | None = None
         try:
-            mine = self._staging.copy(list(tensors)) if behind else list(tensors)
-        except Exception as error:  # no memory: the other ranks learn of it when they ask for the result
-            self._work = Future()
-            self._work.set_exception(error)
-        else:
-            self._begin(lambda: write_rank_file(folder, self._world.rank, mine, self._progress))
+            mine = self._staging.copy(mine) if behind else mine
+        except Exception as caught:  # no memory: all ranks learn of it when they ask what came of the writing
+            error = caught
+
+        def write(progress: Callable[[int], None]) -> RankFile | None:
+            if error is not None:
+                raise error
+            return write_rank_file(folder, self._world.rank, mine, progress)
+
+        self._stage, self._work = "writing", Work(write)
         self._stall += time.perf_counter() - start
         if not behind:
             self.finish()
@@ -89,66 +90,41 @@ class Saver:
     def advance(self) -> None:
         """Go on to the next stage when all ranks are `ready`. Collective; raises SaveError."""
         start = time.perf_counter()
-        results = on_all(self._world, self._folder, self._work.result)
+        assert self._work is not None
+        mine = on_all(self._world, self._folder, self._work.result)
         if self._stage == "writing":
-            self._stage = "committing"
-            self._begin(lambda: self._commit(results) if self._world.first else None)
+            files = gather_to_first(mine, self._world)
+            self._stage, self._work = "committing", Work(lambda progress: self._commit(files, progress))
         else:
-            self._stage = "idle"
+            self._stage, self._work = "idle", None
         self._stall += time.perf_counter() - start
 
     def finish(self) -> None:
         """Return when no save is under way any more. Collective; raises SaveError."""
-        while self.busy:
+        while self._work is not None:
             start = time.perf_counter()
-            self._wait_for_all()
+            self._work.wait_for_all(self._world, self._alive)
             self._stall += time.perf_counter() - start
             self.advance()
 
     def abandon(self) -> None:
         """Let a save that cannot be committed any more end soon; what it wrote is no checkpoint."""
-        self._abandoned = True
+        if self._work is not None:
+            self._work.abandon()
 
     def stall_seconds(self) -> float:
         """Seconds that training stood still for saves, since the last call."""
         stall, self._stall = self._stall, 0.0
         return stall
 
-    def _begin(self, work: Callable[[], Any]) -> None:
-        """Do `work` in a thread, which does not keep the process from ending."""
-        future: Future[Any] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(work())
-            except BaseException as error:
-                future.set_exception(error)
-
-        self._work = future
-        threading.Thread(target=run, name="checkpoint", daemon=True).start()
-
-    def _wait_for_all(self) -> None:
-        """Return when all ranks are `ready`. They tell each other again and again, as none may wait for a message for long."""
-        before: list[tuple[bool, int]] = []
-        while True:
-            wait_for_futures([self._work], timeout=_LOOK_SECONDS)
-            now = on_all(self._world, self._folder, lambda: (self.ready, self._headway))
-            if all(ready for ready, _ in now):
-                return
-            if now != before:
-                self._alive()
-            before = now
-
-    def _progress(self, count: int) -> None:
-        self._headway += count
-        if self._abandoned:
-            raise RuntimeError("the run has ended")
-
-    def _commit(self, files: list[RankFile | None]) -> None:
+    def _commit(self, files: list[RankFile | None], progress: Callable[[int], None]) -> None:
+        if not self._world.first:
+            return
         commit(self._folder, files, self._contents)
+        progress(0)
         size = sum(file.written.bytes for file in files if file)
         logger.info("saved %s: %.3f GB in %.1f s", self._folder, size / 1e9, time.perf_counter() - self._started)
-        self._committed(self._folder.parent())
+        self._committed(self._folder)
 
 
 class Staging:
@@ -166,7 +142,7 @@ class Staging:
             end += -(-item.tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
         device = next((item.tensor.device for item in tensors if item.tensor.is_cuda), None)
         if self._buffer.numel() < end:
-            self._grow(end, locked=device is not None)
+            self._grow(end, device)
         copies = []
         for item, offset in zip(tensors, offsets, strict=True):
             flat = self._buffer[offset : offset + item.tensor.nbytes].view(item.tensor.dtype)
@@ -175,13 +151,18 @@ class Staging:
             torch.cuda.current_stream(device).synchronize()
         return copies
 
-    def _grow(self, size: int, locked: bool) -> None:
+    def _grow(self, size: int, device: torch.device | None) -> None:
+        """Get a larger buffer; page-locked, and of exactly this size: torch's own allocator would take a power of two."""
         if self._locked:
             torch.cuda.cudart().cudaHostUnregister(self._buffer.data_ptr())
+            self._locked = False
         self._buffer = torch.empty(0, dtype=torch.uint8)  # gone before the larger one is there
         self._buffer = torch.empty(size, dtype=torch.uint8)
-        if locked:  # of exactly this size: torch's own allocator of such memory rounds up to a power of two
-            error = torch.cuda.cudart().cudaHostRegister(self._buffer.data_ptr(), size, 0)
-            self._locked = int(error) == 0
-            if not self._locked:  # copies are right without, and slower
-                logger.warning("%.1f GB of host memory for checkpoints could not be page-locked (%s)", size / 1e9, error)
+        if device is None:
+            return
+        error = torch.cuda.cudart().cudaHostRegister(self._buffer.data_ptr(), size, 0)
+        self._locked = int(error) == 0
+        if not self._locked:
+            with suppress(RuntimeError):  # or the next kernel would be blamed for it
+                torch.zeros(1, device=device)
+            logger.warning("%.1f GB of host memory for checkpoints could not be page-locked (%s)", size / 1e9, error)

@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--ema", action="store_true", help="the average of the weights that optimizer.ema_decay kept")
     parser.add_argument("--shard-size", type=parse_size, default="5GB", metavar="SIZE", help="largest file (default: 5GB)")
+    parser.add_argument("--no-verify", action="store_true", help="do not compare the checkpoint's checksums first")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.add_argument(
         "--make-vocab-size-divisible-by",
@@ -49,11 +50,16 @@ def parse_size(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Export and say what was written. Raises ValueError if there is no whole checkpoint or the output is in the way."""
+    from tqdm import tqdm
+
     from megatron_llm.checkpoint import find_checkpoint
     from megatron_llm.exchange import export_megatron
     from megatron_llm.hf import export_hf
 
     checkpoint = find_checkpoint(args.checkpoint)
+    if not args.no_verify:
+        with tqdm(total=checkpoint.nbytes, desc="Verifying", unit="B", unit_scale=True, delay=2) as bar:
+            checkpoint.verify(bar.update)
     if args.ema and "ema" not in checkpoint.kinds:
         raise ValueError(
             f"{checkpoint.folder} has no average of the weights: it was trained without optimizer.ema_decay; leave out --ema"

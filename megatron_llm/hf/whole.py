@@ -27,13 +27,15 @@ def whole_folder(output: str | Path, overwrite: bool, what: str, foreign: Callab
     if "://" in str(output):
         raise ValueError(f"{output}: what this command writes is a local folder; copy it to where it belongs")
     output = Path(output).absolute()
+    old = output.with_name(f".{output.name}.old")
+    if old.exists() and not output.exists():  # a command was killed between its two renames
+        old.rename(output)
     _check_output(output, overwrite, what, foreign)
     partial_folder = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial_folder, ignore_errors=True)  # of a command that was interrupted
     partial_folder.mkdir(parents=True)
     try:
         yield partial_folder
-        old = output.with_name(f".{output.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         if output.exists():
             output.rename(old)

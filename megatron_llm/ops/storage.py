@@ -10,6 +10,7 @@ fsspec and its file systems are imported when a remote folder is opened. Called 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 from abc import ABC, abstractmethod
@@ -20,6 +21,9 @@ from typing import Any, Protocol
 
 BLOCK_BYTES = 1 << 24
 """What is read or written at once where the size is ours to choose: large for a request, small beside a tensor."""
+
+
+_SYNC_BYTES = 1 << 28
 
 
 class Sink(Protocol):
@@ -64,6 +68,11 @@ class ReadFile(ABC):
 
 class Folder(ABC):
     """A folder, which need not exist yet. `str()` gives what a user calls it."""
+
+    @property
+    def name(self) -> str:
+        """The last part of what a user calls it."""
+        return str(self).rsplit("/", 1)[-1]
 
     @abstractmethod
     def child(self, name: str) -> Folder:
@@ -118,11 +127,13 @@ def open_folder(place: str | Path | Folder) -> Folder:
     """
     if isinstance(place, Folder):
         return place
-    if "://" not in str(place):
+    protocol, url, path = str(place).partition("://")
+    if not url:
         return LocalFolder(Path(place))
+    if protocol in ("file", "local"):
+        return LocalFolder(Path(path))
     import fsspec
 
-    protocol = str(place).split("://", 1)[0]
     try:
         # Listings change while a run saves, and other nodes change them.
         fs, path = fsspec.url_to_fs(str(place), use_listings_cache=False, skip_instance_cache=True)
@@ -137,11 +148,16 @@ class _LocalSink:
     def __init__(self, path: Path):
         self.path = str(path)
         self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        self._unsynced = 0
 
     def write(self, data: bytes | memoryview) -> None:
         rest = memoryview(data)
+        self._unsynced += len(rest)
         while rest:
             rest = rest[os.write(self.descriptor, rest[: 1 << 30]) :]
+        if self._unsynced >= _SYNC_BYTES:  # a single fsync of a hundred gigabytes looks like a hang
+            os.fsync(self.descriptor)
+            self._unsynced = 0
 
 
 class _LocalFile(ReadFile):
@@ -183,8 +199,12 @@ class LocalFolder(Folder):
         return sorted(os.listdir(self.path)) if self.path.is_dir() else []
 
     def files(self) -> dict[str, int]:
-        found = (Path(folder, name) for folder, _, names in os.walk(self.path) for name in names)
-        return {str(path.relative_to(self.path)): path.stat().st_size for path in found}
+        found = {}
+        for folder, _, names in os.walk(self.path):
+            for path in (Path(folder, name) for name in names):
+                with contextlib.suppress(FileNotFoundError):  # it has been deleted since
+                    found[str(path.relative_to(self.path))] = path.stat().st_size
+        return found
 
     def open(self, name: str) -> ReadFile:
         return _LocalFile(self.path / name)
@@ -311,5 +331,8 @@ def sync_folder(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync no folders
+            raise
     finally:
         os.close(descriptor)

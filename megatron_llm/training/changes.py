@@ -84,6 +84,8 @@ def find_changes(saved: Config, saved_data: dict[str, Any], config: Config, data
             kind = "decides_numbers"
         if fnmatchcase(name, "data.train.*.path") and saved_data and data:
             kind = "free"  # what is in the files is compared
+        if name == "logging.run_dir" and config.checkpoint.path is not None:
+            kind = "decides_numbers"  # two run folders must not share one place by mistake: no lock keeps them apart
         getattr(found, kind).append(f"{name}: {old} -> {new}")
     return found
 

@@ -37,12 +37,17 @@ def restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
+def may_restart() -> bool:
+    """Whether torchrun starts ranks anew that fail."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+
+
 def exit_code_of_stopped_run() -> int:
     """75, or 0 under `torchrun --max-restarts`, which would start ranks anew that end with anything else.
 
     Each node's agent counts its restarts by itself, so whether some are left does not matter: all ranks must say the same.
     """
-    return 0 if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0 else EXIT_STOPPED
+    return 0 if may_restart() else EXIT_STOPPED
 
 
 def launched_at() -> float:

@@ -28,6 +28,7 @@ from megatron_llm.training.distributed import (
     exit_code_of_stopped_run,
     launched_at,
     launched_rank,
+    may_restart,
     pick_device,
     process_group,
     restarts,
@@ -36,7 +37,16 @@ from megatron_llm.training.hang_watch import HangWatch
 from megatron_llm.training.metrics import Metrics, setup_logging
 from megatron_llm.training.nonfinite import end_if_hopeless
 from megatron_llm.training.progress import Progress
-from megatron_llm.training.recovery import changes_since, check_source, find_resume, load_run, make_saver, start_save, verified
+from megatron_llm.training.recovery import (
+    changes_since,
+    check_source,
+    choose_checkpoint,
+    find_resume,
+    load_run,
+    make_pruner,
+    probe_checkpoints,
+    start_save,
+)
 from megatron_llm.training.replicas import check_replicas
 from megatron_llm.training.resolve import ResolvedRun
 from megatron_llm.training.rollback import find_spike, go_back, ranges, remember_loss
@@ -90,34 +100,39 @@ def train(resolved: ResolvedRun, allow_change: bool = False) -> int:
 
     allow_change: go on although settings that decide the numbers are not those of the checkpoint.
     """
-    if restarts():
-        resolved = replace(resolved, config=first_start_only(resolved.config, launched_at()))
-    config = resolved.config
+    config = first_start_only(resolved.config, launched_at()) if may_restart() else resolved.config
     setup_logging(launched_rank())
-    # Whatever a user can still mend is checked before ranks wait for each other.
     device = pick_device(config.device)
-    checkpoint = find_resume(config, allow_change)
-    fresh_assets = {} if checkpoint else resolved.assets()
-    with (
-        RunFolder(config, launched_rank(), restarts() > 0) as folder,
-        process_group(device, config.parallel.timeout_seconds),
-        # Not earlier: a rank that waits for one that failed must end when the launcher says so.
-        StopRequest(*time_limit(config.training.max_minutes, launched_at()), folder.fail) as stop,
-    ):
-        run = _begin(resolved, checkpoint, fresh_assets, device, folder, stop)
-        with HangWatch(config.training.hang_timeout, folder, lambda: run.state.step) as run.watch:
-            run.engine.runtime.after_action = run.watch.progress
-            stopped = _steps_and_saves(run)
-        if stopped:
-            run.report("stopped", step=run.state.step, reason=stop.reason)
-        else:
-            run.report("done", step=run.state.step)
+    with RunFolder(config, launched_rank(), restarts() > 0) as folder:
+        # Whatever a user can still mend is checked before ranks wait for each other.
+        fresh_assets = {} if find_resume(config, allow_change) else resolved.assets()
+        probe_checkpoints(config)
+        with (
+            process_group(device, config.parallel.timeout_seconds),
+            # Not earlier: a rank that waits for one that failed must end when the launcher says so.
+            StopRequest(*time_limit(config.training.max_minutes, launched_at()), folder.fail) as stop,
+        ):
+            check_same_config(resolved.config)
+            run = _begin(replace(resolved, config=config), allow_change, fresh_assets, device, folder, stop)
+            stopped = _train(run)
     return exit_code_of_stopped_run() if stopped else 0
+
+
+def _train(run: Run) -> bool:
+    """All steps, and the report of how they ended. Returns whether the run was stopped."""
+    with HangWatch(run.config.training.hang_timeout, run.folder, lambda: run.state.step) as run.watch:
+        run.engine.runtime.after_action = run.watch.progress
+        stopped = _steps_and_saves(run)
+    if stopped:
+        run.report("stopped", step=run.state.step, reason=run.stop.reason)
+    else:
+        run.report("done", step=run.state.step)
+    return stopped
 
 
 def _begin(
     resolved: ResolvedRun,
-    checkpoint: Checkpoint | None,
+    allow_change: bool,
     fresh_assets: dict[str, bytes],
     device: torch.device,
     folder: RunFolder,
@@ -125,11 +140,11 @@ def _begin(
 ) -> Run:
     """Everything up to the first step: agree, verify, assemble, load, and say so. Collective."""
     config = resolved.config
-    check_same_config(config)
     grid = Grid.build(config.parallel, config.model.num_key_value_heads)
-    checkpoint = verified(checkpoint, config, grid.world, Progress("verifying the checkpoint"))
+    verifying, prune = Progress("verifying the checkpoint"), make_pruner(config)
+    checkpoint = choose_checkpoint(lambda damaged: find_resume(config, allow_change, damaged), config, grid.world, verifying)
     if checkpoint is None and isinstance(resolved.source, Checkpoint):
-        check_source(resolved.source, config, grid.world, Progress("verifying the checkpoint"))
+        check_source(resolved.source, config, grid.world, verifying)
     weights = checkpoint.source("weights") if checkpoint else resolved.weights()
     engine = build_engine(config, grid, device, weights, Progress("loading weights"))
     state = load_run(engine, checkpoint, Progress("loading the optimizer")) if checkpoint else RunState()
@@ -143,17 +158,21 @@ def _begin(
         data=describe_data(config),
         metrics=Metrics(config, grid.world.size, device, state.step) if grid.world.first else None,
         stop=stop,
-        saver=make_saver(config, grid.world, lambda: run.watch.progress()),
+        saver=Saver(grid.world, config.checkpoint.asynchronous, prune, lambda: run.watch.progress()),
         saved_step=state.step if checkpoint else None,
         folder=folder,
         changes=changes.decides_numbers,
     )
-    _announce(run, resolved.notes, checkpoint, changes.free)
+    if grid.world.first:
+        folder.write_config(config)
+        if checkpoint:
+            prune(checkpoint.folder)  # what was interrupted
+    _announce(run, resolved, checkpoint, changes.free)
     run.report("running")
     return run
 
 
-def _announce(run: Run, notes: tuple[str, ...], resumed: Checkpoint | None, changes: list[str]) -> None:
+def _announce(run: Run, resolved: ResolvedRun, resumed: Checkpoint | None, changes: list[str]) -> None:
     """Say what is about to be trained, and how that differs from what the checkpoint was trained for.
 
     changes: those that decide no numbers.
@@ -174,8 +193,10 @@ def _announce(run: Run, notes: tuple[str, ...], resumed: Checkpoint | None, chan
         )
     for line in run.train_stream.summary:
         logger.info("data: %s", line)
-    for line in notes:
+    for line in resolved.notes:
         logger.warning(line)
+    if not resumed and isinstance(resolved.source, Checkpoint):
+        logger.info("starting from the weights of %s", resolved.source.folder)
     if resumed:
         logger.info("continuing from %s", resumed.folder)
         for change in changes:

@@ -18,11 +18,11 @@ class Progress:
 
     def __init__(self, what: str, alive: Callable[[], object] = lambda: None):
         """alive: called each time."""
-        self.what, self._alive = what, alive
+        self.what, self.alive = what, alive
         self._started = self._said = time.monotonic()
 
     def __call__(self, part: float) -> None:
-        self._alive()
+        self.alive()
         now = time.monotonic()
         if now - self._said < _SECONDS or part <= 0:
             return

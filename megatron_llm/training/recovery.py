@@ -8,37 +8,49 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_llm.checkpoint.folders import checkpoint_folder, list_checkpoints, prune_checkpoints
-from megatron_llm.checkpoint.load import Checkpoint
+from megatron_llm.checkpoint.load import Checkpoint, open_checkpoint
 from megatron_llm.checkpoint.save import Contents, TensorToSave
 from megatron_llm.checkpoint.saver import Saver
+from megatron_llm.checkpoint.work import Work
 from megatron_llm.config import Config, ConfigError, parse_config
 from megatron_llm.data.stream import describe_data
-from megatron_llm.ops.storage import Folder, open_folder
+from megatron_llm.ops.storage import Folder
 from megatron_llm.parallel.grid import Axis
 from megatron_llm.parallel.shard import Box, Part
 from megatron_llm.training.agreement import AgreedError, all_gather_objects
 from megatron_llm.training.build import Engine
 from megatron_llm.training.changes import Changes, find_changes
 from megatron_llm.training.distributed import launched_rank
+from megatron_llm.training.progress import Progress
+from megatron_llm.training.run_folder import checkpoints_folder
 from megatron_llm.training.step import RunState
 
 logger = logging.getLogger("megatron_llm")
 
 
-def checkpoints_folder(config: Config) -> Folder:
-    """Where the checkpoints of a run lie. Raises ValueError for a URL that cannot be used."""
-    return open_folder(config.checkpoint.path or Path(config.logging.run_dir) / "checkpoints")
+def probe_checkpoints(config: Config) -> None:
+    """Find out before training whether this rank can write where checkpoints go. Raises ValueError naming the place."""
+    place, name = checkpoints_folder(config), f".probe-{launched_rank():05d}"
+    try:
+        place.make()
+        with place.create(name):
+            pass
+        place.remove(name)
+    except Exception as error:  # file systems have errors of their own
+        key = "logging.run_dir" if config.checkpoint.path is None else "checkpoint.path"
+        raise ValueError(f"{key}: no checkpoint can be written to {place}: {type(error).__name__}: {error}") from error
 
 
-def find_resume(config: Config, allow_change: bool = False) -> Checkpoint | None:
+def find_resume(config: Config, allow_change: bool = False, damaged: Mapping[str, str] | None = None) -> Checkpoint | None:
     """The checkpoint to continue from, if the config says so and there is one; its content has not been read yet.
+
+    damaged: see `newest_checkpoint`.
 
     Raises ConfigError if all that were saved are damaged, or with `resume: strict` the newest; if the checkpoint belongs to
     another model, or to rows of another length, by which data order is counted; or if a changed setting would make it another
@@ -46,7 +58,7 @@ def find_resume(config: Config, allow_change: bool = False) -> Checkpoint | None
     """
     if config.checkpoint.resume == "never":
         return None
-    checkpoint = newest_checkpoint(config, {})
+    checkpoint = newest_checkpoint(config, damaged or {})
     if checkpoint is not None:
         refuse_changes(changes_since(checkpoint, config), checkpoint, allow_change)
     return checkpoint
@@ -74,15 +86,26 @@ def newest_checkpoint(config: Config, damaged: Mapping[str, str]) -> Checkpoint 
             )
     if problems:
         raise ConfigError(
-            [f"{problem}" for problem in problems]
-            + [f"no checkpoint in {place} is whole: restore one, or start anew with checkpoint.resume=never"]
+            [*problems, f"no checkpoint in {place} is whole: restore one, or start anew with checkpoint.resume=never"]
         )
     return None
 
 
 def changes_since(checkpoint: Checkpoint, config: Config) -> Changes:
-    """What a run that goes on from a checkpoint changes."""
-    saved = parse_config(checkpoint.config)  # with the defaults of settings that are younger
+    """What a run that goes on from a checkpoint changes. Raises ConfigError if no run has saved it that this version knows."""
+    if "training" not in checkpoint.config:
+        raise ConfigError(
+            [
+                f"{checkpoint.folder} holds weights only, no run that could go on: start from it with model.checkpoint, and keep "
+                "it out of the checkpoints of the new run"
+            ]
+        )
+    try:
+        saved = parse_config(checkpoint.config)  # with the defaults of settings that are younger
+    except ConfigError as error:
+        raise ConfigError(
+            [f"{checkpoint.folder}, written by {checkpoint.versions}: {problem}" for problem in error.problems]
+        ) from error
     return find_changes(saved, checkpoint.data, config, describe_data(config))
 
 
@@ -103,60 +126,100 @@ def refuse_changes(changes: Changes, checkpoint: Checkpoint, allow_change: bool)
         raise ConfigError(problems)
 
 
-def verified(
-    checkpoint: Checkpoint | None, config: Config, world: Axis, progress: Callable[[float], object]
+def choose_checkpoint(
+    choose: Callable[[Mapping[str, str]], Checkpoint | None], config: Config, world: Axis, progress: Progress
 ) -> Checkpoint | None:
-    """The checkpoint to continue from, on which all ranks agree and whose every byte is what was written. Collective.
+    """The checkpoint that rank 0 chooses, on all ranks, when each of its bytes is what was written. Collective.
 
-    A damaged one is passed over, or ends the run (see `newest_checkpoint`); then AgreedError is raised on all ranks.
-    progress: told which part of the reading is done, which ranks share.
+    Ranks that looked for themselves might see different ones: a folder that not all share, or whose listing is stale.
+
+    choose: gets those that were found damaged, folder -> what is wrong. Raises AgreedError on all ranks if that raises
+    ValueError, or if the checkpoint is another one on some rank.
     """
     damaged: dict[str, str] = {}
-    while checkpoint_damage := _agreed_damage(checkpoint, config, world, progress):
-        assert checkpoint is not None
-        damaged[str(checkpoint.folder)] = checkpoint_damage
+    while True:
+        checkpoint = _as_first_chose(lambda: choose(damaged), world)
+        if checkpoint is None:
+            return None
+        damage = find_damage(checkpoint, config, world, progress)
+        if not damage:
+            return checkpoint
+        damaged[str(checkpoint.folder)] = damage
+
+
+def _as_first_chose(choose: Callable[[], Checkpoint | None], world: Axis) -> Checkpoint | None:
+    chosen: Checkpoint | None = None
+    said: tuple[str, ...] = ()
+    if world.first:
         try:
-            checkpoint = newest_checkpoint(config, damaged)
-        except ConfigError as error:
-            raise AgreedError(str(error)) from error
-    return checkpoint
-
-
-def check_source(source: Checkpoint, config: Config, world: Axis, progress: Callable[[float], object]) -> None:
-    """Raise AgreedError on all ranks unless all are about to start from the same, undamaged checkpoint. Collective."""
-    if damage := _agreed_damage(source, config, world, progress):
-        raise AgreedError(f"model.checkpoint: {damage}. Restore it, or start from another")
-
-
-def _agreed_damage(checkpoint: Checkpoint | None, config: Config, world: Axis, progress: Callable[[float], object]) -> str:
-    """What is wrong with the content of a checkpoint that all ranks have found; "" if nothing is, or nobody wants to know."""
-    check_agreement(checkpoint, world)
-    if checkpoint is None or not config.checkpoint.verify:
-        return ""
-    done, total = 0, max(1, checkpoint.nbytes // world.size)
-
-    def count(size: int) -> None:
-        nonlocal done
-        done += size
-        progress(min(1.0, done / total))
-
-    mine = checkpoint.damaged(world.rank, world.size, count)
-    return "; ".join(problem for of_rank in all_gather_objects(mine, world) for problem in of_rank)
+            chosen = choose()
+            said = (str(chosen.folder), chosen.checksum) if chosen else ()
+        except ValueError as error:
+            said = (str(error),)
+    said = all_gather_objects(said, world)[0]
+    if len(said) == 1:
+        raise AgreedError(said[0])
+    if said and not world.first:
+        try:
+            chosen = open_checkpoint(said[0])
+        except ValueError:
+            chosen = None
+    check_agreement(chosen, world)
+    return chosen
 
 
 def check_agreement(checkpoint: Checkpoint | None, world: Axis) -> None:
-    """Raise AgreedError on all ranks unless all are about to continue from the same step. Collective.
-
-    Each rank has looked for itself. Without a shared folder, or with one whose listing is stale on some node, the weights
-    of different steps would train on together and nothing would say so.
-    """
-    steps: list[int | None] = all_gather_objects(checkpoint.step if checkpoint else None, world)
-    if len(set(steps)) > 1:
-        found = (f"rank {steps.index(step)} {'none' if step is None else f'step {step}'}" for step in dict.fromkeys(steps))
+    """Raise AgreedError on all ranks unless all have opened the same checkpoint, or none. Collective."""
+    found = all_gather_objects((checkpoint.step, checkpoint.checksum) if checkpoint else None, world)
+    if len(set(found)) > 1:
+        names = {one: "none" if one is None else f"step {one[0]} ({one[1][:8]})" for one in found}
+        said = ", ".join(f"rank {found.index(one)} {name}" for one, name in names.items())
         raise AgreedError(
-            f"ranks see different checkpoints to continue from: {', '.join(found)}; they must be in a folder that all "
-            "nodes share (logging.run_dir, or checkpoint.path). If it is one, its listing was stale on some node: start again"
+            f"ranks see different checkpoints to start from: {said}; they must be in a folder that all nodes share "
+            "(logging.run_dir, checkpoint.path, model.checkpoint). If it is one, its listing was stale on some node: start again"
         )
+
+
+def find_damage(checkpoint: Checkpoint, config: Config, world: Axis, progress: Progress) -> str:
+    """What is wrong with the content of a checkpoint; "" if nothing is, or nobody wants to know. Collective.
+
+    Ranks share the reading. Raises AgreedError if something cannot be read on some rank: that is not yet a damage.
+    """
+    if not config.checkpoint.verify:
+        return ""
+    total = max(1, checkpoint.nbytes // world.size)
+
+    def read(count: Callable[[int], None]) -> tuple[list[str], str]:
+        done = 0
+
+        def report(size: int) -> None:
+            nonlocal done
+            count(size)
+            done += size
+            progress(min(1.0, done / total))
+
+        try:
+            return checkpoint.damaged(world.rank, world.size, report), ""
+        except Exception as error:  # file systems have errors of their own
+            return [], f"{type(error).__name__}: {error}"
+
+    work = Work(read)
+    work.wait_for_all(world, progress.alive)
+    results = all_gather_objects(work.result(), world)
+    unreadable = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(results) if error]
+    if unreadable:
+        raise AgreedError(
+            f"{checkpoint.folder} cannot be read ({'; '.join(unreadable)}): start again, and if that does not help, delete its "
+            "folder to go on from the checkpoint before"
+        )
+    return "; ".join(problem for problems, _ in results for problem in problems)
+
+
+def check_source(source: Checkpoint, config: Config, world: Axis, progress: Progress) -> None:
+    """Raise AgreedError on all ranks unless all are about to start from the same, undamaged checkpoint. Collective."""
+    check_agreement(source, world)
+    if damage := find_damage(source, config, world, progress):
+        raise AgreedError(f"model.checkpoint: {damage}. Restore it, or start from another")
 
 
 def load_run(engine: Engine, checkpoint: Checkpoint, progress: Callable[[float], object] = lambda _: None) -> RunState:
@@ -182,7 +245,12 @@ def load_run(engine: Engine, checkpoint: Checkpoint, progress: Callable[[float],
             reason = f"are of {saved_by}" if kind in checkpoint.kinds else "are not there"
             start = "from the weights" if average else "at zero"
             logger.warning("%r in %s %s: those of %s start %s", kind, checkpoint.folder, reason, name, start)
-    return RunState(**checkpoint.run_state)
+    try:
+        return RunState(**checkpoint.run_state)
+    except TypeError as error:
+        raise ValueError(
+            f"{checkpoint.folder}, written by {checkpoint.versions}, has a state of another kind: {error}"
+        ) from error
 
 
 class _Zeros:
@@ -204,17 +272,17 @@ class _Moments:
         return torch.zeros_like(self._frozen.read(part, box))  # a name that is nowhere is an error
 
 
-def make_saver(config: Config, world: Axis, alive: Callable[[], None] = lambda: None) -> Saver:
-    """What saves the run of a config. alive: called while training waits for a save that makes headway."""
-    settings = config.checkpoint
+def make_pruner(config: Config) -> Callable[[Folder], None]:
+    """What deletes old checkpoints when the one in a folder has been committed, or is gone on from."""
+    settings, known = config.checkpoint, set[str]()
 
-    def prune(checkpoints: Folder) -> None:
+    def prune(newest: Folder) -> None:
         try:
-            prune_checkpoints(checkpoints, settings.keep_last, settings.keep_every)
-        except OSError as error:  # the new checkpoint is whole; that an old one stays is no reason to end the run
-            logger.warning("could not delete old checkpoints in %s: %s", checkpoints, error)
+            prune_checkpoints(newest, settings.keep_last, settings.keep_every, known)
+        except Exception as error:  # the new checkpoint is whole; that an old one stays is no reason to end the run
+            logger.warning("could not delete old checkpoints in %s: %s: %s", newest.parent(), type(error).__name__, error)
 
-    return Saver(world, settings.asynchronous, prune, alive)
+    return prune
 
 
 def start_save(

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from megatron_llm.checkpoint.folders import find_checkpoint
+from megatron_llm.checkpoint.folders import find_checkpoint, latest_checkpoint
 from megatron_llm.checkpoint.load import Checkpoint
-from megatron_llm.config import Config, ConfigError, LrScheduleConfig, ModelConfig, parse_config, read_raw_config
+from megatron_llm.config import Config, ConfigError, LoggingConfig, LrScheduleConfig, ModelConfig, parse_config, read_raw_config
 from megatron_llm.data.stream import build_train_stream, check_data, steps_of_epochs
 from megatron_llm.data.tokenizer import fingerprint
 from megatron_llm.hf.assets import collect_assets, with_tokenizer
@@ -26,6 +26,7 @@ from megatron_llm.optim.rules import rule_problems
 from megatron_llm.parallel.shard import TensorSource
 from megatron_llm.pipeline.schedules import placement
 from megatron_llm.planning.compare import GIB, Assumptions, choose
+from megatron_llm.training.run_folder import checkpoints_folder
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def resolve(path: str | Path, overrides: list[str] | None, world_size: int) -> R
     problems += _rule_problems(run.config) + check_data(run.config)
     if isinstance(run.source, HFFolder):
         problems += run.source.problems(run.config.model)
+    problems += _source_problems(run)
     if not problems and run.config.training.steps == -1:
         run, problems = _plan_steps(run)
     if not problems and run.config.optimizer.lr == "auto":
@@ -81,6 +83,19 @@ def resolve(path: str | Path, overrides: list[str] | None, world_size: int) -> R
         raise ConfigError(problems)
     run = choose_schedule(run, world_size)
     return dataclasses.replace(run, notes=(*run.notes, *_without_effect(run.config.lr_schedule), *_spike_notes(run.config)))
+
+
+def _source_problems(run: ResolvedRun) -> list[str]:
+    """A source that the run would move away before it reads it."""
+    checkpoints = str(checkpoints_folder(run.config))
+    if not isinstance(run.source, Checkpoint) or run.config.checkpoint.resume != "never":
+        return []
+    if not str(run.source.folder).startswith(f"{checkpoints}/"):
+        return []
+    return [
+        f"model.checkpoint: {run.source.folder} is one of the run's own, which checkpoint.resume=never moves aside; choose "
+        "another logging.run_dir"
+    ]
 
 
 def choose_schedule(run: ResolvedRun, world_size: int, assumed: Assumptions = Assumptions()) -> ResolvedRun:
@@ -145,14 +160,25 @@ def _complete_model(raw: dict[str, Any]) -> HFFolder | Checkpoint | None:
     if more:
         raise ConfigError([f"model.hf: {place} and model.checkpoint: {section['checkpoint']} both give weights; remove one"])
     if not isinstance(place, str):
-        raise ConfigError([f"model.{key}: must be the path of a folder, got {place!r}"])
+        what = "Hugging Face folder" if key == "hf" else "checkpoint or run folder"
+        raise ConfigError([f"model.{key}: must be the path of a {what}, got {place!r}"])
     try:
-        source = HFFolder(place) if key == "hf" else find_checkpoint(place)
-        model = ModelConfig(**source.model_fields()) if isinstance(source, HFFolder) else source.model
+        source: HFFolder | Checkpoint | None
+        if key == "hf":
+            source = HFFolder(place)
+            model = ModelConfig(**source.model_fields())
+        else:
+            source = find_checkpoint(place)
+            model = source.model
         if isinstance(source, Checkpoint) and section.get("checkpoint_ema") and "ema" not in source.kinds:
             raise ValueError(f"{source.folder} has no average of the weights; remove model.checkpoint_ema")
     except ValueError as error:
-        raise ConfigError([f"model.{key}: {error}"]) from error
+        own = _own_checkpoint(raw)
+        if own is None:
+            raise ConfigError([f"model.{key}: {error}"]) from error
+        source, model = None, own.model  # a run that has its own weights can do without those that it began with
+    if isinstance(source, Checkpoint):
+        section["checkpoint"] = str(source.folder)  # which of a run's, is said in the checkpoints of this one
     fields = model.model_dump(exclude={"hf", "checkpoint", "checkpoint_ema"})
     problems = [
         f"model.{name}: {section[name]!r} contradicts {fields[name]!r} of {place}; remove it here"
@@ -163,6 +189,19 @@ def _complete_model(raw: dict[str, Any]) -> HFFolder | Checkpoint | None:
         raise ConfigError(problems)
     section.update(fields)
     return source
+
+
+def _own_checkpoint(raw: dict[str, Any]) -> Checkpoint | None:
+    """The newest checkpoint of the run itself, if it is to go on and has one; as far as a raw config says."""
+    sections = (raw.get("checkpoint") or {}, raw.get("logging") or {})
+    if not all(isinstance(section, dict) for section in sections) or sections[0].get("resume") == "never":
+        return None
+    try:
+        return latest_checkpoint(
+            sections[0].get("path") or Path(sections[1].get("run_dir", LoggingConfig().run_dir)) / "checkpoints"
+        )
+    except (ValueError, TypeError):
+        return None
 
 
 _ZERO_MEANS_DEFAULT = ("num_key_value_heads", "head_dim", "max_position_embeddings")

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
 
 from megatron_llm.config import LossSpikeConfig
 from megatron_llm.training.agreement import AgreedError
 from megatron_llm.training.build import Engine
-from megatron_llm.training.recovery import load_run, newest_checkpoint, verified
+from megatron_llm.training.progress import Progress
+from megatron_llm.training.recovery import choose_checkpoint, load_run, newest_checkpoint
 from megatron_llm.training.step import RunState
 
 
@@ -43,7 +43,7 @@ def remember_loss(state: RunState, loss: float, spike: LossSpikeConfig | None) -
         state.losses = [*state.losses, loss][-spike.window :]
 
 
-def go_back(engine: Engine, state: RunState, why: str, progress: Callable[[float], object] = lambda _: None) -> RunState | None:
+def go_back(engine: Engine, state: RunState, why: str, progress: Progress) -> RunState | None:
     """Load the newest checkpoint of this run into the engine. Collective.
 
     Returns the state to go on with: the checkpoint's, but with the next rows that were not read yet, and a record of those
@@ -57,7 +57,8 @@ def go_back(engine: Engine, state: RunState, why: str, progress: Callable[[float
             f"{spike.max_rollbacks}) and left out the rows {ranges(state.skipped_rows)}. If the data are sound, lower "
             "optimizer.lr, lengthen the warm-up or raise training.loss_spike.threshold"
         )
-    checkpoint = verified(newest_checkpoint(engine.config, {}), engine.config, engine.grid.world, progress)
+    config = engine.config
+    checkpoint = choose_checkpoint(lambda damaged: newest_checkpoint(config, damaged), config, engine.grid.world, progress)
     if checkpoint is None:
         return None
     engine.optimizer.load("weights", checkpoint.source("weights"), progress)

@@ -19,11 +19,16 @@ from typing import Any, TextIO
 import yaml
 
 from megatron_llm.config import Config
-from megatron_llm.ops.storage import LocalFolder, open_folder
+from megatron_llm.ops.storage import Folder, LocalFolder, open_folder
 
 logger = logging.getLogger("megatron_llm")
 
 _PATIENCE_SECONDS = 120.0  # a launcher gives ranks 30 s to end, and a file server 90 s to a node that is gone
+
+
+def checkpoints_folder(config: Config) -> Folder:
+    """Where the checkpoints of a run lie. Raises ValueError for a URL that cannot be used."""
+    return open_folder(config.checkpoint.path or Path(config.logging.run_dir) / "checkpoints")
 
 
 def first_start_only(config: Config, launched_at: float) -> Config:
@@ -60,8 +65,6 @@ class RunFolder:
                 self._lock = self._locked()
                 if self.config.checkpoint.resume == "never":
                     self._set_aside_earlier_run()
-                text = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
-                (self.path / "config.yaml").write_text(text, encoding="utf-8")
                 self.report("running")
             except OSError as error:
                 raise ValueError(f"logging.run_dir: {self.path} cannot be written: {error}") from error
@@ -72,6 +75,11 @@ class RunFolder:
             self.fail("; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])]))
         if self._lock is not None:
             self._lock.close()
+
+    def write_config(self, config: Config) -> None:
+        """Say what the run was accepted with."""
+        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        (self.path / "config.yaml").write_text(text, encoding="utf-8")
 
     def report(self, outcome: str, **details: Any) -> None:
         """Replace status.json in one piece."""
@@ -126,7 +134,7 @@ class RunFolder:
     def _set_aside_earlier_run(self) -> None:
         """With `resume: never` in a used folder: rename what the earlier run left, so that nothing mixes or is lost."""
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        checkpoints = open_folder(self.config.checkpoint.path or self.path / "checkpoints")
+        checkpoints = checkpoints_folder(self.config)
         if isinstance(checkpoints, LocalFolder):
             self._move_away(checkpoints.path, stamp)
         elif checkpoints.names():

@@ -118,10 +118,28 @@ def test_pruning_keeps_the_newest_whole_ones(tmp_path: Path) -> None:
     (tmp_path / "step-00000005" / "manifest.json").unlink()  # interrupted
     (tmp_path / "step-00000003" / "manifest.json").write_text("{")  # damaged
     (tmp_path / "mine").mkdir()
-    prune_checkpoints(tmp_path, 2)
+    known: set[str] = set()
+    prune_checkpoints(checkpoint_folder(tmp_path, 6), 2, known=known)
     assert _names(tmp_path) == ["mine", "step-00000003", "step-00000004", "step-00000006", "step-00000007"]
-    prune_checkpoints(tmp_path, 5)
+    assert known == {"step-00000004", "step-00000002", "step-00000001"}
+    prune_checkpoints(checkpoint_folder(tmp_path, 6), 5)
     assert len(_names(tmp_path)) == 5
+
+
+def test_pruning_keeps_every_so_many_steps_for_good(tmp_path: Path) -> None:
+    for step in range(1, 9):
+        _save(tmp_path, step)
+        prune_checkpoints(checkpoint_folder(tmp_path, step), 2, keep_every=3)
+    assert _names(tmp_path) == [f"step-0000000{step}" for step in (3, 6, 7, 8)]
+
+
+def test_pruning_never_trades_the_newest_for_one_of_a_step_to_come(tmp_path: Path) -> None:
+    """A damaged checkpoint that the run went back behind looks whole as long as nobody reads it."""
+    for step in (200, 300):
+        _save(tmp_path, step)
+    _save(tmp_path, 237)
+    prune_checkpoints(checkpoint_folder(tmp_path, 237), 1)
+    assert _names(tmp_path) == ["step-00000237", "step-00000300"]
 
 
 def test_find_checkpoint_understands_step_checkpoints_and_run_folders(tmp_path: Path) -> None:

@@ -240,7 +240,7 @@ def test_damaged_manifest_is_named(tmp_path: Path) -> None:
         manifest.write_bytes(content[:keep])
         with pytest.raises(ValueError, match=rf"{manifest} is truncated or damaged \({keep} bytes"):
             open_checkpoint(folder)
-    manifest.write_bytes(content.replace(b'"tokens": 1000', b'"tokens": 2000'))
+    manifest.write_bytes(content.replace(b'"tokens":1000', b'"tokens":2000'))
     with pytest.raises(ValueError, match=f"{manifest} is damaged: its checksum is"):
         open_checkpoint(folder)
     manifest.unlink()

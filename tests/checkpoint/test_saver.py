@@ -45,7 +45,7 @@ class Run:
         self.values = torch.zeros(4)
         self.committed: list[str] = []
         self.alive = 0
-        self.saver = Saver(self.world, asynchronous, lambda folder: self.committed.append(str(folder)), self._live)
+        self.saver = Saver(self.world, asynchronous, lambda folder: self.committed.append(folder.name), self._live)
 
     def _live(self) -> None:
         self.alive += 1
@@ -203,7 +203,7 @@ def test_what_does_not_go_on_is_not_copied(tmp_path: Path, asynchronous: bool, w
     run = Run(tmp_path, asynchronous)
     run.saver._staging.copy = lambda _: pytest.fail("copied")  # type: ignore[method-assign]
     run.save(3, wait)
-    assert run.stored() == (3, [3.0] * 4) and run.committed == [str(tmp_path)]
+    assert run.stored() == (3, [3.0] * 4) and run.committed == ["step-00000003"]
 
 
 def test_an_abandoned_save_ends_soon_and_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +217,8 @@ def test_an_abandoned_save_ends_soon_and_is_no_checkpoint(tmp_path: Path, monkey
     monkeypatch.setattr(saver, "write_rank_file", write)
     run.save(1)
     run.saver.abandon()
-    assert isinstance(run.saver._work.exception(5), RuntimeError)
+    assert run.saver._work is not None
+    assert isinstance(run.saver._work._future.exception(5), RuntimeError)
     assert run.stored() is None
 
 

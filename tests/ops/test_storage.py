@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
+from fsspec.implementations.local import LocalFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,9 +16,22 @@ from megatron_llm.ops.safetensors import Entry, SafetensorsFile, TensorInfo, fil
 from megatron_llm.ops.storage import BLOCK_BYTES, Folder, LocalFolder, ReadFile, open_folder
 
 
-@pytest.fixture(params=["local", "memory", "file"])
+class Elsewhere(LocalFileSystem):
+    """A file system that is not known to be local."""
+
+    protocol = "storage-test"
+
+
+fsspec.register_implementation("storage-test", Elsewhere, clobber=True)
+
+
+@pytest.fixture(params=["local", "memory", "norename"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
-    places = {"local": str(tmp_path / "top"), "memory": f"memory://{tmp_path.name}/top", "file": f"file://{tmp_path}/top"}
+    places = {
+        "local": str(tmp_path / "top"),
+        "memory": f"memory://{tmp_path.name}/top",
+        "norename": f"storage-test://{tmp_path}/top",
+    }
     return open_folder(places[request.param])
 
 
@@ -74,7 +89,7 @@ def test_places_that_cannot_be_used_say_why() -> None:
         open_folder("nowhere://x")
     with pytest.raises(ValueError, match="s3://bucket/run: s3:// needs a package that is not installed .*s3fs"):
         open_folder("s3://bucket/run")  # a data set library may bring it one day
-    assert isinstance(open_folder("a/b"), LocalFolder)
+    assert isinstance(open_folder("a/b"), LocalFolder) and str(open_folder("file:///a/b")) == "/a/b"
 
 
 class Counted(ReadFile):

@@ -9,6 +9,7 @@ from typing import cast
 
 import torch
 
+from megatron_llm.checkpoint import Saver
 from megatron_llm.config import Config
 from megatron_llm.data.stream import TokenStream, build_train_stream
 from megatron_llm.ops.batch import Batch
@@ -16,7 +17,7 @@ from megatron_llm.parallel.grid import Grid
 from megatron_llm.training.build import build_engine
 from megatron_llm.training.loop import Run
 from megatron_llm.training.metrics import Metrics
-from megatron_llm.training.recovery import make_saver
+from megatron_llm.training.recovery import make_pruner
 from megatron_llm.training.run_folder import RunFolder
 from megatron_llm.training.signals import StopRequest
 from megatron_llm.training.step import RunState
@@ -43,5 +44,5 @@ def fresh_run(config: Config) -> Run:
     folder.path.mkdir(parents=True, exist_ok=True)
     metrics = Metrics(config, grid.world.size, engine.device, 0) if grid.world.first else None
     stop = cast(StopRequest, SimpleNamespace(requested=False))
-    saver = make_saver(config, grid.world)
+    saver = Saver(grid.world, True, make_pruner(config))
     return Run(engine, RunState(), build_train_stream(config), {}, {}, {}, metrics, stop, saver, None, folder, [])

@@ -129,3 +129,34 @@ def test_the_length_counts_where_the_rates_depend_on_it(tmp_path: Path, config: 
     assert main([*cosine, "training.steps=4", "--allow-change"]) == 0
     assert main([*cosine, "training.steps=6"]) == 1
     assert "training.steps: 4 -> 6" in capsys.readouterr().err
+
+
+def test_what_is_gone_back_to_is_compared_as_well(tmp_path: Path, config: dict[str, Any], capsys: Any) -> None:
+    """Step 3 was allowed to be another run; damaged, it leaves step 2, which was not."""
+    changed = ["train", str(tmp_path / "config.yaml"), "optimizer.lr=0.5", "training.steps=3"]
+    assert main([*changed, "--allow-change"]) == 0
+    assert main(changed) == 0
+    file = tmp_path / "run/checkpoints/step-00000003/rank-00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
+    assert main(changed) == 1
+    assert "step-00000002 was saved: optimizer.lr: 0.01 -> 0.5. The run would go on as another one" in capsys.readouterr().err
+    assert read_status(tmp_path / "run")["outcome"] == "failed"
+    assert main([*changed, "--allow-change"]) == 0
+
+
+def test_two_run_folders_do_not_share_one_place_by_mistake(tmp_path: Path, config: dict[str, Any], capsys: Any) -> None:
+    command = ["train", str(tmp_path / "config.yaml"), f"checkpoint.path={tmp_path}/place", "training.steps=3"]
+    assert main(command) == 0
+    assert main([*command, f"logging.run_dir={tmp_path}/other"]) == 1
+    assert f"logging.run_dir: {tmp_path}/run -> {tmp_path}/other. The run would go on as another one" in capsys.readouterr().err
+    assert main([*command, f"logging.run_dir={tmp_path}/other", "--allow-change"]) == 0
+
+
+def test_a_place_that_cannot_be_written_is_found_before_training(tmp_path: Path, config: dict[str, Any], capsys: Any) -> None:
+    (tmp_path / "file").write_text("in the way")
+    command = ["train", str(tmp_path / "config.yaml"), f"checkpoint.path={tmp_path}/file/checkpoints", "training.steps=3"]
+    assert main(command) == 1
+    text = capsys.readouterr().err
+    assert f"checkpoint.path: no checkpoint can be written to {tmp_path}/file/checkpoints: NotADirectoryError" in text

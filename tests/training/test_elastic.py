@@ -125,7 +125,7 @@ def test_a_restart_does_not_begin_anew_what_this_launch_began(tmp_path: Path, mo
     arguments = ["train", str(_config(tmp_path, "run")), "checkpoint.resume=never", "lr_schedule.kind=constant"]
     run = tmp_path / "run"
     assert main([*arguments, "training.steps=3"]) == 0
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
     assert main([*arguments, "training.steps=5"]) == 0
     assert [line["step"] for line in read_metrics(run)] == list(range(6)) and not list(run.glob("*.before-*"))
     os.utime(run / "lock", (0, 0))  # another launch was here

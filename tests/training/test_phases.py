@@ -138,7 +138,7 @@ def test_sources_that_make_no_sense_are_refused(tmp_path: Path, first: Path, cap
 
     assert "both give weights; remove one" in refused({"checkpoint": str(first), "hf": "somewhere"})
     assert "model.checkpoint: " in (text := refused({"checkpoint": str(tmp_path / "absent")})) and "is not a folder" in text
-    assert "model.checkpoint: must be the path of a folder, got 3" in refused({"checkpoint": 3})
+    assert "model.checkpoint: must be the path of a checkpoint or run folder, got 3" in refused({"checkpoint": 3})
     text = refused({"checkpoint": str(first), "hidden_size": 64})
     assert f"model.hidden_size: 64 contradicts 32 of {first}; remove it here" in text
     raw = raw_config(tmp_path / "plain", training={"steps": 0})
@@ -156,3 +156,36 @@ def test_a_damaged_source_is_named_before_training(tmp_path: Path, first: Path, 
     assert main(["train", str(write_config(tmp_path / "second.yaml", raw))]) == 1
     assert f"model.checkpoint: {file} is damaged" in capsys.readouterr().err
     assert yaml.safe_load((tmp_path / "second.yaml").read_text())["model"] == {"checkpoint": str(first)}
+
+
+def test_a_run_with_weights_of_its_own_can_do_without_those_it_began_with(tmp_path: Path, first: Path) -> None:
+    raw = raw_config(tmp_path / "second", {"checkpoint": str(first)}, lr_schedule={"kind": "constant"})
+    config = str(write_config(tmp_path / "second.yaml", raw))
+    assert main(["train", config]) == 0
+    assert open_checkpoint(tmp_path / "second/checkpoints/step-00000003").config["model"]["checkpoint"] == str(
+        first / "checkpoints/step-00000003"
+    ), "which step it began from, is kept"
+    first.rename(tmp_path / "gone")
+    assert main(["train", config, "training.steps=4"]) == 0
+    assert main(["train", config, "training.steps=4", f"logging.run_dir={tmp_path / 'third'}"]) == 1
+
+
+def test_the_runs_own_checkpoint_is_not_moved_away_before_it_is_read(
+    tmp_path: Path, first: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = raw_config(first, {"checkpoint": str(first)}, checkpoint={"resume": "never"})
+    assert main(["train", str(write_config(tmp_path / "again.yaml", raw))]) == 1
+    assert "is one of the run's own, which checkpoint.resume=never moves aside" in capsys.readouterr().err
+    assert find_checkpoint(first).step == 3
+
+
+def test_weights_without_a_run_are_no_run_to_go_on_with(tmp_path: Path, first: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(first), str(tmp_path / "hf")]) == 0
+    assert main(["import", str(tmp_path / "hf"), str(tmp_path / "run/checkpoints/step-00000000")]) == 0
+    raw = raw_config(tmp_path / "run", training={"steps": 1})
+    assert main(["train", str(write_config(tmp_path / "run.yaml", raw))]) == 1
+    text = capsys.readouterr().err
+    assert "step-00000000 holds weights only, no run that could go on: start from it with model.checkpoint" in text
+    raw = raw_config(tmp_path / "next", {"checkpoint": str(tmp_path / "run/checkpoints/step-00000000")}, training={"steps": 1})
+    assert main(["train", str(write_config(tmp_path / "next.yaml", raw))]) == 0
+    assert read_status(tmp_path / "next") == {"outcome": "done", "step": 1}

@@ -16,7 +16,8 @@ from megatron_llm.config import Config
 from megatron_llm.data.stream import build_train_stream
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.training.build import build_engine
-from megatron_llm.training.recovery import check_agreement, find_resume, load_run
+from megatron_llm.training.progress import Progress
+from megatron_llm.training.recovery import check_agreement, choose_checkpoint, find_resume, load_run, newest_checkpoint
 from megatron_llm.training.run_folder import RunFolder
 from megatron_llm.training.step import RunState, train_step
 from tests.ranks import RankFailure, run_ranks
@@ -118,23 +119,58 @@ def test_a_checkpoint_continues_in_any_layout(tmp_path: Path, stayed: Any, tour:
         assert error <= 1e-9 * limit + 1e-12 * whole.numel() ** 0.5, name
 
 
-def agree(steps: list[int | None]) -> None:
+def agree(seen: list[tuple[int, str] | None]) -> None:
     grid = Grid.build(config_of().parallel, 1)
-    step = steps[grid.world.rank]
-    check_agreement(None if step is None else cast(Checkpoint, SimpleNamespace(step=step)), grid.world)
+    mine = seen[grid.world.rank]
+    checkpoint = None if mine is None else cast(Checkpoint, SimpleNamespace(step=mine[0], checksum=mine[1]))
+    check_agreement(checkpoint, grid.world)
 
 
-@pytest.mark.parametrize("steps", [[6, 6, 6], [None, None, None]])
-def test_ranks_that_agree_go_on(steps: list[int | None]) -> None:
-    run_ranks(3, agree, steps)
+@pytest.mark.parametrize("seen", [[(6, "a")] * 3, [None] * 3])
+def test_ranks_that_agree_go_on(seen: list[tuple[int, str] | None]) -> None:
+    run_ranks(3, agree, seen)
 
 
 @pytest.mark.parametrize(
-    "steps, said", [([6, 6, 3], "rank 0 step 6, rank 2 step 3"), ([6, None, 6], "rank 0 step 6, rank 1 none")]
+    "seen, said",
+    [
+        ([(6, "a"), (6, "a"), (3, "b")], r"rank 0 step 6 \(a\), rank 2 step 3 \(b\)"),
+        ([(6, "a"), None, (6, "a")], r"rank 0 step 6 \(a\), rank 1 none"),
+        ([(0, "a"), (0, "c"), (0, "a")], r"rank 0 step 0 \(a\), rank 1 step 0 \(c\)"),
+    ],
 )
-def test_ranks_that_see_different_checkpoints_do_not_train(steps: list[int | None], said: str) -> None:
-    with pytest.raises(RankFailure, match=f"different checkpoints to continue from: {said}; they must be in a folder"):
-        run_ranks(3, agree, steps)
+def test_ranks_that_see_different_checkpoints_do_not_train(seen: list[tuple[int, str] | None], said: str) -> None:
+    with pytest.raises(RankFailure, match=f"different checkpoints to start from: {said}; they must be in a folder"):
+        run_ranks(3, agree, seen)
+
+
+def choose(folder: Path) -> int | None:
+    """What a rank goes on from if it alone does not see the newest checkpoint at first, or all of it is rank 0's to say."""
+    config = config_of(logging={"run_dir": str(folder)})
+    grid = Grid.build(config.parallel, 1)
+
+    def chosen(damaged: Any) -> Checkpoint | None:
+        assert grid.world.first, "the others are told"
+        return newest_checkpoint(config, damaged)
+
+    checkpoint = choose_checkpoint(chosen, config, grid.world, Progress("verifying"))
+    return checkpoint.step if checkpoint else None
+
+
+def test_rank_0_chooses_for_all(tmp_path: Path) -> None:
+    assert run_ranks(3, choose, tmp_path) == [None] * 3
+    engine = build_engine(config_of(logging={"run_dir": str(tmp_path)}), Grid.single(), torch.device("cpu"))
+    for step in (3, 5):
+        save_run(engine, RunState(step=step))
+    assert run_ranks(3, choose, tmp_path) == [5] * 3
+    file = tmp_path / "checkpoints/step-00000005/rank-00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
+    assert run_ranks(3, choose, tmp_path) == [3] * 3
+    (tmp_path / "checkpoints/step-00000003/manifest.json").unlink()
+    with pytest.raises(RankFailure, match="no checkpoint in .* is whole: restore one"):
+        run_ranks(3, choose, tmp_path)
 
 
 def test_the_first_failure_is_the_one_reported(tmp_path: Path) -> None:

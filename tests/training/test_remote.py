@@ -67,7 +67,7 @@ def train(world: int, config: Path, *overrides: str) -> None:
     assert [ending.code for ending in endings] == [0] * world, [ending.log for ending in endings]
 
 
-@pytest.mark.parametrize("protocol", ["file", "norename"])
+@pytest.mark.parametrize("protocol", ["file", "norename"])  # file:// is a local folder
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_a_run_goes_on_from_a_remote_folder_as_from_a_local_one(tmp_path: Path, protocol: str, asynchronous: bool) -> None:
     place = f"{protocol}://{tmp_path}/bucket/run"
@@ -81,7 +81,8 @@ def test_a_run_goes_on_from_a_remote_folder_as_from_a_local_one(tmp_path: Path, 
     assert names == ["step-00000004", "step-00000006"], "older ones are deleted"
     found, expected = find_checkpoint(place), find_checkpoint(tmp_path / "local")
     found.verify()
-    assert found.step == STEPS and str(find_checkpoint(tmp_path / "remote").folder) == f"{place}/step-00000006"
+    shown = place.removeprefix("file://")
+    assert found.step == STEPS and str(find_checkpoint(tmp_path / "remote").folder) == f"{shown}/step-00000006"
     actual = state_of(found)
     assert [name for name, value in state_of(expected).items() if not torch.equal(actual[name], value)] == []
 

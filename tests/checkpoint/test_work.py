@@ -1,0 +1,78 @@
+"""Long work of all ranks: none waits in a collective for longer than a moment, and errors and ends are seen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from megatron_llm.checkpoint.work import Work, gather, gather_to_first
+from megatron_llm.parallel.grid import Axis
+from tests.ranks import run_ranks
+
+
+def _world() -> Axis:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    return Axis("world", rank, size, tuple(range(size)), dist.group.WORLD)
+
+
+def outlast_collectives() -> tuple[str, int, list[int], list[int]]:
+    """Rank 1 works for longer than a collective may last."""
+    world = _world()
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2), dist.group.WORLD)
+    alive = 0
+
+    def work(progress: Callable[[int], None]) -> str:
+        for _ in range(40 * world.rank):
+            time.sleep(0.1)
+            progress(10)
+        return f"of rank {world.rank}"
+
+    def count() -> None:
+        nonlocal alive
+        alive += 1
+
+    mine = Work(work)
+    mine.wait_for_all(world, count)
+    return mine.result(), alive, gather(world.rank, world), gather_to_first(world.rank, world)
+
+
+def test_idle_ranks_hear_that_another_goes_on() -> None:
+    zero, one = run_ranks(2, outlast_collectives)
+    assert (zero[0], one[0]) == ("of rank 0", "of rank 1")
+    assert zero[1] >= 3 and one[1] >= 3, "the watch of every rank is told"
+    assert zero[2:] == ([0, 1], [0, 1]) and one[2:] == ([0, 1], [])
+
+
+def test_work_that_stands_still_is_not_alive() -> None:
+    alive: list[int] = []
+
+    def work(_: Callable[[int], None]) -> None:
+        time.sleep(3.5)
+
+    Work(work).wait_for_all(Axis("world"), lambda: alive.append(1))
+    assert len(alive) <= 1, "the first look alone is news"
+
+
+def test_errors_are_kept_and_abandoned_work_ends() -> None:
+    def fail(_: Callable[[int], None]) -> None:
+        raise OSError(5, "planted")
+
+    failed = Work(fail)
+    failed.wait_for_all(Axis("world"), lambda: None)
+    with pytest.raises(OSError, match="planted"):
+        failed.result()
+
+    def forever(progress: Callable[[int], None]) -> None:
+        while True:
+            time.sleep(0.01)
+            progress(0)
+
+    abandoned = Work(forever)
+    abandoned.abandon()
+    abandoned.wait_for_all(Axis("world"), lambda: None)
+    with pytest.raises(RuntimeError, match="the run has ended"):
+        abandoned.result()
