@@ -12,12 +12,12 @@ import torch
 
 from megatron_llm.checkpoint import Saver
 from megatron_llm.config import Config, parse_config
-from megatron_llm.data.stream import build_train_stream, describe_data
+from megatron_llm.data.stream import build_train_stream
 from megatron_llm.models.decoder import DecoderStage
 from megatron_llm.models.recompute import Recompute
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.training.build import Engine, build_engine
-from megatron_llm.training.recovery import make_pruner, start_save
+from megatron_llm.training.recovery import known_facts, make_pruner, start_save
 from megatron_llm.training.step import RunState, train_step
 
 TINY: dict[str, Any] = {
@@ -102,7 +102,7 @@ def assemble(ranks: list[Pieces]) -> dict[str, torch.Tensor]:
 def save_run(engine: Engine, state: RunState) -> None:
     """Write a checkpoint into the run folder, at once. Collective."""
     saver = Saver(engine.grid.world, False, make_pruner(engine.config))
-    start_save(saver, engine, state, {}, describe_data(engine.config), wait=True)
+    start_save(saver, engine, state, {}, known_facts(engine.config), wait=True)
 
 
 def train(config: Config, steps: int | None = None) -> tuple[list[tuple[float, float, bool]], Pieces]:

@@ -38,12 +38,20 @@ def list_checkpoints(checkpoints: str | Path | Folder) -> Iterator[Checkpoint | 
 
     Saves that were interrupted are left out: nothing is wrong with them.
     """
-    for _, folder in _by_step(open_folder(checkpoints)):
+    for step, folder in _by_step(open_folder(checkpoints)):
         if MANIFEST in folder.names():
             try:
-                yield open_checkpoint(folder)
+                yield _open(folder, step)
             except ValueError as error:
                 yield error
+
+
+def _open(folder: Folder, step: int) -> Checkpoint:
+    """A checkpoint that is what its name says. Raises ValueError."""
+    checkpoint = open_checkpoint(folder)
+    if checkpoint.step != step:
+        raise ValueError(f"{folder} holds step {checkpoint.step}: it was renamed or copied; give it the name of its step")
+    return checkpoint
 
 
 def latest_checkpoint(checkpoints: str | Path | Folder) -> Checkpoint | None:
@@ -75,14 +83,17 @@ def prune_checkpoints(newest: Folder, keep_last: int, keep_every: int = 0, known
                 continue
             if folder.name not in known:
                 try:
-                    open_checkpoint(folder)
+                    _open(folder, step)
                 except ValueError:
                     continue
                 known.add(folder.name)
             whole += 1
             if whole <= keep_last:
                 continue
-        delete_checkpoint(folder)
+        try:
+            delete_checkpoint(folder)
+        except Exception as error:  # file systems have errors of their own; what can be deleted is
+            logger.warning("could not delete %s: %s: %s", folder, type(error).__name__, error)
 
 
 def find_checkpoint(path: str | Path | Folder) -> Checkpoint:

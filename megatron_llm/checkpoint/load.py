@@ -64,9 +64,9 @@ class Checkpoint:
         return next(iter(self._stored("weights").values())).dtype
 
     @property
-    def data(self) -> dict[str, Any]:
-        """What was known of the data it was trained on; empty if nothing was said."""
-        return self._manifest.data
+    def facts(self) -> dict[str, Any]:
+        """What was known of the data it was trained on and of the arithmetic; empty if nothing was said."""
+        return self._manifest.facts
 
     @property
     def versions(self) -> dict[str, str]:

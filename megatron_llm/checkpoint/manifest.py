@@ -1,7 +1,7 @@
 """`manifest.json`: what a checkpoint holds, and the proof that it is whole.
 
     {"format": "megatron_llm checkpoint", "version": 1, "versions": {"megatron_llm": ..., "torch": ...},
-     "run_state": {...}, "config": {...}, "data": {...},
+     "run_state": {...}, "config": {...}, "facts": {...},
      "tensors": {KIND: {NAME: {"shape", "dtype", "boxes": [{"offset", "shape", "file", "key"}]}}},
      "files": {FILE: {"bytes", "checksum"}}, "checksum": "xxh3_128", "manifest_checksum": ...}
 
@@ -54,7 +54,7 @@ Tensors = dict[str, dict[str, StoredTensor]]
 class Manifest:
     """The content of a manifest, checked.
 
-    `data` is what is known of the training data, to notice when they change; `checksum` that of all the rest, when it was read.
+    `facts` are what is known of data and machine, to notice when they change; `checksum` that of all the rest, when it was read.
     """
 
     run_state: dict[str, Any]
@@ -62,7 +62,7 @@ class Manifest:
     tensors: Tensors
     files: dict[str, WrittenFile]
     versions: dict[str, str]
-    data: dict[str, Any]
+    facts: dict[str, Any]
     checksum: str = ""
 
 
@@ -90,7 +90,7 @@ def write_manifest(folder: Folder, manifest: Manifest) -> None:
         "versions": manifest.versions,
         "run_state": manifest.run_state,
         "config": manifest.config,
-        "data": manifest.data,
+        "facts": manifest.facts,
         "tensors": {
             kind: {name: _tensor_to_json(tensor) for name, tensor in sorted(tensors.items())}
             for kind, tensors in manifest.tensors.items()
@@ -108,13 +108,13 @@ def read_manifest(folder: Folder) -> Manifest:
     path = f"{folder}/{MANIFEST}"
     try:
         raw = folder.read_bytes(MANIFEST)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         what = "has no manifest.json: it was not saved to the end" if folder.names() else "does not exist"
         raise ValueError(f"checkpoint {folder} {what}") from None
     try:
         body: dict[str, Any] = json.loads(raw)
         expected = body.pop("manifest_checksum")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is truncated or damaged ({len(raw)} bytes; {type(error).__name__}: {error})") from error
     if _checksum(body) != expected:
         raise ValueError(f"{path} is damaged: its checksum is {_checksum(body)}, it says {expected}")
@@ -129,7 +129,7 @@ def read_manifest(folder: Folder) -> Manifest:
         tensors = {
             kind: {name: _tensor_from_json(entry) for name, entry in tensors.items()} for kind, tensors in body["tensors"].items()
         }
-        manifest = Manifest(body["run_state"], body["config"], tensors, files, body["versions"], body.get("data", {}), expected)
+        manifest = Manifest(body["run_state"], body["config"], tensors, files, body["versions"], body.get("facts", {}), expected)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
     for name in files:

@@ -63,14 +63,14 @@ class Contents:
     """What a checkpoint holds besides tensors; the same on all ranks.
 
     Attributes:
-        run_state, config, data: stored as JSON; see `Manifest`.
+        run_state, config, facts: stored as JSON; see `Manifest`.
         assets: files that travel along, name -> content, stored under `assets/`.
     """
 
     run_state: dict[str, Any]
     config: dict[str, Any]
     assets: dict[str, bytes] = field(default_factory=dict)
-    data: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def on_all(world: Axis, folder: Folder, work: Callable[[], T]) -> T:
 
 def prepare(folder: Folder, contents: Contents) -> None:
     """Rank 0, before anything large is written: find out what cannot work, make an empty folder."""
-    json.dumps([contents.run_state, contents.config, contents.data])
+    json.dumps([contents.run_state, contents.config, contents.facts])
     for name in contents.assets:
         if Path(name).is_absolute() or ".." in Path(name).parts or not Path(name).name:
             raise ValueError(f"asset name {name!r} leads out of the checkpoint")
@@ -169,7 +169,7 @@ def commit(folder: Folder, rank_files: list[RankFile | None], contents: Contents
     for name, content in contents.assets.items():
         files[f"assets/{name}"] = write_bytes(folder, f"assets/{name}", content)
     versions = {"megatron_llm": __version__, "torch": str(torch.__version__)}
-    write_manifest(folder, Manifest(contents.run_state, contents.config, tensors, files, versions, contents.data))
+    write_manifest(folder, Manifest(contents.run_state, contents.config, tensors, files, versions, contents.facts))
 
 
 def _wait_until_seen(folder: Folder, written: list[RankFile]) -> None:

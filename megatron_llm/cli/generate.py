@@ -81,6 +81,7 @@ def _open_model(args: argparse.Namespace) -> tuple[ModelConfig, TensorSource, Ma
         assets = collect_assets(folder.path)
     else:
         checkpoint = find_checkpoint(args.checkpoint)
+        checkpoint.verify()
         model = checkpoint.model
         weights, assets = checkpoint.source("weights"), checkpoint.assets
     files = exported_files(assets)

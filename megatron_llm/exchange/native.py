@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_llm.checkpoint import Contents, SaveError, TensorToSave, save_checkpoint
+from megatron_llm.checkpoint import Contents, SaveError, TensorToSave, open_checkpoint, save_checkpoint
 from megatron_llm.config import ModelConfig
 from megatron_llm.hf.families import find_family
 from megatron_llm.hf.family import Family, TensorName
@@ -70,7 +70,9 @@ def write_checkpoint(
 
 
 def _foreign(folder: Path) -> str | None:
-    return None if (folder / _MANIFEST).is_file() else f"has no {_MANIFEST}"
+    if not (folder / _MANIFEST).is_file():
+        return f"has no {_MANIFEST}"
+    return "is the checkpoint of a run" if "training" in open_checkpoint(folder).config else None
 
 
 def _tensor(source: TypedSource, tensor: TensorName, done: Callable[[], object]) -> TensorToSave:

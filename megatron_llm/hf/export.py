@@ -64,15 +64,14 @@ def export_hf(
 
     Raises ValueError if `output` is in the way, the source lacks a tensor, or values overflow the dtype.
     """
-    output = Path(output).absolute()
     with whole_folder(output, overwrite, "export", _foreign) as folder:
         plan = _plan(source, model, assets, dtype, default_dtype)
         total = sum(entry.info.nbytes for entry in plan.entries)
-        with tqdm(total=total, desc=f"Writing {output.name}", unit="B", unit_scale=True, disable=not progress) as bar:
+        with tqdm(total=total, desc=f"Writing {Path(output).name}", unit="B", unit_scale=True, disable=not progress) as bar:
             _write_weights(LocalFolder(folder), plan.entries, shard_size, bar.update)
         for name, content in {"config.json": plan.config, **plan.files}.items():
             write_bytes(LocalFolder(folder), name, content)
-    return sorted(path.name for path in output.iterdir())
+    return sorted(path.name for path in Path(output).iterdir())
 
 
 def _foreign(folder: Path) -> str | None:

@@ -82,6 +82,10 @@ class Folder(ABC):
     def parent(self) -> Folder:
         """The folder it is in."""
 
+    def absolute(self) -> Folder:
+        """The same, named in a way that does not depend on the working directory."""
+        return self
+
     @abstractmethod
     def names(self) -> list[str]:
         """The files and folders directly in it; none if it does not exist."""
@@ -195,6 +199,9 @@ class LocalFolder(Folder):
     def parent(self) -> LocalFolder:
         return LocalFolder(self.path.parent)
 
+    def absolute(self) -> LocalFolder:
+        return LocalFolder(self.path.absolute())
+
     def names(self) -> list[str]:
         return sorted(os.listdir(self.path)) if self.path.is_dir() else []
 
@@ -245,17 +252,30 @@ class LocalFolder(Folder):
             sync_folder(self.path.parent)
 
 
+@contextlib.contextmanager
+def _reaching(shown: str) -> Iterator[None]:
+    """File systems have errors of all kinds: what is raised is an OSError that says where, or FileNotFoundError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise OSError(errno.EIO, f"cannot be used: {type(error).__name__}: {error}", shown) from error
+
+
 class _RemoteFile(ReadFile):
     seeks = False
 
     def __init__(self, fs: Any, path: str, shown: str):
         self._fs, self._path = fs, path
-        super().__init__(shown, int(fs.info(path)["size"]))
+        with _reaching(shown):
+            super().__init__(shown, int(fs.info(path)["size"]))
 
     def read(self, start: int, into: memoryview) -> None:
         for at in range(0, len(into), BLOCK_BYTES):
             wanted = into[at : at + BLOCK_BYTES]
-            data = self._fs.cat_file(self._path, start=start + at, end=start + at + len(wanted))
+            with _reaching(self.path):
+                data = self._fs.cat_file(self._path, start=start + at, end=start + at + len(wanted))
             if len(data) != len(wanted):
                 raise self._too_short(start, len(into))
             wanted[:] = data
@@ -266,12 +286,13 @@ class _RemoteSink:
         self._file, self.path = file, path
 
     def write(self, data: bytes | memoryview) -> None:
-        for at in range(0, len(data), BLOCK_BYTES):  # it is copied until it is sent
-            self._file.write(data[at : at + BLOCK_BYTES])
+        with _reaching(self.path):
+            for at in range(0, len(data), BLOCK_BYTES):  # it is copied until it is sent
+                self._file.write(data[at : at + BLOCK_BYTES])
 
 
 class RemoteFolder(Folder):
-    """A folder of an fsspec file system."""
+    """A folder of an fsspec file system. Whatever its methods raise is an OSError with the URL."""
 
     def __init__(self, fs: Any, path: str, shown: str):
         self._fs, self._path, self._shown = fs, path, shown
@@ -289,40 +310,52 @@ class RemoteFolder(Folder):
         return RemoteFolder(self._fs, self._path.rsplit("/", 1)[0], self._shown.rsplit("/", 1)[0])
 
     def names(self) -> list[str]:
-        self._fs.invalidate_cache()
-        try:
-            found = self._fs.ls(self._path, detail=False)
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        return sorted({path.rstrip("/").rsplit("/", 1)[-1] for path in found if path.rstrip("/") != self._path})
+        with _reaching(self._shown):
+            self._fs.invalidate_cache()
+            try:
+                found = self._fs.ls(self._path, detail=False)
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+            return sorted({path.rstrip("/").rsplit("/", 1)[-1] for path in found if path.rstrip("/") != self._path})
 
     def files(self) -> dict[str, int]:
-        self._fs.invalidate_cache()
-        found = self._fs.find(self._path, detail=True)
-        return {path.removeprefix(f"{self._path}/"): int(info["size"]) for path, info in found.items()}
+        with _reaching(self._shown):
+            self._fs.invalidate_cache()
+            found = self._fs.find(self._path, detail=True)
+            return {path.removeprefix(f"{self._path}/"): int(info["size"]) for path, info in found.items()}
 
     def open(self, name: str) -> ReadFile:
         return _RemoteFile(self._fs, self._at(name), f"{self}/{name}")
 
     def make(self) -> None:
-        self._fs.makedirs(self._path, exist_ok=True)  # nothing on an object store
+        with _reaching(self._shown):
+            self._fs.makedirs(self._path, exist_ok=True)  # nothing on an object store
 
     @contextlib.contextmanager
     def create(self, name: str) -> Iterator[Sink]:
         if "/" in name:
             self.child(name.rsplit("/", 1)[0]).make()
-        with self._fs.open(self._at(name), "wb", block_size=4 * BLOCK_BYTES) as file:
+        with _reaching(f"{self}/{name}"):
+            file = self._fs.open(self._at(name), "wb", block_size=4 * BLOCK_BYTES)
+        try:
             yield _RemoteSink(file, f"{self}/{name}")
+        except BaseException:
+            with contextlib.suppress(Exception):  # what it says cannot matter more
+                file.close()
+            raise
+        with _reaching(f"{self}/{name}"):
+            file.close()
 
     def commit(self, name: str, data: bytes) -> None:
-        self._fs.pipe_file(self._at(name), data)  # one request
+        with _reaching(f"{self}/{name}"):
+            self._fs.pipe_file(self._at(name), data)  # one request
 
     def remove(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
+        with _reaching(f"{self}/{name}"), contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(self._at(name))
 
     def delete(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
+        with _reaching(self._shown), contextlib.suppress(FileNotFoundError):
             self._fs.rm(self._path, recursive=True)
 
 

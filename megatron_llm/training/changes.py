@@ -66,14 +66,14 @@ def class_of(setting: str) -> str:
     raise ValueError(f"{setting} is not classified in {__name__}")
 
 
-def find_changes(saved: Config, saved_data: dict[str, Any], config: Config, data: dict[str, Any]) -> Changes:
-    """What differs between the settings and data of a checkpoint and those of a run that wants to go on from it.
+def find_changes(saved: Config, saved_facts: dict[str, Any], config: Config, facts: dict[str, Any]) -> Changes:
+    """What differs between the settings of a checkpoint and those of a run that wants to go on from it.
 
-    saved_data, data: as `data.stream.describe_data` gives them; empty if nothing is known.
+    saved_facts, facts: what stands in place of settings, as `recovery.known_facts` gives them; empty if nothing is known.
     """
     before, after = _flat(saved.model_dump(mode="json")), _flat(config.model_dump(mode="json"))
-    if saved_data and data:
-        before, after = before | _flat(saved_data), after | _flat(data)
+    if saved_facts and facts:
+        before, after = before | _flat(saved_facts), after | _flat(facts)
     found = Changes()
     for name in sorted(before.keys() | after.keys()):
         old, new = before.get(name), after.get(name)
@@ -82,7 +82,7 @@ def find_changes(saved: Config, saved_data: dict[str, Any], config: Config, data
         kind = class_of(name)
         if name == "training.steps" and _depends_on_steps(config):
             kind = "decides_numbers"
-        if fnmatchcase(name, "data.train.*.path") and saved_data and data:
+        if fnmatchcase(name, "data.train.*.path") and saved_facts and facts:
             kind = "free"  # what is in the files is compared
         if name == "logging.run_dir" and config.checkpoint.path is not None:
             kind = "decides_numbers"  # two run folders must not share one place by mistake: no lock keeps them apart

@@ -17,7 +17,7 @@ from megatron_llm.checkpoint.load import Checkpoint
 from megatron_llm.checkpoint.save import SaveError
 from megatron_llm.checkpoint.saver import Saver
 from megatron_llm.config import Config
-from megatron_llm.data.stream import TokenStream, build_train_stream, build_valid_streams, describe_data
+from megatron_llm.data.stream import TokenStream, build_train_stream, build_valid_streams
 from megatron_llm.models.stages import parameters
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.pipeline.timeline import Event
@@ -42,6 +42,7 @@ from megatron_llm.training.recovery import (
     check_source,
     choose_checkpoint,
     find_resume,
+    known_facts,
     load_run,
     make_pruner,
     probe_checkpoints,
@@ -64,7 +65,7 @@ class Run:
     """Everything that the steps of a run share.
 
     Attributes:
-        assets, data: what travels with checkpoints, and what is known of the data (`describe_data`).
+        assets, facts: what travels with checkpoints (`known_facts`).
         metrics: on rank 0 only.
         saved_step: of the last checkpoint that was begun.
         changes: settings that decide the numbers and are not those of the checkpoint.
@@ -75,7 +76,7 @@ class Run:
     train_stream: TokenStream
     valid_streams: dict[str, TokenStream]
     assets: dict[str, bytes]
-    data: dict[str, Any]
+    facts: dict[str, Any]
     metrics: Metrics | None
     stop: StopRequest
     saver: Saver
@@ -112,6 +113,7 @@ def train(resolved: ResolvedRun, allow_change: bool = False) -> int:
             # Not earlier: a rank that waits for one that failed must end when the launcher says so.
             StopRequest(*time_limit(config.training.max_minutes, launched_at()), folder.fail) as stop,
         ):
+            folder.joined()
             check_same_config(resolved.config)
             run = _begin(replace(resolved, config=config), allow_change, fresh_assets, device, folder, stop)
             stopped = _train(run)
@@ -155,7 +157,7 @@ def _begin(
         train_stream=build_train_stream(config),
         valid_streams=build_valid_streams(config),
         assets=checkpoint.assets if checkpoint else fresh_assets,
-        data=describe_data(config),
+        facts=known_facts(config),
         metrics=Metrics(config, grid.world.size, device, state.step) if grid.world.first else None,
         stop=stop,
         saver=Saver(grid.world, config.checkpoint.asynchronous, prune, lambda: run.watch.progress()),
@@ -230,10 +232,10 @@ def _steps_and_saves(run: Run) -> bool:
 def _steps(run: Run) -> bool:
     """Train until the last step or a signal, evaluating and saving on the way. Returns whether a signal ended it."""
     training = run.config.training
-    if run.state.step == 0:
+    if run.state.step == 0 or run.state.evaluation_due:
         values = _evaluate(run)
         if values and run.metrics:
-            run.metrics.write({"step": 0, "tokens": 0, **values})
+            run.metrics.add(run.state, values)
     stopped = False
     while run.state.step < training.steps and not stopped:
         result, values = _step(run)
@@ -243,8 +245,10 @@ def _steps(run: Run) -> bool:
         remember_loss(run.state, result.loss, training.loss_spike)
         last = run.state.step == training.steps
         stopped = bool(result.votes[STOP]) and not last
-        if last or (_due(training.eval_every, run.state.step) and not stopped):
+        due = _due(training.eval_every, run.state.step)
+        if last or (due and not stopped):
             values |= _evaluate(run)
+        run.state.evaluation_due = due and stopped
         if run.metrics:
             run.metrics.write(values)
         if not result.finite:
@@ -303,6 +307,7 @@ def _go_back(run: Run, why: str) -> bool:
 def _evaluate(run: Run) -> dict[str, Any]:
     """Loss per weighted token of every validation set, and of all together."""
     values: dict[str, Any] = {}
+    run.state.evaluation_due = False
     total_loss = total_weight = 0.0
     for name, stream in run.valid_streams.items():
         loss_sum, weight_sum = evaluate(run.engine, stream)
@@ -320,6 +325,6 @@ def _save(run: Run, wait: bool) -> None:
     """Begin to save, or wait until all is saved; but this very step only once."""
     if run.saved_step != run.state.step:
         run.saved_step = run.state.step
-        start_save(run.saver, run.engine, run.state, run.assets, run.data, wait)
+        start_save(run.saver, run.engine, run.state, run.assets, run.facts, wait)
     elif wait:
         run.saver.finish()

@@ -49,10 +49,22 @@ class Metrics:
         """Remove the lines of later steps, which will be taken again."""
         if not self.path.exists():
             return
-        kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+        kept = [line for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines() if _step_of(line) <= step]
+        self._replace(kept)
+
+    def _replace(self, lines: list[str]) -> None:
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         temporary.replace(self.path)
+
+    def add(self, state: RunState, values: dict[str, Any]) -> None:
+        """Add values to the line of the last step, or write them as a line if it has none."""
+        line: dict[str, Any] = {"step": state.step, "tokens": state.tokens}
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.exists() else []
+        if lines and "back_to_step" not in lines[-1] and _step_of(lines[-1]) == state.step:
+            line = json.loads(lines.pop())
+            self._replace(lines)
+        self.write(line | values)
 
     def write(self, values: dict[str, Any]) -> None:
         """Append a line. Numbers that are not finite become null: JSON has no nan."""
@@ -123,8 +135,9 @@ class Metrics:
 def _step_of(line: str) -> float:
     """The step of a line of metrics; infinite for a line that a crash cut off."""
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+        values = json.loads(line)
+        return float(values.get("back_to_step", values["step"]))  # what a run went back to, it has not undone
+    except (ValueError, KeyError, TypeError, AttributeError):
         return math.inf
 
 

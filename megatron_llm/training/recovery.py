@@ -24,7 +24,7 @@ from megatron_llm.ops.storage import Folder
 from megatron_llm.parallel.grid import Axis
 from megatron_llm.parallel.shard import Box, Part
 from megatron_llm.training.agreement import AgreedError, all_gather_objects
-from megatron_llm.training.build import Engine
+from megatron_llm.training.build import Engine, compute_dtype
 from megatron_llm.training.changes import Changes, find_changes
 from megatron_llm.training.distributed import launched_rank
 from megatron_llm.training.progress import Progress
@@ -106,7 +106,14 @@ def changes_since(checkpoint: Checkpoint, config: Config) -> Changes:
         raise ConfigError(
             [f"{checkpoint.folder}, written by {checkpoint.versions}: {problem}" for problem in error.problems]
         ) from error
-    return find_changes(saved, checkpoint.data, config, describe_data(config))
+    return find_changes(saved, checkpoint.facts, config, known_facts(config))
+
+
+def known_facts(config: Config) -> dict[str, Any]:
+    """What decides the numbers and is not said by the settings: what is in the data, and what `auto` stands for here."""
+    on_gpu = config.device != "cpu" and torch.cuda.is_available()
+    dtype = compute_dtype(config, torch.device("cuda" if on_gpu else "cpu"))
+    return {**describe_data(config), "precision": {"compute": str(dtype).removeprefix("torch.")}}
 
 
 def refuse_changes(changes: Changes, checkpoint: Checkpoint, allow_change: bool) -> None:
@@ -286,11 +293,11 @@ def make_pruner(config: Config) -> Callable[[Folder], None]:
 
 
 def start_save(
-    saver: Saver, engine: Engine, state: RunState, assets: dict[str, bytes], data: dict[str, Any], wait: bool = False
+    saver: Saver, engine: Engine, state: RunState, assets: dict[str, bytes], facts: dict[str, Any], wait: bool = False
 ) -> None:
     """Begin to write a checkpoint, when the one before is committed. Collective; raises SaveError if either fails.
 
-    data: as `describe_data` gives them. wait: return when it is committed.
+    facts: as `known_facts` gives them. wait: return when it is committed.
     """
     config = engine.config
     folder = checkpoint_folder(checkpoints_folder(config), state.step)
@@ -300,4 +307,4 @@ def start_save(
         for piece, values in engine.optimizer.state_pieces(kind)
         if piece.part.replica_rank == 0
     )
-    saver.start(folder, tensors, Contents(asdict(state), config.model_dump(mode="json"), assets, data), wait)
+    saver.start(folder, tensors, Contents(asdict(state), config.model_dump(mode="json"), assets, facts), wait)

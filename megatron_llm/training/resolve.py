@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -281,6 +282,11 @@ def _setting_problems(config: Config) -> list[str]:
     if config.precision.compute == "float64" and config.optimizer.state_dtype == "bfloat16":
         problems.append(
             "optimizer.state_dtype: bfloat16 has no place in precision.compute float64, which is for proofs; remove it"
+        )
+    place = config.checkpoint.path
+    if place is not None and (place.startswith("~") or re.match(r"\w+:(?!//.)", place)):
+        problems.append(
+            f"checkpoint.path: {place} is neither a folder nor a whole URL; write it out, as in /data/run or s3://bucket/run"
         )
     run_dir = Path(config.logging.run_dir)
     if run_dir.exists() and not run_dir.is_dir():

@@ -52,11 +52,17 @@ class RollCall:
         self._store, self._rank, self._world = store, rank, world
         self._patience = min(timeout_seconds, 60.0)  # others' time limits end up to an action later than this rank's
         self._ended = threading.Event()
-        threading.Thread(target=self._beat, args=(store.clone(),), daemon=True).start()  # type: ignore[attr-defined]
+        beating = (store.clone(),)  # type: ignore[attr-defined]
+        self._beats = threading.Thread(target=self._beat, args=beating, daemon=True)
+        self._beats.start()
 
     def end(self) -> None:
-        """Stop saying that this rank lives."""
+        """Stop saying that this rank lives.
+
+        Waits for the thread that said so: one that is in C++ when the interpreter ends aborts the process.
+        """
         self._ended.set()
+        self._beats.join(_STORE_SECONDS)
 
     def verdict(self, error: Exception) -> str:
         """Who failed first, as far as can be known in bounded time, when this rank ends with `error`; "" if that says it itself.

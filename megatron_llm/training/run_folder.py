@@ -57,12 +57,14 @@ class RunFolder:
         self.config, self.rank, self.restarted = config, rank, restarted
         self.path = Path(config.logging.run_dir)
         self._lock: TextIO | None = None
+        self._speaks = False  # not of a folder that another run may be writing to
 
     def __enter__(self) -> RunFolder:
         if self.rank == 0:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._lock = self._locked()
+                self.joined()
                 if self.config.checkpoint.resume == "never":
                     self._set_aside_earlier_run()
                 self.report("running")
@@ -71,14 +73,21 @@ class RunFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if error is not None and self.path.is_dir():
+        if error is not None and self.path.is_dir() and self._speaks:
             self.fail("; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])]))
         if self._lock is not None:
             self._lock.close()
 
+    def joined(self) -> None:
+        """This rank belongs to the run that holds the folder, and may say in the status what happened to it."""
+        self._speaks = True
+
     def write_config(self, config: Config) -> None:
         """Say what the run was accepted with."""
-        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        raw = config.model_dump(mode="json")
+        if config.checkpoint.path is not None:  # who reads this may be elsewhere
+            raw["checkpoint"]["path"] = str(checkpoints_folder(config).absolute())
+        text = yaml.safe_dump(raw, sort_keys=False)
         (self.path / "config.yaml").write_text(text, encoding="utf-8")
 
     def report(self, outcome: str, **details: Any) -> None:
@@ -148,5 +157,7 @@ class RunFolder:
     def _move_away(path: Path, stamp: str) -> None:
         if path.exists():
             target = path.with_name(f"{path.name}.before-{stamp}")
+            while target.exists():  # the second one within a second
+                target = target.with_name(f"{target.name}-again")
             path.rename(target)
             logger.warning("checkpoint.resume is never: moved %s of an earlier run to %s", path, target)

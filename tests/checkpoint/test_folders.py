@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,40 @@ def test_pruning_never_trades_the_newest_for_one_of_a_step_to_come(tmp_path: Pat
     _save(tmp_path, 237)
     prune_checkpoints(checkpoint_folder(tmp_path, 237), 1)
     assert _names(tmp_path) == ["step-00000237", "step-00000300"]
+
+
+def test_a_folder_with_the_name_of_another_step_is_not_believed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for step in (4, 5):
+        _save(tmp_path, step)
+    (tmp_path / "step-00000005").rename(tmp_path / "step-00000009")
+    with caplog.at_level(logging.WARNING):
+        assert _latest(tmp_path) == "step-00000004"
+    assert "step-00000009 holds step 5: it was renamed or copied; give it the name of its step" in caplog.text
+    prune_checkpoints(checkpoint_folder(tmp_path, 4), 1)
+    assert _names(tmp_path) == ["step-00000004", "step-00000009"]
+
+
+def test_one_that_cannot_be_deleted_does_not_keep_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in range(1, 6):
+        _save(tmp_path, step)
+    plain = shutil.rmtree
+
+    def rmtree(path: Path) -> None:
+        if path.name == "step-00000003":
+            raise PermissionError(1, "planted", str(path))
+        plain(path)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    prune_checkpoints(checkpoint_folder(tmp_path, 5), 1)
+    assert _names(tmp_path) == ["step-00000003", "step-00000005"]
+
+
+def test_a_link_that_leads_nowhere_is_a_missing_file(tmp_path: Path) -> None:
+    folder = _save(tmp_path, 1)
+    (folder / "rank-00000.safetensors").unlink()
+    (folder / "rank-00000.safetensors").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="rank-00000.safetensors is missing"):
+        open_checkpoint(folder)
 
 
 def test_find_checkpoint_understands_step_checkpoints_and_run_folders(tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def test_one_process_state_config_and_assets_come_back(tmp_path: Path) -> None:
     checkpoint.verify()
     _assert_whole(checkpoint)
     assert checkpoint.run_state == json.loads(json.dumps(STATE)) and checkpoint.config == {"a": 1}
-    assert checkpoint.data == {"train": [1]}
+    assert checkpoint.facts == {"train": [1]}
     assert checkpoint.assets == {"hf/x.txt": b"\x00\xff"}
     assert checkpoint.versions["torch"] == torch.__version__
     stored = load_file(tmp_path / "step-00000001" / "rank-00000.safetensors")  # the library reads our files

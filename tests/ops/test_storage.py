@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -140,3 +142,29 @@ def test_columns_of_a_remote_file_are_cut_out_of_blocks_of_rows(monkeypatch: pyt
     file, counted = _stored(open_folder("memory://columns"), tensor)
     assert torch.equal(file.read("t", (slice(3, 48), slice(10, 12))), tensor[3:48, 10:12])
     assert counted.reads == [7 * 120 + 8] * 5 + [4 * 120 + 8]  # 45 rows, 8 at a time
+
+
+class Broken(LocalFileSystem):
+    """Every call fails as some library would."""
+
+    protocol = "broken-test"
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("ls", "find", "cat_file", "info", "open", "pipe_file", "makedirs", "rm", "rm_file"):
+            raise RuntimeError("Access Denied")
+        return super().__getattribute__(name)
+
+
+fsspec.register_implementation("broken-test", Broken, clobber=True)
+
+
+def test_whatever_a_file_system_raises_says_where() -> None:
+    folder = open_folder("broken-test:///bucket/run")
+    calls: list[Callable[[], object]] = [
+        folder.names, folder.files, folder.make, folder.delete, lambda: folder.open("f"), lambda: folder.commit("f", b""),
+        lambda: folder.remove("f"), lambda: write_bytes(folder, "f", b""),
+    ]  # fmt: skip
+    for call in calls:
+        with pytest.raises(OSError, match="cannot be used: RuntimeError: Access Denied") as caught:
+            call()
+        assert str(caught.value.filename).startswith("broken-test:///bucket/run")

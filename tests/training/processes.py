@@ -106,6 +106,16 @@ def ended(ranks: list[subprocess.Popen[str]], seconds: float = SECONDS) -> list[
     return [(process.returncode, text) for process, text in zip(ranks, said, strict=True)]
 
 
+def wait_for_checkpoint(run: Path, step: int, *processes: subprocess.Popen[Any]) -> None:
+    """Wait until that of a step, or a later one, has been committed, while none of the processes ends."""
+    deadline = time.monotonic() + SECONDS
+    while not any(int(path.parent.name[5:]) >= step for path in run.glob("checkpoints/step-*/manifest.json")):
+        assert time.monotonic() < deadline, f"no checkpoint of step {step} within {SECONDS:g} s"
+        for process in processes:
+            assert process.poll() is None, "it ended"
+        time.sleep(0.02)
+
+
 def wait_for_steps(run: Path, steps: int, *processes: subprocess.Popen[Any]) -> None:
     """Wait until so many lines of metrics are there, while none of the processes ends."""
     deadline = time.monotonic() + SECONDS

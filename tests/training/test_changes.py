@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import BaseModel
 
 from megatron_llm.cli.main import main
 from megatron_llm.config import Config
+from megatron_llm.training import recovery
 from megatron_llm.training.changes import DECIDES_NUMBERS, FREE, OF_ANOTHER_RUN, class_of
 from tests.data.sources import write_pretrain
 from tests.runs import TINY
@@ -160,3 +162,25 @@ def test_a_place_that_cannot_be_written_is_found_before_training(tmp_path: Path,
     assert main(command) == 1
     text = capsys.readouterr().err
     assert f"checkpoint.path: no checkpoint can be written to {tmp_path}/file/checkpoints: NotADirectoryError" in text
+
+
+def test_data_of_equal_size_are_told_apart(tmp_path: Path, config: dict[str, Any], capsys: Any) -> None:
+    write_pretrain(tmp_path / "one", [20, 30, 40], first=3, meta=None)
+    assert main(["train", str(tmp_path / "config.yaml"), "training.steps=3"]) == 1
+    assert "data.train.0.sample: " in capsys.readouterr().err
+
+
+def test_what_auto_stands_for_is_compared(tmp_path: Path, config: dict[str, Any], monkeypatch: Any, capsys: Any) -> None:
+    raw = config | {"precision": {"compute": "auto"}, "logging": {"run_dir": str(tmp_path / "auto")}}
+    command = ["train", str(write_config(tmp_path / "auto.yaml", raw))]
+    assert main(command) == 0
+    assert main([*command, "training.steps=3", "precision.compute=float32"]) == 0, "it is the same"
+    monkeypatch.setattr(recovery, "compute_dtype", lambda *_: torch.bfloat16)  # as on a GPU
+    assert main([*command, "training.steps=4"]) == 1
+    assert "precision.compute: float32 -> bfloat16. The run would go on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["~/runs", "s3:/bucket/run", "s3:bucket", "memory://"])
+def test_places_that_are_misspelt_are_refused(tmp_path: Path, config: dict[str, Any], place: str, capsys: Any) -> None:
+    assert main(["train", str(tmp_path / "config.yaml"), f"checkpoint.path={place}"]) == 1
+    assert f"checkpoint.path: {place} is neither a folder nor a whole URL" in capsys.readouterr().err

@@ -28,6 +28,7 @@ from tests.training.processes import (
     planted,
     ranks_of,
     started,
+    wait_for_checkpoint,
     wait_for_steps,
 )
 from tests.training.test_runs import state_of
@@ -37,8 +38,9 @@ SLOWLY = "time.sleep(0.05)"
 
 
 def _config(folder: Path, run: str, steps: int = 40, **parallel: int) -> Path:
+    schedule = {"lr_schedule": {"kind": "constant"}}
     training = {"training": TINY["training"] | {"steps": steps}, "checkpoint": {"every_steps": 3}, "parallel": parallel}
-    return write_config(folder / f"{run}.yaml", TINY | training | {"logging": {"run_dir": str(folder / run)}})
+    return write_config(folder / f"{run}.yaml", TINY | training | schedule | {"logging": {"run_dir": str(folder / run)}})
 
 
 @pytest.mark.slow
@@ -46,8 +48,8 @@ def test_a_killed_rank_is_restarted_and_the_run_is_the_same(tmp_path: Path) -> N
     script, run = planted(tmp_path, SLOWLY), tmp_path / "lost"
     command = (*TORCHRUN, "--standalone", "--nproc-per-node", "2", "--max-restarts", "3", str(script), "train")
     with launched(*command, str(_config(tmp_path, "lost"))) as torchrun:
-        for steps, victim in ((5, 1), (12, 0)):
-            wait_for_steps(run, steps, torchrun)
+        for steps, victim in ((3, 1), (12, 0)):
+            wait_for_checkpoint(run, steps, torchrun)
             os.kill(ranks_of(torchrun.pid)[victim], signal.SIGKILL)
         log = torchrun.communicate(timeout=SECONDS)[0]
     assert torchrun.returncode == 0, log
@@ -90,7 +92,7 @@ def _one_of_two_nodes_is_lost(folder: Path, **parallel: int) -> tuple[int, str]:
     with launched(*command) as stays:
         time.sleep(1.5)  # it is the one that the nodes meet at
         with launched(*command) as lost:
-            wait_for_steps(folder / "run", 5, stays, lost)
+            wait_for_checkpoint(folder / "run", 3, stays, lost)
             kill_tree(lost.pid)
             log = stays.communicate(timeout=SECONDS)[0]
     return stays.returncode, log
@@ -122,7 +124,7 @@ def test_a_restarted_rank_waits_for_the_lock_of_the_one_before(tmp_path: Path) -
 
 
 def test_a_restart_does_not_begin_anew_what_this_launch_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = ["train", str(_config(tmp_path, "run")), "checkpoint.resume=never", "lr_schedule.kind=constant"]
+    arguments = ["train", str(_config(tmp_path, "run")), "checkpoint.resume=never"]
     run = tmp_path / "run"
     assert main([*arguments, "training.steps=3"]) == 0
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")

@@ -189,3 +189,33 @@ def test_weights_without_a_run_are_no_run_to_go_on_with(tmp_path: Path, first: P
     raw = raw_config(tmp_path / "next", {"checkpoint": str(tmp_path / "run/checkpoints/step-00000000")}, training={"steps": 1})
     assert main(["train", str(write_config(tmp_path / "next.yaml", raw))]) == 0
     assert read_status(tmp_path / "next") == {"outcome": "done", "step": 1}
+
+
+def test_damaged_weights_are_neither_exported_nor_used(tmp_path: Path, first: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = first / "checkpoints/step-00000003/rank-00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.write_bytes(bytes(content))
+    out = str(tmp_path / "out")
+    for command in (
+        ["export", str(first), out],
+        ["export", "--to", "megatron", str(first), out],
+        ["generate", "--checkpoint", str(first), "--prompt", "a"],
+    ):
+        assert main(command) == 1
+        assert f"{file} is damaged" in capsys.readouterr().err
+        assert not Path(out).exists()
+    assert main(["export", str(first), out, "--no-verify"]) == 0
+
+
+def test_commands_do_not_write_where_they_should_not(
+    tmp_path: Path, first: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for command in (["export", str(first), "s3://bucket/x"], ["export", "--to", "megatron", str(first), "memory://x"]):
+        assert main(command) == 1
+        assert f"{command[-1]}: what this command writes is a local folder" in capsys.readouterr().err
+    assert main(["export", str(first), "hf"]) == 0
+    assert main(["import", "hf", str(first / "checkpoints/step-00000003"), "--overwrite"]) == 1
+    assert "is the checkpoint of a run, so it is no earlier checkpoint and is not deleted" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "first.yaml", "hf"]

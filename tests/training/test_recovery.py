@@ -176,7 +176,19 @@ def test_rank_0_chooses_for_all(tmp_path: Path) -> None:
 def test_the_first_failure_is_the_one_reported(tmp_path: Path) -> None:
     config = config_of(logging={"run_dir": str(tmp_path)})
     for rank in (0, 1):
-        with pytest.raises(RuntimeError), RunFolder(config, 0), RunFolder(config, rank + 1):
+        with pytest.raises(RuntimeError), RunFolder(config, 0), RunFolder(config, rank + 1) as folder:
+            folder.joined()
             raise RuntimeError(f"rank {rank + 1} has had enough")
         assert json.loads((tmp_path / "status.json").read_text())["reason"].endswith(f"rank {rank + 1} has had enough")
         assert json.loads((tmp_path / "status.json").read_text())["reason"].startswith(f"rank {rank + 1}: RuntimeError")
+
+
+def test_a_rank_that_never_joined_says_nothing_in_the_folder_of_a_live_run(tmp_path: Path) -> None:
+    config = config_of(logging={"run_dir": str(tmp_path)})
+    with RunFolder(config, 0) as live:
+        live.report("running", step=3)
+        with pytest.raises(ValueError, match="another run is writing"), RunFolder(config, 0):
+            pass
+        with pytest.raises(TimeoutError), RunFolder(config, 1):
+            raise TimeoutError("rank 0 never came")
+        assert json.loads((tmp_path / "status.json").read_text()) == {"outcome": "running", "step": 3}

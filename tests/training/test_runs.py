@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,9 +18,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_llm.checkpoint.load import Checkpoint, open_checkpoint
 from megatron_llm.cli.main import main
+from megatron_llm.config import parse_config
+from megatron_llm.data.stream import build_valid_streams
 from megatron_llm.parallel.shard import Box, Part
+from megatron_llm.training.loop import Run, _steps
+from megatron_llm.training.metrics import Metrics
+from megatron_llm.training.signals import StopRequest
 from tests.runs import TINY
 from tests.training.commands import environment, read_metrics, read_status, run_train, train_command, write_config
+from tests.training.planted import fresh_run
 
 
 def tiny(run: Path, **sections: dict[str, Any]) -> dict[str, Any]:
@@ -165,3 +171,36 @@ def test_bfloat16_follows_float32(tmp_path: Path) -> None:
         assert {info.dtype for kind in checkpoint.kinds for info in checkpoint.tensors(kind).values()} == {"F32"}
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=1e-3)
     assert losses["bfloat16"] != losses["float32"]
+
+
+class StopAfter:
+    """A request to stop that comes while a step is taken."""
+
+    def __init__(self, run: Run, step: int):
+        self.run, self.step, self.reason = run, step, "planted"
+
+    @property
+    def requested(self) -> bool:
+        return self.run.state.step == self.step - 1
+
+
+def test_an_evaluation_that_a_stop_left_out_is_made_when_the_run_goes_on(tmp_path: Path) -> None:
+    sections = {"training": {"steps": 6, "eval_every": 3, "eval_rows": 6}, "model": {**TINY["model"], "num_hidden_layers": 1}}
+    whole, parts = (tiny(tmp_path / name, **sections) for name in ("whole", "parts"))
+    assert main(["train", str(write_config(tmp_path / "whole.yaml", whole))]) == 0
+    run = fresh_run(parse_config(parts))
+    run.valid_streams = build_valid_streams(run.config)
+    run.stop = cast(StopRequest, StopAfter(run, 3))
+    assert _steps(run) and "valid_loss" not in read_metrics(tmp_path / "parts")[-1]
+    assert main(["train", str(write_config(tmp_path / "parts.yaml", parts))]) == 0
+    kept = ("step", "tokens", "loss", "valid_loss", "valid_loss/synthetic")
+    lines = [[{key: line.get(key) for key in kept} for line in read_metrics(tmp_path / name)] for name in ("whole", "parts")]
+    assert lines[0] == lines[1] and [line["step"] for line in lines[0] if line["valid_loss"]] == [0, 3, 6]
+
+
+def test_lines_of_going_back_stay_and_lines_of_undone_steps_go(tmp_path: Path) -> None:
+    config = parse_config(tiny(tmp_path))
+    lines = [{"step": 9}, {"step": 12, "back_to_step": 9}, {"step": 10}, {"step": 11}, {"step": 14, "back_to_step": 11}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + "{cut of\xff", "latin-1")
+    Metrics(config, 1, torch.device("cpu"), 10)
+    assert read_metrics(tmp_path) == lines[:3]
