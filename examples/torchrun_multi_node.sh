@@ -30,8 +30,7 @@ if [[ $# -lt 1 || $1 == -* || -z ${HEAD_NODE:-} || -z $NNODES ]]; then
     echo "usage: HEAD_NODE=host NNODES=number $0 CONFIG.yaml [section.key=value ...]   (on each of the machines)" >&2
     exit 2
 fi
-# Where nodes come and go, restarts are counted by each for itself. With a store of their own, made anew each time, ranks meet
-# only those of the same start.
+# A store of the ranks' own, made anew at each start: what the agents keep of a node that left does not matter to the ranks.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 launch --nnodes "$NNODES" --nproc-per-node "${NPROC_PER_NODE:-$(default_ranks)}" --max-restarts "${MAX_RESTARTS:-3}" \
     --rdzv-backend c10d --rdzv-endpoint "$HEAD_NODE:${HEAD_PORT:-29400}" --rdzv-id "${JOB_ID:-${SLURM_JOB_ID:-$(basename "$1")}}" \

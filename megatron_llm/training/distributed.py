@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from megatron_llm.training.agreement import AgreedError
 from megatron_llm.training.roll_call import roll_call
+from megatron_llm.training.roster import roster_of
 from megatron_llm.training.signals import EXIT_STOPPED
 
 
@@ -30,11 +31,6 @@ def launched_world_size() -> int:
 def launched_rank() -> int:
     """This process's rank; 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))
-
-
-def restarts() -> int:
-    """How often torchrun has replaced this rank by a new process, as far as its agent on this node knows."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def may_restart() -> bool:
@@ -106,11 +102,10 @@ def process_group(device: torch.device, timeout_seconds: float) -> Iterator[None
 def _join(backend: str, timeout: timedelta) -> None:
     """Make the default process group.
 
-    Its store may be that of torchrun's agents and survive the ranks. What those before a restart left there, their addresses and
-    their last words, must not be taken for ours.
+    Its store may be that of torchrun's agents and survive the ranks; see `roster.py`.
     """
     store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        store = dist.PrefixStore(f"restart {restarts()}", store)
+        store = dist.PrefixStore(roster_of(store, rank, world, timeout), store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)

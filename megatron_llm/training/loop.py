@@ -31,7 +31,6 @@ from megatron_llm.training.distributed import (
     may_restart,
     pick_device,
     process_group,
-    restarts,
 )
 from megatron_llm.training.hang_watch import HangWatch
 from megatron_llm.training.metrics import Metrics, setup_logging
@@ -51,7 +50,7 @@ from megatron_llm.training.recovery import (
 from megatron_llm.training.replicas import check_replicas
 from megatron_llm.training.resolve import ResolvedRun
 from megatron_llm.training.rollback import find_spike, go_back, ranges, remember_loss
-from megatron_llm.training.run_folder import RunFolder, first_start_only
+from megatron_llm.training.run_folder import RunFolder, entered_since, restarted
 from megatron_llm.training.signals import StopRequest, time_limit
 from megatron_llm.training.step import RunState, StepResult, evaluate, next_rate, train_step
 from megatron_llm.training.trace import write_trace
@@ -101,10 +100,11 @@ def train(resolved: ResolvedRun, allow_change: bool = False) -> int:
 
     allow_change: go on although settings that decide the numbers are not those of the checkpoint.
     """
-    config = first_start_only(resolved.config, launched_at()) if may_restart() else resolved.config
+    again = may_restart() and entered_since(resolved.config, launched_at())
+    config = restarted(resolved.config) if again else resolved.config
     setup_logging(launched_rank())
     device = pick_device(config.device)
-    with RunFolder(config, launched_rank(), restarts() > 0) as folder:
+    with RunFolder(config, launched_rank(), again) as folder:
         # Whatever a user can still mend is checked before ranks wait for each other.
         fresh_assets = {} if find_resume(config, allow_change) else resolved.assets()
         probe_checkpoints(config)

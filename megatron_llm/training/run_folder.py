@@ -31,17 +31,17 @@ def checkpoints_folder(config: Config) -> Folder:
     return open_folder(config.checkpoint.path or Path(config.logging.run_dir) / "checkpoints")
 
 
-def first_start_only(config: Config, launched_at: float) -> Config:
-    """The config of ranks that a launcher has restarted: `checkpoint.resume: never` was meant for the first start of the launch.
-
-    It still counts if no rank of this launch, which began at `launched_at` (`time.monotonic()`), has entered the folder so far.
-    """
+def entered_since(config: Config, launched_at: float) -> bool:
+    """Whether a run has entered the folder after a launch that began at `launched_at` (`time.monotonic()`)."""
     try:
         entered = (Path(config.logging.run_dir) / "lock").stat().st_mtime
     except OSError:
-        return config
-    if time.time() - entered > time.monotonic() - launched_at:
-        return config
+        return False
+    return time.time() - entered <= time.monotonic() - launched_at
+
+
+def restarted(config: Config) -> Config:
+    """The config of ranks that a launcher has started again: `checkpoint.resume: never` was meant for the first start."""
     return config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"resume": "auto"})})
 
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -111,6 +112,35 @@ def test_a_layout_that_needs_the_lost_node_ends_with_its_numbers(tmp_path: Path)
     code, log = _one_of_two_nodes_is_lost(tmp_path, tensor_parallel=2)
     assert code == 1
     assert "context_parallel 1 = 2 does not divide the world size 1; launch a multiple of 2 ranks" in log, log
+
+
+@pytest.mark.slow
+def test_nodes_that_count_restarts_differently_meet_again(tmp_path: Path) -> None:
+    """The rank of one node dies while that of the other is at work and notices nothing, so only one agent counts a failure."""
+    at_work = (
+        f"rank == 0 and calls == 40 and not os.path.exists('{tmp_path}/once') and (open('{tmp_path}/once', 'w'), time.sleep(30))"
+    )
+    conf = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3"
+    node = (*TORCHRUN, "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-backend", "c10d")
+    node = (*node, "--rdzv-endpoint", f"localhost:{free_port()}", "--rdzv-id", "test", "--rdzv-conf", conf)
+    command = (*node, str(planted(tmp_path, at_work)), "train", str(_config(tmp_path, "run")))
+    with launched(*command) as first:
+        time.sleep(1.5)
+        with launched(*command) as second:
+            deadline = time.monotonic() + SECONDS
+            while not (tmp_path / "once").exists():
+                assert time.monotonic() < deadline and first.poll() is None and second.poll() is None
+                time.sleep(0.05)
+            holder = next(process for process in (first, second) if _rank_of(ranks_of(process.pid)[0]) == 1)
+            os.kill(ranks_of(holder.pid)[0], signal.SIGKILL)
+            logs = [process.communicate(timeout=SECONDS)[0] for process in (first, second)]
+    assert [first.returncode, second.returncode] == [0, 0], logs
+    assert read_status(tmp_path / "run") == {"outcome": "done", "step": 40}
+    assert sum(log.count("continuing from") for log in logs) == 1
+
+
+def _rank_of(process: int) -> int:
+    return int(psutil.Process(process).environ()["RANK"])
 
 
 def test_a_restarted_rank_waits_for_the_lock_of_the_one_before(tmp_path: Path) -> None:
