@@ -23,10 +23,10 @@ from torch import Tensor
 
 from megatron_llm import __version__
 from megatron_llm.checkpoint.manifest import MANIFEST, Manifest, StoredBox, StoredTensor, Tensors, untiled, write_manifest
-from megatron_llm.checkpoint.work import gather, gather_to_first
 from megatron_llm.ops.safetensors import Entry, TensorInfo, WrittenFile, dtype_name, write_bytes, write_safetensors
 from megatron_llm.ops.storage import Folder, open_folder
 from megatron_llm.parallel.grid import Axis
+from megatron_llm.parallel.objects import all_gather_objects, gather_objects_to_first
 from megatron_llm.parallel.shard import Box
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def save_checkpoint(folder: str | Path | Folder, tensors: Iterable[TensorToSave]
     folder = open_folder(folder)
     on_all(world, folder, lambda: prepare(folder, contents) if world.first else None)
     mine = on_all(world, folder, lambda: write_rank_file(folder, world.rank, tensors))
-    files = gather_to_first(mine, world)
+    files = gather_objects_to_first(mine, world)
     on_all(world, folder, lambda: commit(folder, files, contents) if world.first else None)
 
 
@@ -109,7 +109,7 @@ def on_all(world: Axis, folder: Folder, work: Callable[[], T]) -> T:
         result = work()
     except Exception as caught:  # whatever it is, the other ranks wait for this one's answer
         error, cause = f"{type(caught).__name__}: {caught}", caught
-    problems = [f"rank {rank}: {error}" for rank, error in enumerate(gather(error, world)) if error is not None]
+    problems = [f"rank {rank}: {error}" for rank, error in enumerate(all_gather_objects(error, world)) if error is not None]
     if problems:
         raise SaveError(f"checkpoint {folder} was not written: " + "; ".join(problems)) from cause
     return cast(T, result)

@@ -22,9 +22,10 @@ from typing import Literal
 import torch
 
 from megatron_llm.checkpoint.save import Contents, RankFile, TensorToSave, commit, on_all, prepare, write_rank_file
-from megatron_llm.checkpoint.work import Work, gather_to_first
+from megatron_llm.checkpoint.work import Work
 from megatron_llm.ops.storage import Folder
 from megatron_llm.parallel.grid import Axis
+from megatron_llm.parallel.objects import gather_objects_to_first
 
 logger = logging.getLogger("megatron_llm")
 _ALIGNMENT = 64
@@ -93,7 +94,7 @@ class Saver:
         assert self._work is not None
         mine = on_all(self._world, self._folder, self._work.result)
         if self._stage == "writing":
-            files = gather_to_first(mine, self._world)
+            files = gather_objects_to_first(mine, self._world)
             self._stage, self._work = "committing", Work(lambda progress: self._commit(files, progress))
         else:
             self._stage, self._work = "idle", None

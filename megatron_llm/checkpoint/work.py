@@ -12,9 +12,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron_llm.parallel.grid import Axis
+from megatron_llm.parallel.objects import all_gather_objects
 
 _LOOK_SECONDS = 1.0
 
@@ -61,26 +60,9 @@ class Work:
         before: list[tuple[bool, int]] = []
         while True:
             wait([self._future], timeout=_LOOK_SECONDS)
-            now = gather((self.done, self._headway), world)
+            now = all_gather_objects((self.done, self._headway), world)
             if all(done for done, _ in now):
                 return
             if now != before:
                 alive()
             before = now
-
-
-def gather(mine: Any, world: Axis) -> list[Any]:
-    """Every rank's object, in rank order, on every rank."""
-    gathered: list[Any] = [mine] * world.size
-    if world.size > 1:
-        dist.all_gather_object(gathered, mine, group=world.group)
-    return gathered
-
-
-def gather_to_first(mine: Any, world: Axis) -> list[Any]:
-    """Every rank's object, in rank order, on rank 0; elsewhere nothing."""
-    if world.size == 1:
-        return [mine]
-    gathered: list[Any] | None = [None] * world.size if world.first else None
-    dist.gather_object(mine, gathered, dst=world.ranks[0], group=world.group)
-    return gathered or []

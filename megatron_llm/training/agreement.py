@@ -12,19 +12,11 @@ import torch.distributed as dist
 from megatron_llm.config import Config
 from megatron_llm.ops.random import stream_key
 from megatron_llm.parallel.grid import Axis
+from megatron_llm.parallel.objects import all_gather_objects
 
 
 class AgreedError(ValueError):
     """Raised on every rank with the same message, so that one of them is enough to say it."""
-
-
-def all_gather_objects(mine: Any, world: Axis) -> list[Any]:
-    """Every rank's object, in rank order. For rare moments: it pickles, and waits for the device."""
-    if world.size == 1:
-        return [mine]
-    gathered: list[Any] = [None] * world.size
-    dist.all_gather_object(gathered, mine, group=world.group)
-    return gathered
 
 
 def check_same_config(config: Config) -> None:

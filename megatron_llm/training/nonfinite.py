@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron_llm.parallel.grid import Grid
-from megatron_llm.training.agreement import AgreedError, all_gather_objects
+from megatron_llm.parallel.objects import all_gather_objects
+from megatron_llm.training.agreement import AgreedError
 from megatron_llm.training.build import Engine
 from megatron_llm.training.step import RunState, StepResult
 

@@ -22,8 +22,9 @@ from megatron_llm.config import Config, ConfigError, parse_config
 from megatron_llm.data.stream import describe_data
 from megatron_llm.ops.storage import Folder
 from megatron_llm.parallel.grid import Axis
+from megatron_llm.parallel.objects import all_gather_objects
 from megatron_llm.parallel.shard import Box, Part
-from megatron_llm.training.agreement import AgreedError, all_gather_objects
+from megatron_llm.training.agreement import AgreedError
 from megatron_llm.training.build import Engine, compute_dtype
 from megatron_llm.training.changes import Changes, find_changes
 from megatron_llm.training.distributed import launched_rank

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from megatron_llm.models.stages import parameters
 from megatron_llm.ops.random import random_bits
+from megatron_llm.parallel.objects import all_gather_objects
 from megatron_llm.parallel.shard import ShardSpec
-from megatron_llm.training.agreement import AgreedError, all_gather_objects, name_ranks
+from megatron_llm.training.agreement import AgreedError, name_ranks
 from megatron_llm.training.build import Engine
 
 _CHUNK_ELEMENTS = 1 << 22  # bounds the 64-bit temporaries

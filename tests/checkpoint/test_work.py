@@ -9,8 +9,9 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from megatron_llm.checkpoint.work import Work, gather, gather_to_first
+from megatron_llm.checkpoint.work import Work
 from megatron_llm.parallel.grid import Axis
+from megatron_llm.parallel.objects import all_gather_objects, gather_objects_to_first
 from tests.ranks import run_ranks
 
 
@@ -37,7 +38,7 @@ def outlast_collectives() -> tuple[str, int, list[int], list[int]]:
 
     mine = Work(work)
     mine.wait_for_all(world, count)
-    return mine.result(), alive, gather(world.rank, world), gather_to_first(world.rank, world)
+    return mine.result(), alive, all_gather_objects(world.rank, world), gather_objects_to_first(world.rank, world)
 
 
 def test_idle_ranks_hear_that_another_goes_on() -> None:
