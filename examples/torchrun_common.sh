@@ -83,15 +83,18 @@ identity() { # of a file: another one if it has been written anew
 
 # Run to the end and exit: 0 done, 75 stopped (saved: run the same command again), 1 failed.
 launch() { # torchrun's options -- CONFIG.yaml overrides
-    local options=() status before outcome run_dir
+    local options=() settings=() word status before outcome run_dir
     while [[ $1 != -- ]]; do options+=("$1") && shift; done
     shift
     trap 'on_signal TERM' TERM HUP
     trap 'on_signal INT' INT
     trap 'on_signal USR1' USR1
     find_python
+    for word in "$@"; do # without --allow-change, which is for `train`
+        if [[ $word != --* ]]; then settings+=("$word"); fi
+    done
     # Wrong settings end here, once and not once a restart.
-    run_dir=$("$PYTHON" -m megatron_llm config show "$@" |
+    run_dir=$("$PYTHON" -m megatron_llm config show "${settings[@]}" |
         "$PYTHON" -c 'import sys, yaml; print((yaml.safe_load(sys.stdin) or {"logging": {"run_dir": ""}})["logging"]["run_dir"])') || exit 1
     if [[ -n $first ]]; then exit 75; fi
     status=$run_dir/status.json

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train on several machines. Run the same command on each of them; logging.run_dir must be a folder that all share.
 #
-#     HEAD_NODE=node1 NNODES=4 examples/torchrun_multi_node.sh CONFIG.yaml [section.key=value ...]
+#     HEAD_NODE=node1 NNODES=4 examples/torchrun_multi_node.sh CONFIG.yaml [section.key=value ...] [--allow-change]
 #
 # SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 to this script on any machine end the step, save and stop the run on all; a second one, more
 # than a second later, ends this machine's ranks at once, and the others with them. Exit codes, on each machine: 0 done, 75 stopped

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train on all GPUs of this machine.
 #
-#     examples/torchrun_single_node.sh CONFIG.yaml [section.key=value ...]
+#     examples/torchrun_single_node.sh CONFIG.yaml [section.key=value ...] [--allow-change]
 #
 # SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 to this script end the step, save and stop the run; a second one, more than a second later,
 # ends it at once. Exit codes: 0 done, 75 stopped after saving (run the same command again to continue), 1 failed, 2 usage.

@@ -185,7 +185,8 @@ def test_the_launch_script_of_one_node(tmp_path: Path, number: signal.Signals) -
         log = script.communicate(timeout=SECONDS)[0]
     assert script.returncode == 75, log
     step = read_status(run)["step"]
-    with _launch(1, "single", config, f"training.steps={step + 2}")(0) as script:
+    changed = (f"training.steps={step + 2}", "optimizer.lr=0.005", "--allow-change")
+    with _launch(1, "single", config, *changed)(0) as script:
         log = script.communicate(timeout=SECONDS)[0]
         assert script.returncode == 0 and "continuing from" in log, log
     assert read_status(run)["outcome"] == "done"
