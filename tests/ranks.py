@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import multiprocessing.connection
 import os
 import pickle
@@ -64,6 +65,8 @@ class _Pool:
         self.workers: list[_Worker] = []
         self.control, template_end = socket.socketpair()
         torch.set_num_threads(1)  # before the fork: an OpenMP pool does not survive it
+        gc.collect()
+        gc.freeze()  # what is imported need not be looked at after each job
         if os.fork() == 0:
             self.control.close()
             _never_return(_serve_forks, template_end)
@@ -218,6 +221,7 @@ def _run_job(rank: int, world: int, folder: str, timeout: float, call: bytes) ->
     store = dist.FileStore(str(Path(folder) / "store"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
     result = fn(*args, **kwargs)
+    gc.collect()  # groups in cycles of objects would live on in some ranks, and their threads wake for ever when others have gone
     dist.barrier()  # nobody closes its sockets while another rank may still read from them
     dist.destroy_process_group()
     return result
