@@ -50,7 +50,7 @@ TOURS = {  # every layout of them is left, and come to, with all that a run has
 STEPS = 3
 
 
-def continue_run(config: Config, times: int) -> list[tuple[float, float]]:
+def continue_run(config: Config, times: int = 1) -> list[tuple[float, float]]:
     """Load the newest checkpoint of the run folder if there is one; train on and save, some times. Losses, gradient norms."""
     grid = Grid.build(config.parallel, config.model.num_key_value_heads)
     checkpoint = find_resume(config)
