@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,19 @@ TESTED_ELSEWHERE = ("make ", "pip install")  # the Makefile's targets are what r
 
 
 def blocks(language: str, page: str = "README.md") -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    """The contents of the fenced blocks of a page that are in a language."""
+    found: list[str] = []
+    inside: str | None = None
+    for line in (ROOT / page).read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.startswith("```"):
+            if inside == language:
+                found[-1] += line
+        elif inside is None:
+            inside = line.removeprefix("```").strip()
+            found += [""] if inside == language else []
+        else:
+            inside = None
+    return found
 
 
 def run_commands(page: str, folder: Path, at_least: int) -> None:
