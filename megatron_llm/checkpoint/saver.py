@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
-from typing import Literal
 
 import torch
 
@@ -44,20 +43,20 @@ class Saver:
         self, world: Axis, asynchronous: bool, committed: Callable[[Folder], None], alive: Callable[[], None] = lambda: None
     ):
         self._world, self._asynchronous, self._committed, self._alive = world, asynchronous, committed, alive
-        self._stage: Literal["idle", "writing", "committing"] = "idle"
-        self._work: Work | None = None
+        self._work: Work | None = None  # of the stage that a save is in
+        self._writing = False  # it is the first of the two
         self._staging = Staging()
         self._stall = 0.0
 
     @property
     def busy(self) -> bool:
         """Whether a save is under way."""
-        return self._stage != "idle"
+        return self._work is not None
 
     @property
     def ready(self) -> bool:
         """Whether this rank has done its part of the stage that a save is in."""
-        return self.busy and self._work is not None and self._work.done
+        return self._work is not None and self._work.done
 
     def start(self, folder: Folder, tensors: Iterable[TensorToSave], contents: Contents, wait: bool = False) -> None:
         """Begin to save, when the save before has been committed. Collective.
@@ -83,7 +82,7 @@ class Saver:
                 raise error
             return write_rank_file(folder, self._world.rank, mine, progress)
 
-        self._stage, self._work = "writing", Work(write)
+        self._writing, self._work = True, Work(write)
         self._stall += time.perf_counter() - start
         if not behind:
             self.finish()
@@ -93,11 +92,11 @@ class Saver:
         start = time.perf_counter()
         assert self._work is not None
         mine = on_all(self._world, self._folder, self._work.result)
-        if self._stage == "writing":
+        if self._writing:
             files = gather_objects_to_first(mine, self._world)
-            self._stage, self._work = "committing", Work(lambda progress: self._commit(files, progress))
+            self._writing, self._work = False, Work(lambda progress: self._commit(files, progress))
         else:
-            self._stage, self._work = "idle", None
+            self._work = None
         self._stall += time.perf_counter() - start
 
     def finish(self) -> None:

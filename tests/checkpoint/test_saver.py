@@ -71,7 +71,7 @@ class Run:
         for count in range(1, 10_000):
             time.sleep(0.001)
             self.step()
-            if self.saver._stage == "idle":
+            if not self.saver.busy:
                 return count
         raise AssertionError("never committed")
 
