@@ -80,7 +80,7 @@ def generate(
                 f"prompt {number} holds token id {max(prompt)}, but the model's vocabulary has {vocab}; "
                 "the tokenizer is not the model's"
             )
-    device = stage.frequencies_P.device
+    device = stage.device
     generator = torch.Generator(device).manual_seed(seed)
     cache = SequenceCache([len(prompt) + max_new_tokens for prompt in prompts])
     new: list[list[int]] = [[] for _ in prompts]
