@@ -1,7 +1,7 @@
 """Grouped-query self-attention (Ainslie et al. 2023), everything but what stands around it. Called by `models/block.py`.
 
-Which heads are here: `models/heads.py`; copies of key/value heads have partial gradients, which the shard spec adds up. q, k and v
-share one weight and one GEMM.
+Which heads are here: `models/heads.py`; copies of key/value heads have partial gradients, which the shard spec adds up. q, k
+and v share one weight and one GEMM.
 
 Shape suffixes: T tokens, N query heads here, K key/value heads here, D head dimension, S all cached tokens, X all heads.
 """

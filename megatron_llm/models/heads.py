@@ -1,8 +1,8 @@
 """Which heads a tensor-parallel rank has. Called by `models/attention.py`, and by `training/resolve.py` for its refusals.
 
-Key/value heads are cut over tp in blocks, each with the query heads that share it. Where tp is a multiple of their number, each is
-copied to tp / heads neighbouring ranks (`grid.kv_replica`), which divide its query heads among them. Blocks may differ by one
-head: nothing is padded.
+Key/value heads are cut over tp in blocks, each with the query heads that share it. Where tp is a multiple of their number, each
+is copied to tp / heads neighbouring ranks (`grid.kv_replica`), which divide its query heads among them. Blocks may differ by
+one head: nothing is padded.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Activations of the MLP, plain and gated (Shazeer 2020): act(gate) * up with gate and up side by side. Called by `models/mlp.py`.
+"""Activations of the MLP, plain and gated (Shazeer 2020): act(gate) * up, side by side. Called by `models/mlp.py`.
 
 Backward of the gated ones: dgate = dy * up * act'(gate), dup = dy * act(gate). Saved: only the fused input; act is made again.
 

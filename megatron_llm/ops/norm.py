@@ -1,7 +1,8 @@
 """RMSNorm (Zhang & Sennrich 2019) and LayerNorm (Ba et al. 2016), in one formula. Called by
 `models/norm.py`.
 
-y = n * (offset + w) + b, where n is x, for LayerNorm less its mean, divided by sqrt(mean(n^2) + eps). Backward, with g = dy * (offset + w):
+y = n * (offset + w) + b, where n is x, for LayerNorm less its mean, divided by sqrt(mean(n^2) + eps). Backward, with
+g = dy * (offset + w):
 
     dx = rstd * (g - n * mean(g * n)), for LayerNorm less rstd * mean(g);   dw = sum over tokens of dy * n;   db = sum of dy
 
