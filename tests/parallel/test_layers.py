@@ -106,7 +106,8 @@ def _linear(world: int, sequence_parallel: bool, main_grad: bool) -> dict[str, A
     tp = grid.tp
     sizes = {"vocab_size": 1, "hidden_size": HIDDEN, "intermediate_size": 1, "num_hidden_layers": 1}
     heads = Heads.of(
-        ModelConfig(**sizes, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=DIM, position_embedding="none"), grid
+        ModelConfig(**sizes, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=DIM, position_embedding="none"),
+        grid,
     )
     shards = [
         OutputShard.even("q", HEADS * DIM, tp),
