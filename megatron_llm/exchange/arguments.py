@@ -60,8 +60,8 @@ _SIZES = {
 
 
 _OF_EVERY_LLAMA = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "rope_theta", "norm_eps", "max_position_embeddings", "tie_word_embeddings", "initializer_range",
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "rope_theta", "norm_eps", "max_position_embeddings", "tie_word_embeddings", "initializer_range",
     "hf", "checkpoint", "checkpoint_ema", "resize_vocab",
 )  # fmt: skip
 

@@ -17,7 +17,7 @@ from megatron_llm.generation.generate import Sampling, generate
 from megatron_llm.hf.reader import HFFolder
 from megatron_llm.models.names import logical_tensors
 from megatron_llm.ops.batch import Batch
-from tests.families.cases import Case, cases, make_folder
+from tests.families.cases import LLAMA, Case, cases, make_folder
 from tests.families.models import (
     DOCUMENTS,
     assembled,
@@ -103,19 +103,8 @@ def test_greedy_generation_in_a_batch_equals_transformers(tmp_path: Path, name: 
 
 def test_a_stage_without_boundaries_attends_across_documents(tmp_path: Path) -> None:
     """The other tests would notice if documents were not isolated: without boundaries the logits differ."""
-    make_folder(Case("LlamaForCausalLM", _LLAMA), tmp_path)
+    make_folder(Case("LlamaForCausalLM", LLAMA), tmp_path)
     stage = our_model(HFFolder(tmp_path))
     batch = packed_batch(stage.model.vocab_size)
     merged = Batch(batch.tokens_T, batch.labels_T, batch.weights_T, batch.positions_T, (0, sum(DOCUMENTS)))
     assert (stage(None, batch) - stage(None, merged)).abs().max() > 1e-3
-
-
-_LLAMA = {
-    "vocab_size": 131,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from megatron_llm.config import ModelConfig, ParallelConfig
@@ -16,6 +18,10 @@ def _model(heads: int, keys: int) -> ModelConfig:
     )  # fmt: skip
 
 
+def pairs(*cuts: int) -> list[tuple[int, int]]:
+    return list(itertools.pairwise(cuts))
+
+
 def _all(heads: int, keys: int, tp: int) -> list[Heads]:
     parallel = ParallelConfig(tensor_parallel=tp)
     return [Heads.of(_model(heads, keys), Grid.imagined(parallel, keys, tp, rank)) for rank in range(tp)]
@@ -27,11 +33,11 @@ def _all(heads: int, keys: int, tp: int) -> list[Heads]:
         (8, 4, 2, [(0, 4), (4, 8)], [(0, 2), (2, 4)]),
         (8, 2, 4, [(0, 2), (2, 4), (4, 6), (6, 8)], [(0, 1), (0, 1), (1, 2), (1, 2)]),
         (71, 1, 2, [(0, 36), (36, 71)], [(0, 1), (0, 1)]),  # Falcon-7B
-        (28, 4, 8, [(0, 4), (4, 7), (7, 11), (11, 14), (14, 18), (18, 21), (21, 25), (25, 28)], [(k, k + 1) for k in (0, 0, 1, 1, 2, 2, 3, 3)]),
-        (12, 12, 8, [(0, 2), (2, 4), (4, 6), (6, 8), (8, 9), (9, 10), (10, 11), (11, 12)], [(0, 2), (2, 4), (4, 6), (6, 8), (8, 9), (9, 10), (10, 11), (11, 12)]),
+        (28, 4, 8, pairs(0, 4, 7, 11, 14, 18, 21, 25, 28), [(k, k + 1) for k in (0, 0, 1, 1, 2, 2, 3, 3)]),  # Qwen2.5-7B
+        (12, 12, 8, pairs(0, 2, 4, 6, 8, 9, 10, 11, 12), pairs(0, 2, 4, 6, 8, 9, 10, 11, 12)),  # GPT-2
         (9, 3, 2, [(0, 6), (6, 9)], [(0, 2), (2, 3)]),
     ],
-)  # fmt: skip
+)
 def test_tables(heads: int, keys: int, tp: int, queries: list[tuple[int, int]], held: list[tuple[int, int]]) -> None:
     found = _all(heads, keys, tp)
     assert [(rank.queries.start, rank.queries.stop) for rank in found] == queries
