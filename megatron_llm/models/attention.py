@@ -78,5 +78,5 @@ class SelfAttention(nn.Module):
         k_SKD, v_SKD, cu_k = k_TKD, v_TKD, context.cu_seqlens
         if context.cache is not None:
             k_SKD, v_SKD, cu_k = context.cache.extend(self.layer, k_TKD, v_TKD)
-        out_TND = attention(q_TND, k_SKD, v_SKD, context.cu_seqlens, cu_k, context.attention_backend, self.scores)
+        out_TND = attention(q_TND, k_SKD, v_SKD, context.cu_seqlens, cu_k, context.attention_backend, self.scores, context.masks)
         return out_TND.flatten(1)

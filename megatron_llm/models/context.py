@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
+
+from megatron_llm.ops.attention import Masks
 
 
 class KeyValueCache(Protocol):
@@ -32,6 +34,7 @@ class ForwardContext:
     sequence_parallel: whether activations between tensor-parallel regions are sharded along tokens in this pass.
     attention_backend: name for `ops.attention`.
     cache: earlier keys and values when generating.
+    masks: what the layers' attention makes once for all of them.
     """
 
     rope: tuple[Tensor, Tensor] | None
@@ -40,3 +43,4 @@ class ForwardContext:
     sequence_parallel: bool
     attention_backend: str
     cache: KeyValueCache | None = None
+    masks: Masks = field(default_factory=dict)

@@ -23,6 +23,7 @@ from megatron_llm.ops.dtypes import stat_dtype
 from megatron_llm.ops.matmul import widen
 
 BACKENDS = ("sdpa", "reference")
+Masks = dict[object, Tensor]
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,15 @@ def attention(
     cu_k: Sequence[int],
     backend: str = "auto",
     scores: Scores = Scores(),
+    masks: Masks | None = None,
 ) -> Tensor:
     """softmax(scores of q k^T) v inside every document: [T, N, D], [S, K, D], [S, K, D] -> [T, N, D].
 
     `backend`: `sdpa` (torch's fused kernels, one call per run of equally long documents; explicit matrices where scores have a
     soft cap, which torch's kernels do not know), `reference` (explicit matrices in `stat_dtype`: the oracle), `auto` = sdpa.
-    Raises ValueError for another name.
+    Raises ValueError for another name. masks: where layers of one pass with the same heads share what they need to make once.
     """
+    masks = {} if masks is None else masks
     if backend == "auto":
         backend = "sdpa"
     if backend not in BACKENDS:
@@ -92,7 +95,7 @@ def attention(
     outputs = []
     for (count, _, _), *tensors in blocks:
         q_BNLD, k_BKLD, v_BKLD = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in tensors)
-        outputs.append(attend(q_BNLD, k_BKLD, v_BKLD, scores).transpose(1, 2).flatten(0, 1))
+        outputs.append(attend(q_BNLD, k_BKLD, v_BKLD, scores, masks).transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).to(dtype) if len(outputs) > 1 else outputs[0].to(dtype)
 
 
@@ -112,26 +115,34 @@ def _causal_mask(q_len: int, k_len: int, window: int | None, device: torch.devic
     return allowed if window is None else allowed.triu(k_len - q_len - window + 1)
 
 
-def _sdpa(q_BNLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, scores: Scores) -> Tensor:
-    q_len, k_len = q_BNLD.shape[2], k_BKLD.shape[2]
+def _mask(q_BNLD: Tensor, k_len: int, scores: Scores, masks: Masks) -> Tensor | None:
+    """What torch's kernels are given: None for plain causal attention, else bool, or ALiBi in the dtype of the queries."""
+    q_len = q_BNLD.shape[2]
     window = scores.window if scores.window is not None and scores.window < k_len else None
-    bias = scores.bias(q_len, k_len, q_BNLD.shape[3], q_BNLD.dtype)
-    mask = None
-    if bias is not None or window is not None or q_len not in (1, k_len):
+    if scores.slopes_N is None and window is None and q_len in (1, k_len):
+        return None
+    key = (q_len, k_len, window, scores.slopes_N is not None, scores.scale)
+    if key not in masks:
         allowed = _causal_mask(q_len, k_len, window, q_BNLD.device)
-        mask = allowed if bias is None else bias.masked_fill(~allowed, -math.inf)[None]
+        bias = scores.bias(q_len, k_len, q_BNLD.shape[3], q_BNLD.dtype)
+        masks[key] = allowed if bias is None else bias.masked_fill(~allowed, -math.inf)[None]
+    return masks[key]
+
+
+def _sdpa(q_BNLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, scores: Scores, masks: Masks) -> Tensor:
+    mask = _mask(q_BNLD, k_BKLD.shape[2], scores, masks)
     return functional.scaled_dot_product_attention(
         q_BNLD,
         k_BKLD,
         v_BKLD,
         attn_mask=mask,
-        is_causal=mask is None and q_len > 1,
+        is_causal=mask is None and q_BNLD.shape[2] > 1,
         scale=scores.scale,
         enable_gqa=q_BNLD.shape[1] != k_BKLD.shape[1],
     )
 
 
-def _reference(q_BNLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, settings: Scores) -> Tensor:
+def _reference(q_BNLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, settings: Scores, masks: Masks) -> Tensor:
     copies = q_BNLD.shape[1] // k_BKLD.shape[1]
     wide = stat_dtype(q_BNLD.dtype)
     k_BNLD, v_BNLD = (x.to(wide).repeat_interleave(copies, dim=1) for x in (k_BKLD, v_BKLD))
