@@ -153,15 +153,23 @@ class Family:
         return config
 
     def patch(self, config: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
-        """`config` changed where it does not describe `model`, in its own spelling; all other fields are kept."""
+        """`config` changed where it does not describe `model`, in its own spelling; all other fields are kept.
+
+        Raises ValueError if the family has no such model.
+        """
         before, after = self.to_hf(ModelConfig(**self.fields(config))), self.to_hf(model)
-        reader = ConfigReader(config, self.defaults, self.aliases)
         changed = {key for key, value in after.items() if before.get(key) != value}
-        for key in changed - set(ROPE_KEYS):
-            reader.put(key, after[key])
-        if changed & set(ROPE_KEYS):
-            reader.put_rope({key: after[key] for key in ROPE_KEYS if key in after})
-        return reader.patched
+        rope = {key: after[key] for key in ROPE_KEYS if key in after}
+        for rope_changed in (changed & rope.keys(), set(rope)):  # all of it, where one setting follows from another
+            reader = ConfigReader(config, self.defaults, self.aliases)
+            for key in changed - rope.keys():
+                reader.put(key, after[key])
+            if rope_changed:
+                reader.put_rope(rope, rope_changed)
+            different = _differences(model, ModelConfig(**self.fields(reader.patched)))
+            if not different:
+                return reader.patched
+        raise ValueError(f"{self.architecture} has no model with {', '.join(different)}")
 
     def stored_tensors(self, model: ModelConfig, prefixed: bool = True) -> Iterator[StoredTensor]:
         """Every tensor of a folder with `model`, each once, in the order of the table, the layers one after the other.
@@ -232,8 +240,21 @@ def _expand(row: Row, model: ModelConfig, shapes: dict[str, tuple[int, ...]], va
 
 def _differences(model: ModelConfig, other: ModelConfig) -> list[str]:
     """Fields in which two models differ as decoders: `name value`."""
+    mine, theirs, values = _meaning(model), _meaning(other), model.model_dump()
+    return [f"{name} {json.dumps(values[name])}" for name, value in mine.items() if value != theirs[name]]
+
+
+def _meaning(model: ModelConfig) -> dict[str, Any]:
+    """The fields that make the decoder what it is, the same for all ways to say the same."""
     ignored = {"hf", "checkpoint", "checkpoint_ema", "resize_vocab", "initializer_range", "max_position_embeddings"}
     if model.position_embedding == "learned":
         ignored.remove("max_position_embeddings")
-    mine, theirs = model.model_dump(exclude=ignored), other.model_dump(exclude=ignored)
-    return [f"{name} {json.dumps(value)}" for name, value in mine.items() if value != theirs[name]]
+    layers = range(model.num_hidden_layers)
+    windows = [model.window(layer) for layer in layers]
+    local = (model.rope_theta, model.rope_scaling) if model.rope_local_theta is None else (model.rope_local_theta, None)
+    return model.model_dump(exclude=ignored | {"layer_types"}) | {
+        "sliding_window": windows,
+        "nope_layers": sorted(set(model.nope_layers)),
+        "attention_scale": [model.scale(layer) for layer in layers],
+        "rope_local_theta": local if any(windows) else None,
+    }
