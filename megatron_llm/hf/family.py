@@ -138,7 +138,10 @@ class Family:
     def fields(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Fields of ModelConfig. Raises ValueError with every reason why this engine cannot run what config.json describes."""
         reader = ConfigReader(config, self.defaults, self.aliases)
-        fields = self.from_hf(reader)
+        try:
+            fields = self.from_hf(reader)
+        except (TypeError, AttributeError, KeyError, IndexError, ArithmeticError) as error:  # of what is no number, or no mapping
+            raise ValueError(f"config.json of {self.architecture}: a value is not what it should be ({error})") from error
         reader.refuse_general(self.architectures)
         if reader.problems:
             raise ValueError(f"config.json of {self.architecture}: " + "; ".join(reader.problems))

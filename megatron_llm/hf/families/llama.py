@@ -82,7 +82,7 @@ def base_keys(model: ModelConfig, act: str = "hidden_act", eps: str = "rms_norm_
 def refuse_uneven_heads(read: ConfigReader) -> None:
     """Some classes of transformers want this even where config.json gives head_dim."""
     hidden, heads = read("hidden_size"), read("num_attention_heads")
-    if hidden and heads and hidden % heads:
+    if isinstance(hidden, int) and isinstance(heads, int) and heads and hidden % heads:
         read.problems.append(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
 
 
