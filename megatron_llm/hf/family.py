@@ -117,6 +117,7 @@ class Family:
         table: where a folder keeps what, in the order of the forward pass.
         defaults: transformers' values of the keys that a config.json may leave out.
         aliases: other spellings of keys -> the one that `from_hf` reads (transformers' `attribute_map`).
+        rope_names: rotary keys as Llama has them -> what this family calls them at the top of config.json, where that differs.
         prefix: what the names of the body begin with; folders of the bare body, and some old ones, leave it out.
         derived: regular expressions for the ends of names of buffers in old folders, which are computed and not imported.
     """
@@ -128,6 +129,7 @@ class Family:
     table: tuple[Row, ...]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
+    rope_names: Mapping[str, str] = field(default_factory=dict)
     prefix: str = ""
     derived: tuple[str, ...] = ()
 
@@ -137,7 +139,7 @@ class Family:
 
     def fields(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Fields of ModelConfig. Raises ValueError with every reason why this engine cannot run what config.json describes."""
-        reader = ConfigReader(config, self.defaults, self.aliases)
+        reader = ConfigReader(config, self.defaults, self.aliases, self.rope_names)
         fields = self.from_hf(reader)
         reader.refuse_general(self.architectures)
         if reader.problems:
@@ -147,21 +149,30 @@ class Family:
     def config(self, model: ModelConfig) -> dict[str, Any]:
         """A whole config.json for a model that has none, without its dtype. Raises ValueError if the family has no such model."""
         config = {"architectures": [self.architecture], "model_type": self.model_type, **self.to_hf(model)}
-        if different := _differences(model, ModelConfig(**self.fields(config))):
-            raise ValueError(f"{self.architecture} has no model with {', '.join(different)}")
+        self._check_describes(config, model)
         list(self.stored_tensors(model))
         return config
 
     def patch(self, config: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
-        """`config` changed where it does not describe `model`, in its own spelling; all other fields are kept."""
+        """`config` changed where it does not describe `model`, in its own spelling; all other fields are kept.
+
+        Raises ValueError if the family has no such model.
+        """
         before, after = self.to_hf(ModelConfig(**self.fields(config))), self.to_hf(model)
-        reader = ConfigReader(config, self.defaults, self.aliases)
+        reader = ConfigReader(config, self.defaults, self.aliases, self.rope_names)
         changed = {key for key, value in after.items() if before.get(key) != value}
-        for key in changed - set(ROPE_KEYS):
+        rope = {key: self.rope_names.get(key, key) for key in ROPE_KEYS}
+        for key in changed - set(rope.values()):
             reader.put(key, after[key])
-        if changed & set(ROPE_KEYS):
-            reader.put_rope({key: after[key] for key in ROPE_KEYS if key in after})
+        if changed & set(rope.values()):
+            reader.put_rope({key: after[name] for key, name in rope.items() if name in after})
+        self._check_describes(reader.patched, model)
         return reader.patched
+
+    def _check_describes(self, config: Mapping[str, Any], model: ModelConfig) -> None:
+        """Raises ValueError if what config.json can say is not all of the model."""
+        if different := _differences(model, ModelConfig(**self.fields(config))):
+            raise ValueError(f"{self.architecture} has no model with {', '.join(different)}")
 
     def stored_tensors(self, model: ModelConfig, prefixed: bool = True) -> Iterator[StoredTensor]:
         """Every tensor of a folder with `model`, each once, in the order of the table, the layers one after the other.
