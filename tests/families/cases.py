@@ -26,12 +26,18 @@ class Case:
         respell: rewrites the folder that transformers wrote into a spelling found elsewhere: older names of fields, tensors
             without a prefix, buffers, .bin files. Gets the folder.
         layouts: whether to try it under tensor and pipeline parallelism (one case of each sort is enough).
+        dtype: of the folder's tensors, unless a test asks for another.
+        attention: transformers' implementation that is the oracle.
+        adjust: makes a model of transformers compute what the architecture means where transformers overlooks a field.
     """
 
     architecture: str
     config: dict[str, Any] = field(default_factory=dict)
     respell: Callable[[Path], None] | None = None
     layouts: bool = True
+    dtype: torch.dtype = torch.float32
+    attention: str = "eager"
+    adjust: Callable[[Any], None] | None = None
 
 
 @cache
@@ -48,7 +54,8 @@ def make_model(case: Case) -> Any:
 
     architecture = getattr(transformers, case.architecture)
     torch.manual_seed(0)
-    model = architecture._from_config(architecture.config_class(**case.config), attn_implementation="eager", dtype=torch.float32)
+    config = architecture.config_class(**case.config)
+    model = architecture._from_config(config, attn_implementation=case.attention, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or "ln_" in name:
@@ -58,13 +65,22 @@ def make_model(case: Case) -> Any:
             else:
                 parameter.copy_(torch.randn_like(parameter) * 0.2)
     model.tie_weights()
+    if case.adjust is not None:
+        case.adjust(model)
     return model.eval()
 
 
-def make_folder(case: Case, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """Write the model's folder, in the case's spelling; returns the model, with the values that the folder has."""
-    model = make_model(case).to(dtype)
+def make_folder(case: Case, folder: Path, dtype: torch.dtype | None = None) -> Any:
+    """Write the model's folder, in the case's spelling; returns the model, with the values that the folder has.
+
+    Buffers stay in float32: the folder has none, and rounded rotary frequencies would be another model.
+    """
+    model = make_model(case)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype or case.dtype)
     model.save_pretrained(folder)
     if case.respell is not None:
         case.respell(folder)
-    return model.float()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()
+    return model
