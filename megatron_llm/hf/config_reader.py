@@ -31,12 +31,20 @@ ROPE_KEYS = ("rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_
 class ConfigReader:
     """A config.json with what transformers assumes where it is silent.
 
+    rope_names: what the family calls rotary settings at the top of config.json, where not as Llama does.
+
     Attributes:
         problems: why this engine cannot run it, a phrase each; whoever reads adds to them.
     """
 
-    def __init__(self, config: Mapping[str, Any], defaults: Mapping[str, Any] = {}, aliases: Mapping[str, str] = {}):
-        self.config, self.defaults, self.aliases = config, defaults, aliases
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        defaults: Mapping[str, Any] = {},
+        aliases: Mapping[str, str] = {},
+        rope_names: Mapping[str, str] = {},
+    ):
+        self.config, self.defaults, self.aliases, self.rope_names = config, defaults, aliases, rope_names
         self.patched: dict[str, Any] = copy.deepcopy(dict(config))
         self.problems: list[str] = []
 
@@ -93,18 +101,25 @@ class ConfigReader:
         if code is not None and str(code).rpartition(".")[2].lower() not in {name.lower() for name in architectures}:
             self.problems.append(f"auto_map: the model is code of the folder ({code}), which is never run")
 
+    def _rope_name(self, key: str) -> str:
+        """What the family calls a rotary setting at the top of config.json."""
+        return self.rope_names.get(key, key)
+
     def put(self, key: str, value: Any) -> None:
-        """Set a key of `patched`, in the spelling of this config.json."""
-        self.patched[self._spelling(key)] = value
+        """Set a key of `patched`, in the spelling of this config.json; what else an object holds stays."""
+        name = self._spelling(key)
+        old = self.patched.get(name)
+        self.patched[name] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
 
     def put_rope(self, keys: Mapping[str, Any], changed: set[str]) -> None:
-        """Set the `changed` rotary settings of `patched`, of `keys` in the spelling of transformers 4, where it keeps them."""
+        """Set the `changed` rotary settings of `patched`, of `keys` as Llama calls them in transformers 4, where it keeps them."""
         scaling, original = keys.get("rope_scaling"), "original_max_position_embeddings"
         if original in self.config and "rope_scaling" in changed and scaling and original in scaling:
             self.patched[original] = scaling[original]  # beside rope_scaling it wins
         old, new_spelling = self.config.get("rope_scaling") or {}, self.config.get("rope_parameters")
         if not new_spelling or not isinstance(new_spelling, dict):
-            self.patched |= {key: keys[key] for key in changed}
+            for key in changed:
+                self.patched |= dict.fromkeys({self._rope_name(key), *({key} & self.config.keys())}, keys[key])
             names = [name for name in ("type", "rope_type") if name in old]
             if scaling and "rope_scaling" in changed and names:
                 self.patched["rope_scaling"] = {**dict.fromkeys(names, _type(scaling)), **_without_type(scaling)}
@@ -141,14 +156,16 @@ class ConfigReader:
         if any(isinstance(value, dict) for value in rope.values()):
             self.problems.append(f"rope_parameters of their own for {', '.join(rope)} are not supported")
             rope = {}
-        theta = rope.get("rope_theta") or self.config.get("rope_theta") or self.defaults.get("rope_theta") or 10000.0
+        name = self._rope_name("rope_theta")
+        theta = rope.get("rope_theta") or self.config.get(name) or self.defaults.get(name) or 10000.0
         fields: dict[str, Any] = {"rope_theta": theta, "rope_scaling": self._scaling(rope, parameters is not None, types)}
         key = "partial_rotary_factor"
-        partial = next((x for x in (rope.get(key), self.config.get(key), self.defaults.get(key)) if x is not None), 1.0)
+        name = self._rope_name(key)
+        partial = next((x for x in (rope.get(key), self.config.get(name), self.defaults.get(name)) if x is not None), 1.0)
         if head_dim is not None:
             fields["rotary_dim"] = int(head_dim * partial)
-            if head_dim and not fields["rotary_dim"]:
-                self.problems.append(f"{key} {partial} of head_dim {head_dim} rotates nothing")
+            if head_dim and not fields["rotary_dim"]:  # 0 would mean all of them
+                self.problems.append(f"{name} {partial} of head_dim {head_dim} rotates nothing")
         elif partial != 1.0:
             self.problems.append(f"{key} {partial} is not supported, only 1.0")
         return fields

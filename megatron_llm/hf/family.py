@@ -117,6 +117,7 @@ class Family:
         table: where a folder keeps what, in the order of the forward pass.
         defaults: transformers' values of the keys that a config.json may leave out.
         aliases: other spellings of keys -> the one that `from_hf` reads (transformers' `attribute_map`).
+        rope_names: rotary keys as Llama has them -> what this family calls them at the top of config.json, where that differs.
         prefix: what the names of the body begin with; folders of the bare body, and some old ones, leave it out.
         derived: regular expressions for the ends of names of buffers in old folders, which are computed and not imported.
     """
@@ -128,6 +129,7 @@ class Family:
     table: tuple[Row, ...]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
+    rope_names: Mapping[str, str] = field(default_factory=dict)
     prefix: str = ""
     derived: tuple[str, ...] = ()
 
@@ -137,7 +139,7 @@ class Family:
 
     def fields(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Fields of ModelConfig. Raises ValueError with every reason why this engine cannot run what config.json describes."""
-        reader = ConfigReader(config, self.defaults, self.aliases)
+        reader = ConfigReader(config, self.defaults, self.aliases, self.rope_names)
         try:
             fields = self.from_hf(reader)
         except (TypeError, AttributeError, KeyError, IndexError, ArithmeticError) as error:  # of what is no number, or no mapping
@@ -161,14 +163,16 @@ class Family:
         Raises ValueError if the family has no such model.
         """
         before, after = self.to_hf(ModelConfig(**self.fields(config))), self.to_hf(model)
+        names = {key: self.rope_names.get(key, key) for key in ROPE_KEYS}
+        rope = {key: after[name] for key, name in names.items() if name in after}
         changed = {key for key, value in after.items() if before.get(key) != value}
-        rope = {key: after[key] for key in ROPE_KEYS if key in after}
-        for rope_changed in (changed & rope.keys(), set(rope)):  # all of it, where one setting follows from another
-            reader = ConfigReader(config, self.defaults, self.aliases)
-            for key in changed - rope.keys():
+        changed_rope = {key for key in rope if names[key] in changed}
+        for wanted in (changed_rope, set(rope)):  # all of it, where one setting follows from another
+            reader = ConfigReader(config, self.defaults, self.aliases, self.rope_names)
+            for key in changed - set(names.values()):
                 reader.put(key, after[key])
-            if rope_changed:
-                reader.put_rope(rope, rope_changed)
+            if wanted:
+                reader.put_rope(rope, wanted)
             different = _differences(model, ModelConfig(**self.fields(reader.patched)))
             if not different:
                 return reader.patched

@@ -26,15 +26,19 @@ class Case:
         config: what its configuration is made of.
         respell: rewrites the folder that transformers wrote into a spelling found elsewhere: older names of fields, tensors
             without a prefix, buffers, .bin files. Gets the folder.
-        dtype: of the folder's tensors.
         layouts: whether to try it under tensor and pipeline parallelism (one case of each sort is enough).
+        dtype: of the folder's tensors, unless a test asks for another.
+        attention: transformers' implementation that is the oracle.
+        adjust: makes a model of transformers compute what the architecture means where transformers overlooks a field.
     """
 
     architecture: str
     config: dict[str, Any] = field(default_factory=dict)
     respell: Callable[[Path], None] | None = None
-    dtype: torch.dtype = torch.float32
     layouts: bool = True
+    dtype: torch.dtype = torch.float32
+    attention: str = "eager"
+    adjust: Callable[[Any], None] | None = None
 
 
 LLAMA: dict[str, Any] = {
@@ -65,7 +69,7 @@ def make_model(case: Case) -> Any:
     architecture = getattr(transformers, case.architecture)
     torch.manual_seed(0)
     config = architecture.config_class(**copy.deepcopy(case.config))  # it changes what it is given
-    model = architecture._from_config(config, attn_implementation="eager", dtype=torch.float32)
+    model = architecture._from_config(config, attn_implementation=case.attention, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or "ln_" in name:
@@ -75,6 +79,8 @@ def make_model(case: Case) -> Any:
             else:
                 parameter.copy_(torch.randn_like(parameter) * 0.2)
     model.tie_weights()
+    if case.adjust is not None:
+        case.adjust(model)
     return model.eval()
 
 
