@@ -38,9 +38,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-def _close(actual: torch.Tensor, expected: torch.Tensor, name: str, limit: float = 1e-3) -> None:
-    scale = expected.norm() + 1e-6 * expected.numel() ** 0.5
-    assert (actual - expected).norm() <= limit * scale, (name, float((actual - expected).norm()), float(expected.norm()))
+def _assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Within 1e-3 of each tensor's norm; some true gradients are zero, as of key biases without rotation, hence the floor."""
+    assert actual.keys() == expected.keys()
+    floor = 1e-3 * max(float(gradient.norm()) for gradient in expected.values())
+    for name, gradient in expected.items():
+        error = float((actual[name] - gradient).norm())
+        assert error <= 1e-3 * max(float(gradient.norm()), floor), (name, error, float(gradient.norm()))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -52,17 +56,13 @@ def test_logits_and_gradients_equal_transformers(tmp_path: Path, name: str) -> N
     assert held == dict(logical_tensors(stage.model))
     batch = packed_batch(stage.model.vocab_size)
     expected_logits, expected_loss = reference(hf, batch)
-    assert expected_logits.std() > 0.1  # a model that says something
+    assert expected_logits.std() > 0.05  # a model that says something
     expected_loss.backward()
     torch.testing.assert_close(stage.logits(stage(None, batch)), expected_logits, atol=1e-4, rtol=1e-4)
     loss = stage.loss(stage(None, batch), batch)
     loss.backward()
     torch.testing.assert_close(loss, expected_loss, atol=0, rtol=1e-4)
-    expected = logical_gradients(hf, folder, stage.model)
-    actual = gradients_of_stage(stage)
-    assert actual.keys() == expected.keys()
-    for tensor, gradient in expected.items():
-        _close(actual[tensor], gradient, tensor)
+    _assert_close(gradients_of_stage(stage), logical_gradients(hf, folder, stage.model))
 
 
 @pytest.mark.slow
@@ -77,10 +77,7 @@ def test_layouts_equal_transformers(tmp_path: Path, name: str, layout: str) -> N
     world, parallel = LAYOUTS[layout]
     results = run_ranks(world, gradients_of_layout, str(tmp_path), parallel)
     assert sum(loss for loss, _ in results) == pytest.approx(expected_loss.item(), rel=1e-4)
-    actual, expected = assembled(results), logical_gradients(hf, folder, model)
-    assert actual.keys() == expected.keys()
-    for tensor, gradient in expected.items():
-        _close(actual[tensor], gradient, tensor)
+    _assert_close(assembled(results), logical_gradients(hf, folder, model))
 
 
 @pytest.mark.parametrize("name", IN_LAYOUTS)
