@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -161,10 +161,17 @@ class _Verification:
             if world.size > 1:
                 found = logits_of_layout(*arguments, str(self.device))
             else:
-                found = run_ranks(layout.ranks, logits_of_layout, *arguments, timeout_seconds=self.request.timeout_seconds)
+                found = self._spawned(layout, *arguments)
             if found is not None:
                 self._judge(layout.name, Outputs(torch.from_numpy(found[0]), found[1]))
         return list(all_gather_objects(self.problems, world)[0])
+
+    def _spawned(self, layout: Layout, *arguments: object) -> Any:
+        try:
+            return run_ranks(layout.ranks, logits_of_layout, *arguments, timeout_seconds=self.request.timeout_seconds)
+        except (ValueError, RuntimeError) as error:
+            error.add_note(f"in layout {layout.name}")
+            raise
 
     def _agreed(self, world: Axis, work: Callable[[], None]) -> None:
         """Let the first rank work, while others wait. All raise its ValueError."""

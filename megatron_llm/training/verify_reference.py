@@ -73,8 +73,7 @@ def reference(folder: HFFolder, ours: ModelConfig, documents: Documents, dtype: 
     """
     model = _load(folder, dtype).to(device).eval()
     _correct(model, ours)
-    ids = [torch.tensor([document], device=device) for document in documents.ids]
-    logits_TV = torch.cat([model(input_ids=document, use_cache=False).logits[0].float().cpu() for document in ids])
+    logits_TV = torch.cat([_logits(folder, model, document, device) for document in documents.ids])
     del model
     gc.collect()
     if device.type == "cuda":
@@ -84,6 +83,16 @@ def reference(folder: HFFolder, ours: ModelConfig, documents: Documents, dtype: 
     batch = documents.batch()
     losses_T = cross_entropy(logits_TV, batch.labels_T, reduction="none").double()
     return Outputs(logits_TV, float((losses_T * batch.weights_T).sum() / batch.weights_T.sum()))
+
+
+def _logits(folder: HFFolder, model: Any, document: tuple[int, ...], device: torch.device) -> Tensor:
+    """Those of one document."""
+    try:
+        outputs = model(input_ids=torch.tensor([document], device=device), use_cache=False)
+    except (RuntimeError, IndexError, ValueError, TypeError, AttributeError) as error:
+        tokens = len(document)
+        raise ValueError(f"{folder.path}: transformers fails with {tokens} tokens: {type(error).__name__}: {error}") from error
+    return outputs.logits[0].float().cpu()
 
 
 def _load(folder: HFFolder, dtype: torch.dtype) -> Any:
