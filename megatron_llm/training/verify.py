@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -158,10 +159,8 @@ class _Verification:
         for layout in layouts:
             config = layout.config(self.model, self.documents.tokens, self.request.dtype, self.request.timeout_seconds)
             arguments = (str(self.folder.path), config, self.documents)
-            if world.size > 1:
-                found = logits_of_layout(*arguments, str(self.device))
-            else:
-                found = self._spawned(layout, *arguments)
+            compute = logits_of_layout if world.size > 1 else partial(self._spawned, layout)
+            found = compute(*arguments, str(self.device) if world.size > 1 else "cpu")
             if found is not None:
                 self._judge(layout.name, Outputs(torch.from_numpy(found[0]), found[1]))
         return list(all_gather_objects(self.problems, world)[0])
