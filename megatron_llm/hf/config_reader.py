@@ -112,7 +112,7 @@ class ConfigReader:
         self.patched[name] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
 
     def put_rope(self, keys: Mapping[str, Any], changed: set[str]) -> None:
-        """Set the `changed` rotary settings of `patched`, of `keys` as Llama calls them in transformers 4, where it keeps them."""
+        """Set the `changed` ones of all rotary settings, which have Llama's names in transformers 4, where `patched` has them."""
         scaling, original = keys.get("rope_scaling"), "original_max_position_embeddings"
         if original in self.config and "rope_scaling" in changed and scaling and original in scaling:
             self.patched[original] = scaling[original]  # beside rope_scaling it wins

@@ -42,6 +42,7 @@ def reference(hf: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 def logical_gradients(hf: Any, folder: HFFolder, model: ModelConfig) -> dict[str, Tensor]:
     """transformers' gradients by our names, put together from the folder's tensors."""
     gradients = {name: parameter.grad for name, parameter in hf.named_parameters()}
+    gradients.setdefault(folder.family.hf_name("head.weight"), gradients.get("lm_head.weight"))  # GPT-NeoX: embed_out in files
     found: dict[str, Tensor] = {}
     for stored in folder.family.stored_tensors(model):
         gradient = gradients[stored.name]

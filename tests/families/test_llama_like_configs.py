@@ -121,7 +121,7 @@ def test_rotation_is_that_of_the_model_that_transformers_makes(name: str, spelli
         return
     scaling = model.rope_scaling
     assert scaling is not None and scaling.rope_type == parameters["rope_type"]
-    assert scaling.attention_factor == pytest.approx(factor, rel=1e-12)
+    assert (scaling.attention_factor or 1.0) == pytest.approx(factor, rel=1e-12)
     for key in scaling.model_fields_set & parameters.keys():
         assert getattr(scaling, key) == parameters[key], key
     if scaling.rope_type == "dynamic":
