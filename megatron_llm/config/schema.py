@@ -1,6 +1,6 @@
 """The sections of a run's configuration, with their names, meanings, defaults and the checks local to one section.
 
-Names follow Hugging Face for the model (`hidden_size`, ...) and Megatron for the layout (`tensor_parallel`, ...).
+Names follow Megatron for the layout (`tensor_parallel`, ...); the model's section is `config/model.py`.
 Checks that involve two sections, the world size, files or an HF folder live in `training/resolve.py`.
 """
 
@@ -11,64 +11,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from megatron_llm.config.model import ModelConfig
 from megatron_llm.config.optimization import LrScheduleConfig, OptimizerConfig, PrecisionConfig
 from megatron_llm.config.section import PositiveInt, Section
-
-
-class RopeScalingConfig(Section):
-    """How rotary frequencies are stretched for contexts beyond the pretrained one (HF's `rope_scaling`)."""
-
-    rope_type: Literal["linear", "llama3"]
-    factor: float = Field(ge=1.0)
-    low_freq_factor: float = Field(default=1.0, gt=0, description="llama3 only")
-    high_freq_factor: float = Field(default=4.0, gt=0, description="llama3 only")
-    original_max_position_embeddings: int = Field(default=8192, gt=0, description="llama3 only")
-
-    @model_validator(mode="after")
-    def _ordered_frequencies(self) -> RopeScalingConfig:
-        if self.rope_type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
-            raise ValueError(f"high_freq_factor {self.high_freq_factor} must exceed low_freq_factor {self.low_freq_factor}")
-        return self
-
-
-class ModelConfig(Section):
-    """A Llama-type decoder. With `hf` or `checkpoint` the remaining fields come from there."""
-
-    hf: str | None = Field(default=None, description="Hugging Face folder to take architecture and weights from")
-    checkpoint: str | None = Field(
-        default=None,
-        description="checkpoint, or run whose newest one is meant, to take architecture, weights and tokenizer from; the "
-        "optimizer and all else begin anew",
-    )
-    checkpoint_ema: bool = Field(default=False, description="of checkpoint: the average that optimizer.ema_decay kept")
-    vocab_size: int = PositiveInt
-    hidden_size: int = PositiveInt
-    intermediate_size: int = PositiveInt
-    num_hidden_layers: int = PositiveInt
-    num_attention_heads: int = PositiveInt
-    num_key_value_heads: int = Field(default=0, ge=0, description="0: as many as attention heads")
-    head_dim: int = Field(default=0, ge=0, description="0: hidden_size / num_attention_heads")
-    rope_theta: float = Field(default=10000.0, gt=0)
-    rope_scaling: RopeScalingConfig | None = None
-    rms_norm_eps: float = Field(default=1e-5, gt=0)
-    max_position_embeddings: int = Field(default=0, ge=0, description="0: training.sequence_length")
-    tie_word_embeddings: bool = False
-    initializer_range: float = Field(default=0.02, ge=0, description="standard deviation of freshly made weights")
-
-    @model_validator(mode="after")
-    def _fill_derived(self) -> ModelConfig:
-        heads = self.num_attention_heads
-        if not self.num_key_value_heads:
-            object.__setattr__(self, "num_key_value_heads", heads)
-        if not self.head_dim:
-            if self.hidden_size % heads:
-                raise ValueError(f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {heads}; set head_dim")
-            object.__setattr__(self, "head_dim", self.hidden_size // heads)
-        if heads % self.num_key_value_heads:
-            raise ValueError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {self.num_key_value_heads}")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd; rotary embeddings rotate pairs of channels")
-        return self
 
 
 class ParallelConfig(Section):

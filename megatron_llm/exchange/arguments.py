@@ -59,6 +59,24 @@ _SIZES = {
 }
 
 
+_OF_EVERY_LLAMA = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "rope_theta", "norm_eps", "max_position_embeddings", "tie_word_embeddings", "initializer_range",
+    "hf", "checkpoint", "checkpoint_ema", "resize_vocab",
+)  # fmt: skip
+
+
+def refuse_other_than_llama(model: ModelConfig, what: str) -> None:
+    """Raises ValueError naming what keeps a model from being exchanged with Megatron: it must be a Llama."""
+    plain = ModelConfig(**model.model_dump(include=set(_OF_EVERY_LLAMA)))
+    mine, theirs = model.model_dump(), plain.model_dump()
+    different = [f"{name} {value!r}" for name, value in mine.items() if name != "rope_scaling" and value != theirs[name]]
+    if model.rope_scaling is not None and model.rope_scaling.rope_type not in ("linear", "llama3"):
+        different.append(f"rope type {model.rope_scaling.rope_type}")
+    if different:
+        raise ValueError(f"{what} has {', '.join(different)}; only models like Llama are exchanged with Megatron")
+
+
 def model_from_args(args: Namespace, vocab_size: int, where: str) -> ModelConfig:
     """The model that a run's arguments describe. Raises ValueError with every reason why this engine cannot run it.
 
@@ -83,7 +101,7 @@ def model_from_args(args: Namespace, vocab_size: int, where: str) -> ModelConfig
     epsilons = {getattr(args, name) for name in ("norm_epsilon", "layernorm_epsilon") if hasattr(args, name)} or {1e-5}
     if len(epsilons) > 1:
         problems.append(f"norm_epsilon and layernorm_epsilon disagree: {sorted(epsilons)}")
-    fields["rms_norm_eps"] = min(epsilons)
+    fields["norm_eps"] = min(epsilons)
     fields["max_position_embeddings"] = getattr(args, "max_position_embeddings", None) or 0
     fields["tie_word_embeddings"] = not getattr(args, "untie_embeddings_and_output_weights", False)
     fields["initializer_range"] = getattr(args, "init_method_std", 0.02)
@@ -167,7 +185,7 @@ def args_of(model: ModelConfig, padded_vocab_size: int, multiple: int, dtype: st
         swiglu=True,
         squared_relu=False,
         normalization="RMSNorm",
-        norm_epsilon=model.rms_norm_eps,
+        norm_epsilon=model.norm_eps,
         apply_layernorm_1p=False,
         qk_layernorm=False,
         apply_query_key_layer_scaling=False,

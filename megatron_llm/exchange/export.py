@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from tqdm import tqdm
 
 from megatron_llm.config import ModelConfig
-from megatron_llm.exchange.arguments import args_of
+from megatron_llm.exchange.arguments import args_of, refuse_other_than_llama
 from megatron_llm.exchange.names import EXTRA_STATE, LAYERS, Matrix, matrices
 from megatron_llm.exchange.torch_dist import COMMON, CONFIG, METADATA, TRACKER
 from megatron_llm.hf.assets import exported_files
 from megatron_llm.hf.export import exported_tensors, family_of, load_tensor
-from megatron_llm.hf.family import TensorName
+from megatron_llm.hf.family import StoredTensor, whole_tensor
 from megatron_llm.hf.whole import whole_folder
 from megatron_llm.ops.safetensors import TensorInfo, dtype_name, torch_dtype, write_bytes
 from megatron_llm.ops.storage import LocalFolder
@@ -72,11 +72,14 @@ def export_megatron(
     """
     if vocab_multiple < 1:
         raise ValueError(f"the multiple of the vocabulary must be at least 1, got {vocab_multiple}")
-    family = family_of(assets)
-    if family.architecture != "LlamaForCausalLM":
-        raise ValueError(f"the model is {family.architecture}; only LlamaForCausalLM is exchanged with Megatron")
+    refuse_other_than_llama(model, "the model")
     padded = -(-model.vocab_size // vocab_multiple) * vocab_multiple
-    names = {tensor.logical: (tensor, info) for tensor, _, info in exported_tensors(family, model, assets, dtype, default_dtype)}
+    stored = exported_tensors(family_of(assets, model), model, assets, dtype, default_dtype)
+    names = {
+        piece.name: (whole_tensor(piece.name, piece.shape), TensorInfo(info.dtype, piece.shape))
+        for tensor, info in stored
+        for piece in tensor.pieces
+    }
     widths = _dtypes(model, names)
     args = args_of(model, padded, vocab_multiple, widths["embedding.word_embeddings.weight"])
     with whole_folder(output, overwrite, "export", _foreign) as folder:
@@ -104,7 +107,7 @@ def _foreign(folder: Path) -> str | None:
     return f"holds {others[0]}" if others else None
 
 
-def _dtypes(model: ModelConfig, names: dict[str, tuple[TensorName, TensorInfo]]) -> dict[str, str]:
+def _dtypes(model: ModelConfig, names: dict[str, tuple[StoredTensor, TensorInfo]]) -> dict[str, str]:
     """safetensors' name of the dtype of every key: wide enough for all that is stored under it."""
     import torch
 
@@ -122,7 +125,7 @@ def _write_matrix(
     matrix: Matrix,
     source: TensorSource,
     model: ModelConfig,
-    names: dict[str, tuple[TensorName, TensorInfo]],
+    names: dict[str, tuple[StoredTensor, TensorInfo]],
     widths: dict[str, str],
     padded: int,
     progress: Callable[[int], object],

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_llm.config import ModelConfig
-from megatron_llm.exchange.arguments import model_from_args, true_vocab_size
+from megatron_llm.exchange.arguments import model_from_args, refuse_other_than_llama, true_vocab_size
 from megatron_llm.exchange.native import write_checkpoint
 from megatron_llm.exchange.source import EMBEDDING, MegatronSource
 from megatron_llm.exchange.torch_dist import COMMON, TorchDistFolder
@@ -40,7 +40,7 @@ def import_hf(
     hf = HFFolder(folder)
     model = ModelConfig(**hf.model_fields())
     source, assets = hf.source(model), collect_assets(hf.path, tokenizer)
-    write_checkpoint(source, model, assets, output, family=hf.family, overwrite=overwrite, progress=progress)
+    write_checkpoint(source, model, assets, output, overwrite=overwrite, progress=progress)
     return [f"{hf.path} -> {output}: {hf.family.architecture}, {model.num_hidden_layers} layers"]
 
 
@@ -86,8 +86,7 @@ def _config_folder(config: str | Path | None) -> HFFolder | None:
     if config is None:
         return None
     hf = HFFolder(config)
-    if hf.family.architecture != "LlamaForCausalLM":
-        raise ValueError(f"{hf.path} is {hf.family.architecture}; only LlamaForCausalLM is exchanged with Megatron")
+    refuse_other_than_llama(ModelConfig(**hf.model_fields()), str(hf.path))
     return hf
 
 

@@ -15,9 +15,8 @@ from tqdm import tqdm
 
 from megatron_llm.checkpoint import Contents, SaveError, TensorToSave, open_checkpoint, save_checkpoint
 from megatron_llm.config import ModelConfig
-from megatron_llm.hf.families import find_family
-from megatron_llm.hf.family import Family, TensorName
 from megatron_llm.hf.whole import whole_folder
+from megatron_llm.models.names import logical_tensors
 from megatron_llm.ops.safetensors import torch_dtype
 from megatron_llm.parallel.grid import Axis
 from megatron_llm.parallel.shard import Box, Part, TensorSource
@@ -39,7 +38,6 @@ def write_checkpoint(
     assets: Mapping[str, bytes],
     output: str | Path,
     *,
-    family: Family | None = None,
     overwrite: bool = False,
     progress: bool = False,
 ) -> None:
@@ -47,20 +45,19 @@ def write_checkpoint(
 
     Args:
         assets: as `collect_assets` made them.
-        family: which tensors the model has; None: Llama.
         overwrite: replace a checkpoint that is there. Anything else in the way is refused all the same.
         progress: show a bar.
 
     Raises ValueError if `output` is in the way, the source lacks a tensor, or the checkpoint could not be written.
     """
-    names = list((family or find_family("LlamaForCausalLM")).tensor_names(model))
+    names = list(logical_tensors(model))
     config = {"model": model.model_copy(update={"hf": None}).model_dump(mode="json")}
     state = {"step": 0, "updates": 0, "rows": 0, "tokens": 0}
     with (
         whole_folder(output, overwrite, "checkpoint", _foreign) as folder,
         tqdm(total=len(names), desc=f"Writing {Path(output).name}", unit=" tensors", disable=not progress) as bar,
     ):
-        tensors = [_tensor(source, tensor, bar.update) for tensor in names]
+        tensors = [_tensor(source, name, shape, bar.update) for name, shape in names]
         try:
             save_checkpoint(folder, tensors, Contents(state, config, dict(assets)), Axis("world"))
         except SaveError as error:
@@ -75,13 +72,13 @@ def _foreign(folder: Path) -> str | None:
     return "is the checkpoint of a run" if "training" in open_checkpoint(folder).config else None
 
 
-def _tensor(source: TypedSource, tensor: TensorName, done: Callable[[], object]) -> TensorToSave:
+def _tensor(source: TypedSource, name: str, shape: tuple[int, ...], done: Callable[[], object]) -> TensorToSave:
     """A tensor of the model, which is read when its turn comes."""
-    part, box = Part(tensor.logical, tensor.shape, ()), Box.full(tensor.shape)
+    part, box = Part(name, shape, ()), Box.full(shape)
 
     def load() -> Tensor:
         done()
         return source.read(part, box)
 
-    like = torch.empty(tensor.shape, dtype=torch_dtype(source.dtype(tensor.logical)), device="meta")
-    return TensorToSave("weights", tensor.logical, tensor.shape, box, like, load)
+    like = torch.empty(shape, dtype=torch_dtype(source.dtype(name)), device="meta")
+    return TensorToSave("weights", name, shape, box, like, load)

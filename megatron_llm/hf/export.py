@@ -6,6 +6,7 @@ What came from a folder goes back as it was: same tensors, same dtypes, config.j
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ from tqdm import tqdm
 
 from megatron_llm.config import ModelConfig
 from megatron_llm.hf.assets import CONFIG, TENSOR_DTYPES, exported_files, special_token_ids
-from megatron_llm.hf.families import find_family
-from megatron_llm.hf.family import Family, TensorName
+from megatron_llm.hf.families import describe
+from megatron_llm.hf.family import Family, StoredTensor
 from megatron_llm.hf.reader import architecture_of
 from megatron_llm.hf.whole import whole_folder
 from megatron_llm.ops.safetensors import TORCH_NAMES, Entry, TensorInfo, torch_dtype, write_bytes, write_safetensors
@@ -27,7 +28,7 @@ from megatron_llm.ops.storage import LocalFolder
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megatron_llm.parallel.shard import TensorSource
+    from megatron_llm.parallel.shard import Box, Part, TensorSource
 
 
 @dataclass(frozen=True)
@@ -82,31 +83,33 @@ def _foreign(folder: Path) -> str | None:
     return None if (folder / "config.json").is_file() else "has no config.json"
 
 
-def family_of(assets: Mapping[str, bytes]) -> Family:
-    """The family that the assets' config.json names; that of ModelConfig if the model was trained from scratch."""
+def family_of(assets: Mapping[str, bytes], model: ModelConfig) -> Family:
+    """The family that the assets' config.json names; if the model was trained from scratch, the first that has such a model."""
     if CONFIG not in assets:
-        return find_family("LlamaForCausalLM")  # what ModelConfig describes
+        return describe(model)[0]
     return architecture_of(json.loads(assets[CONFIG]), CONFIG)
 
 
 def exported_tensors(
     family: Family, model: ModelConfig, assets: Mapping[str, bytes], dtype: str | None, default_dtype: str
-) -> list[tuple[TensorName, str, TensorInfo]]:
-    """(logical tensor, name in the folder, its dtype and shape) of everything to write, in the order of the forward pass."""
+) -> list[tuple[StoredTensor, TensorInfo]]:
+    """(tensor of the folder, its dtype and shape) of everything to write, in the order of the forward pass."""
     dtypes: dict[str, str] = json.loads(assets.get(TENSOR_DTYPES, b"{}"))
-    tensors = [(tensor, tensor.hf) for tensor in family.tensor_names(model)]
-    head = family.hf_name("head.weight")
+    prefixed = not dtypes or family.is_prefixed(dtypes)
+    tensors = list(family.stored_tensors(model, prefixed))
+    head = family.hf_name("head.weight", prefixed)
     if model.tie_word_embeddings and head in dtypes:  # the folder it came from stores the tied matrix twice
-        tensors.append((next(tensor for tensor, _ in tensors if tensor.logical == "embedding.weight"), head))
-    return [(tensor, name, TensorInfo(dtype or dtypes.get(name, default_dtype), tensor.shape)) for tensor, name in tensors]
+        embedding = next(tensor for tensor in tensors if tensor.pieces[0].name == "embedding.weight")
+        tensors.append(dataclasses.replace(embedding, name=head))
+    return [(tensor, TensorInfo(dtype or dtypes.get(tensor.name, default_dtype), tensor.shape)) for tensor in tensors]
 
 
 def _plan(source: TensorSource, model: ModelConfig, assets: Mapping[str, bytes], dtype: str | None, default_dtype: str) -> _Plan:
     """What to write; nothing is read from the source yet."""
-    family = family_of(assets)
+    family = family_of(assets, model)
     entries = [
-        Entry(name, info, partial(load_tensor, source, tensor, info.dtype))
-        for tensor, name, info in exported_tensors(family, model, assets, dtype, default_dtype)
+        Entry(tensor.name, info, partial(load_tensor, source, tensor, info.dtype))
+        for tensor, info in exported_tensors(family, model, assets, dtype, default_dtype)
     ]
     if CONFIG in assets:
         original: dict[str, Any] = json.loads(assets[CONFIG])
@@ -116,7 +119,8 @@ def _plan(source: TensorSource, model: ModelConfig, assets: Mapping[str, bytes],
             config |= dict.fromkeys(spellings, TORCH_NAMES[dtype])
         content = assets[CONFIG] if config == original else _json(config)
     else:
-        content = _json({**family.to_hf(model, dtype or default_dtype), **special_token_ids(assets)})
+        described = {**family.config(model), "torch_dtype": TORCH_NAMES[dtype or default_dtype], "use_cache": True}
+        content = _json({**described, **special_token_ids(assets)})
     return _Plan(content, entries, exported_files(assets))
 
 
@@ -124,17 +128,44 @@ def _json(value: dict[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def load_tensor(source: TensorSource, tensor: TensorName, dtype: str) -> Tensor:
-    """One whole tensor in the dtype of the export. Raises ValueError if a value is beyond float16's range."""
-    from megatron_llm.parallel.shard import Box, Part
+def load_tensor(source: TensorSource, tensor: StoredTensor, dtype: str) -> Tensor:
+    """One whole tensor of the folder in the dtype of the export. Raises ValueError if a value is beyond float16's range."""
+    import torch
 
-    part = Part(tensor.logical, tensor.shape, ())
-    values = source.read(part, Box.full(tensor.shape))
-    converted = values.to(torch_dtype(dtype))
-    if dtype == "F16" and bool((converted.isinf() & ~values.isinf()).any()):
-        largest = values.abs().max().item()
-        raise ValueError(f"{tensor.hf} has values up to {largest:g}, beyond float16's 65504; export with --dtype bf16 or fp32")
-    return converted
+    from megatron_llm.parallel.shard import Box, Part, fill
+
+    whole = torch.empty(tensor.shape, dtype=torch_dtype(dtype))
+    one_row = len(tensor.shape) < len(tensor.pieces[0].shape)
+    rows_first = whole[None] if one_row else whole.t() if tensor.transposed else whole
+    for piece in tensor.pieces:
+        part = Part(piece.name, piece.shape, ())
+        for rows in piece.rows:
+            box = Box((rows.logical, *(0 for _ in piece.shape[1:])), (rows.count, *piece.shape[1:]))
+            for _ in fill(rows_first[rows.stored : rows.stored + rows.count], part, box, _Checked(source, tensor.name, dtype)):
+                pass
+    return whole
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """A source whose values fit into the dtype of the export."""
+
+    source: TensorSource
+    name: str
+    dtype: str
+
+    def read(self, part: Part, box: Box) -> Tensor:
+        import torch
+
+        values = self.source.read(part, box)
+        if self.dtype == "F16" and values.dtype != torch.float16:
+            converted = values.to(torch.float16)
+            if bool((converted.isinf() & ~values.isinf()).any()):
+                largest = values[~values.isinf()].abs().max().item()
+                raise ValueError(
+                    f"{self.name} has values up to {largest:g}, beyond float16's 65504; export with --dtype bf16 or fp32"
+                )
+        return values
 
 
 def _write_weights(folder: LocalFolder, entries: list[Entry], shard_size: int, progress: Callable[[int], object]) -> None:

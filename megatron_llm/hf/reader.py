@@ -7,7 +7,6 @@ then reads just its rectangles through `HFSource`, so no conversion step and no 
 from __future__ import annotations
 
 import json
-import re
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from pydantic import ValidationError
 
 from megatron_llm.config import ModelConfig, sentences
 from megatron_llm.hf.families import find_family
-from megatron_llm.hf.family import Family
+from megatron_llm.hf.family import Family, Piece, Rows, StoredTensor
 from megatron_llm.hf.files import TensorFile, open_tensor_files
 from megatron_llm.ops.safetensors import TORCH_NAMES
 
@@ -36,7 +35,8 @@ def architecture_of(config: dict[str, Any], where: str) -> Family:
     try:
         return find_family(str(architectures[0]))
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        code = ", and its own code (auto_map) is never run" if config.get("auto_map") else ""
+        raise ValueError(f"{where}: {error}{code}") from None
 
 
 class HFFolder:
@@ -63,7 +63,7 @@ class HFFolder:
     def model_fields(self) -> dict[str, Any]:
         """Fields of ModelConfig. Raises ValueError listing everything in config.json that is wrong or not supported."""
         try:
-            fields = self.family.from_hf(self.config)
+            fields = self.family.fields(self.config)
             ModelConfig(**fields)
         except ValidationError as error:
             raise ValueError(f"{self.path / 'config.json'}: {'; '.join(sentences(error))}") from error
@@ -84,7 +84,10 @@ class HFFolder:
         tensors, problems = self._files
         if problems:
             return list(problems)
-        expected = {tensor.hf: tensor.shape for tensor in self.family.tensor_names(model)}
+        try:
+            expected = {tensor.name: tensor.shape for tensor in self.family.stored_tensors(model, self.prefixed)}
+        except ValueError as error:
+            return [f"{self.path}: {error}"]
         missing = [name for name in expected if name not in tensors]
         if missing:
             problems = [f"{self.path} lacks {_listed(missing)} of a model with {model.num_hidden_layers} layers"]
@@ -92,10 +95,10 @@ class HFFolder:
             info = file.infos[name]
             if name in expected and info.shape != expected[name]:
                 problems.append(f"{file.path}: {name} has shape {info.shape}, the model needs {expected[name]}")
-            if info.dtype not in TORCH_NAMES and not self._is_derived(name):
+            if info.dtype not in TORCH_NAMES and not self.family.is_derived(name):
                 problems.append(f"{file.path}: {name} is {info.dtype}; supported: {', '.join(TORCH_NAMES)}")
-        tied = {self.family.hf_name("head.weight")} if model.tie_word_embeddings else set()
-        extra = [name for name in tensors if name not in expected and name not in tied and not self._is_derived(name)]
+        tied = {self.family.hf_name("head.weight", self.prefixed)} if model.tie_word_embeddings else set()
+        extra = [name for name in tensors if name not in expected and name not in tied and not self.family.is_derived(name)]
         if extra:
             problems.append(
                 f"{self.path} holds {_listed(extra)} that {self.family.architecture} with "
@@ -103,13 +106,15 @@ class HFFolder:
             )
         return problems
 
-    def _is_derived(self, name: str) -> bool:
-        return any(re.fullmatch(pattern, name) for pattern in self.family.derived)
+    @property
+    def prefixed(self) -> bool:
+        """Whether names of tensors begin with the family's prefix."""
+        return self.family.is_prefixed(self._files[0])
 
     def tensor_dtypes(self) -> dict[str, str]:
         """The folder's name of every stored weight -> safetensors' name of its dtype (BF16, ...)."""
         tensors, _ = self._files
-        return {name: file.infos[name].dtype for name, file in tensors.items() if not self._is_derived(name)}
+        return {name: file.infos[name].dtype for name, file in tensors.items() if not self.family.is_derived(name)}
 
     def source(self, model: ModelConfig | None = None) -> HFSource:
         """The weights of `model`. Raises ValueError with all `problems`."""
@@ -117,20 +122,23 @@ class HFFolder:
         problems = self.problems(model)
         if problems:
             raise ValueError("\n".join(problems))
-        return HFSource(self.family, self._files[0], model)
+        return HFSource(self.family, self._files[0], model, self.prefixed)
 
 
 class HFSource:
     """The weights of a checked folder as a `TensorSource`; made by `HFFolder.source`."""
 
-    def __init__(self, family: Family, tensors: dict[str, TensorFile], model: ModelConfig):
+    def __init__(self, family: Family, tensors: dict[str, TensorFile], model: ModelConfig, prefixed: bool):
         self._tensors = tensors
-        self._names = {tensor.logical: tensor for tensor in family.tensor_names(model)}
-        self._head = family.hf_name("head.weight")
+        self._places: dict[str, list[tuple[StoredTensor, Piece]]] = {}
+        for stored in family.stored_tensors(model, prefixed):
+            for piece in stored.pieces:
+                self._places.setdefault(piece.name, []).append((stored, piece))
+        self._head = family.hf_name("head.weight", prefixed)
 
     def dtype(self, name: str) -> str:
         """safetensors' name of the dtype of a logical tensor."""
-        key = self._names[name].hf
+        key = self._places[name][0][0].name
         return self._tensors[key].infos[key].dtype
 
     def read(self, part: Part, box: Box) -> Tensor:
@@ -138,15 +146,39 @@ class HFSource:
 
         Raises ValueError if the folder lacks the tensor, has another shape, or claims to be tied and is not.
         """
-        if part.name not in self._names:
+        import torch
+
+        places = self._places.get(part.name)
+        if places is None:
             raise ValueError(f"the Hugging Face folder has no {part.name}")
-        tensor = self._names[part.name]
-        if tensor.shape != part.shape:
-            raise ValueError(f"{part.name} has shape {part.shape} in the model, {tensor.hf} has {tensor.shape}")
-        values = self._tensors[tensor.hf].read(tensor.hf, box.slices)
-        if part.name == "embedding.weight" and "head.weight" not in self._names and self._head in self._tensors:
-            self._check_tied(tensor.hf, values, box)
+        if places[0][1].shape != part.shape:
+            raise ValueError(f"{part.name} has shape {part.shape} in the model, {places[0][1].shape} in {places[0][0].name}")
+        found = [
+            (rows, self._read_rows(stored, rows, box))
+            for stored, piece in places
+            for rows in (rows.within(box.offset[0], box.shape[0]) for rows in piece.rows)
+            if rows.count
+        ]
+        if len(found) == 1:
+            values = found[0][1]
+        else:
+            values = torch.empty(box.shape, dtype=found[0][1].dtype)
+            for rows, piece_values in found:
+                values[rows.logical - box.offset[0] :][: rows.count] = piece_values
+        if part.name == "embedding.weight" and "head.weight" not in self._places and self._head in self._tensors:
+            self._check_tied(places[0][0].name, values, box)
         return values
+
+    def _read_rows(self, stored: StoredTensor, rows: Rows, box: Box) -> Tensor:
+        """Some rows of a stored tensor, in the columns of `box`, as the logical tensor has them."""
+        file = self._tensors[stored.name]
+        inner = box.slices[1:]
+        if len(stored.shape) < len(box.shape):  # it is one row
+            return file.read(stored.name, inner)[None]
+        outputs = slice(rows.stored, rows.stored + rows.count)
+        if stored.transposed:
+            return file.read(stored.name, (*inner, outputs)).t()
+        return file.read(stored.name, (outputs, *inner))
 
     def _check_tied(self, embedding: str, values: Tensor, box: Box) -> None:
         """A tied folder may store the head as well. It must be the same matrix: ours would drop a different one."""
