@@ -29,12 +29,13 @@ STEPS = 4
 SECONDS = 120.0
 SMALL_BUCKETS = {"bucket_size": 3000}  # several, so that exchanges overlap the backward
 LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
+    # First, when no kernel has been loaded: the host cannot load one while a receive waits for what that kernel is to make.
+    "pp2": {"parallel": {"pipeline_parallel": 2}},
     "dp2": {"parallel": SMALL_BUCKETS},
     "dp2, ZeRO-0": {"parallel": {"zero_stage": 0, **SMALL_BUCKETS}},
     "tp2": {"parallel": {"tensor_parallel": 2}},
     "tp2, no sequence parallelism": {"parallel": {"tensor_parallel": 2, "sequence_parallel": False}},
     "tp2, recompute": {"parallel": {"tensor_parallel": 2}, "training": {"recompute": "full"}},
-    "pp2": {"parallel": {"pipeline_parallel": 2}},
     "pp2, interleaved, tied": {
         "model": {"tie_word_embeddings": True},
         "parallel": {"pipeline_parallel": 2, "pipeline_schedule": "interleaved", "virtual_stages": 2},
