@@ -33,7 +33,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from megatron_llm.config import ModelConfig, parse_config
 from megatron_llm.data.stream import build_train_stream
 from megatron_llm.parallel.grid import Grid
-from megatron_llm.parallel.shard import Box, Part
 from megatron_llm.planning.flops import model_flops_per_token
 from megatron_llm.training.build import build_engine
 from megatron_llm.training.step import RunState, train_step
@@ -108,18 +107,6 @@ def transformers_step(work: Workload, baseline: str, device: torch.device) -> Ca
     return step
 
 
-class QuickWeights:
-    """Normal weights, made on the device: a billion of the reproducible ones take a minute."""
-
-    def __init__(self, device: torch.device):
-        self._device = device
-
-    def read(self, part: Part, box: Box) -> torch.Tensor:
-        if part.init != "normal":
-            return torch.full(box.shape, float(part.init == "ones"), device=self._device)
-        return torch.randn(box.shape, device=self._device) * 0.02
-
-
 def megatron_llm_step(work: Workload, device: torch.device) -> Callable[[], float]:
     """The same step with this engine on synthetic data."""
     config = parse_config(
@@ -139,7 +126,7 @@ def megatron_llm_step(work: Workload, device: torch.device) -> Callable[[], floa
             "device": device.type,
         }
     )
-    engine = build_engine(config, Grid.single(), device, QuickWeights(device))
+    engine = build_engine(config, Grid.single(), device)
     stream, state = build_train_stream(config), RunState()
     return lambda: train_step(engine, stream, state).loss
 
