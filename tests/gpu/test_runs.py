@@ -16,7 +16,7 @@ from megatron_llm.config import parse_config
 from megatron_llm.data.stream import build_train_stream
 from tests.gpu.shared_gpu import ROOT, run_ranks_on_one_gpu
 from tests.runs import TINY
-from tests.training.commands import read_metrics, read_status, write_config
+from tests.training.commands import environment, read_metrics, read_status, write_config
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,7 +45,12 @@ def config_in(folder: Path, **sections: dict[str, Any]) -> Path:
 def command(*arguments: str) -> str:
     """Run a `megatron-llm` command in a process of its own; returns what it printed."""
     done = subprocess.run(
-        [sys.executable, "-m", "megatron_llm", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "megatron_llm", *arguments],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
