@@ -110,7 +110,8 @@ def build_engine(
     optimizer = ZeroOptimizer(
         parameters(stages), grid, config.optimizer, parallel.bucket_size, config.precision, parallel.zero_stage
     )
-    optimizer.load("weights", weights or FreshWeights(training.seed, config.model.initializer_range), progress)
+    fresh = FreshWeights(training.seed, config.model.initializer_range, device)
+    optimizer.load("weights", weights or fresh, progress)
     shards = grid.tp.size if parallel.sequence_parallel else 1
     shape = (training.micro_batch_size * training.sequence_length // shards, config.model.hidden_size)
     gradients = WeightGradients(stages.values())
