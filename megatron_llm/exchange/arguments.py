@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_llm.config import ModelConfig, sentences
-from megatron_llm.ops.safetensors import torch_dtype
+from megatron_llm.ops.tensor_file import torch_dtype
 
 _FIXED_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """What --use-rope-scaling means besides its factor: Llama 3's values, not to be set in Megatron."""
@@ -59,8 +59,10 @@ _SIZES = {
 }
 
 
-_OF_EVERY_LLAMA = {*_SIZES, "vocab_size", "num_key_value_heads", "head_dim", "rotary_dim", "rope_theta", "rope_scaling", "norm_eps",
-    "max_position_embeddings", "tie_word_embeddings", "initializer_range", "hf", "checkpoint", "checkpoint_ema", "resize_vocab"}  # fmt: skip
+_OF_EVERY_LLAMA = {
+    *_SIZES, "vocab_size", "num_key_value_heads", "head_dim", "rotary_dim", "rope_theta", "rope_scaling", "norm_eps",
+    "max_position_embeddings", "tie_word_embeddings", "initializer_range", "hf", "checkpoint", "checkpoint_ema", "resize_vocab",
+}  # fmt: skip
 
 
 def refuse_other_than_llama(model: ModelConfig, what: str) -> None:

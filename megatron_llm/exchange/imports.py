@@ -17,7 +17,7 @@ from megatron_llm.exchange.source import EMBEDDING, MegatronSource
 from megatron_llm.exchange.torch_dist import COMMON, TorchDistFolder
 from megatron_llm.hf import HFFolder, collect_assets
 from megatron_llm.hf.assets import CONFIG, TENSOR_DTYPES
-from megatron_llm.ops.safetensors import TORCH_NAMES
+from megatron_llm.ops.tensor_file import TORCH_NAMES
 
 _NOT_COMPARED = ("hf", "max_position_embeddings", "initializer_range")  # what config.json may say otherwise
 
@@ -41,7 +41,7 @@ def import_hf(
     model = ModelConfig(**hf.model_fields())
     source, assets = hf.source(model), collect_assets(hf.path, tokenizer)
     write_checkpoint(source, model, assets, output, overwrite=overwrite, progress=progress)
-    return [f"{hf.path} -> {output}: {hf.family.architecture}, {model.num_hidden_layers} layers"]
+    return [f"{hf.path} -> {output}: {hf.family.architecture}, {model.num_hidden_layers} layers", *hf.notes()]
 
 
 def import_megatron(

@@ -22,8 +22,9 @@ from megatron_llm.hf.families import describe
 from megatron_llm.hf.family import Family, StoredTensor
 from megatron_llm.hf.reader import architecture_of
 from megatron_llm.hf.whole import whole_folder
-from megatron_llm.ops.safetensors import TORCH_NAMES, Entry, TensorInfo, torch_dtype, write_bytes, write_safetensors
+from megatron_llm.ops.safetensors import Entry, write_bytes, write_safetensors
 from megatron_llm.ops.storage import LocalFolder
+from megatron_llm.ops.tensor_file import TORCH_NAMES, TensorInfo, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -135,10 +136,9 @@ def load_tensor(source: TensorSource, tensor: StoredTensor, dtype: str) -> Tenso
     from megatron_llm.parallel.shard import Box, Part, fill
 
     whole = torch.empty(tensor.shape, dtype=torch_dtype(dtype))
+    rows_first = whole.t() if tensor.transposed else whole
     if len(tensor.shape) < len(tensor.pieces[0].shape):  # it is one row of its logical tensor
         rows_first = whole[None]
-    else:
-        rows_first = whole.t() if tensor.transposed else whole
     for piece in tensor.pieces:
         part = Part(piece.name, piece.shape, ())
         for rows in piece.rows:

@@ -83,7 +83,10 @@ def resolve(path: str | Path, overrides: list[str] | None, world_size: int) -> R
     if problems:
         raise ConfigError(problems)
     run = choose_schedule(run, world_size)
-    return dataclasses.replace(run, notes=(*run.notes, *_without_effect(run.config.lr_schedule), *_spike_notes(run.config)))
+    notes = [*_without_effect(run.config.lr_schedule), *_spike_notes(run.config)]
+    if isinstance(run.source, HFFolder):
+        notes += run.source.notes()
+    return dataclasses.replace(run, notes=(*run.notes, *notes))
 
 
 def _source_problems(run: ResolvedRun) -> list[str]:
