@@ -97,7 +97,7 @@ def _open_tokenizer(folder: str | None, files: Mapping[str, bytes]) -> Any:
 
     if folder is not None:
         return load_pretrained(folder)
-    if not any(name.startswith("tokenizer") or name.endswith(".model") for name in files):
+    if not any(name.startswith(("tokenizer", "vocab")) or name.endswith(".model") for name in files):
         raise ValueError("no tokenizer travels with this model; give one with --tokenizer DIR (training copies data.tokenizer)")
     with tempfile.TemporaryDirectory() as temporary:
         for name, content in files.items():

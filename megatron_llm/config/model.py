@@ -187,6 +187,10 @@ class ModelConfig(Section):
             problems.append(f"nope_layers {self.nope_layers} are not all among {self.num_hidden_layers} layers")
         if self.norm == "rms_norm" and (self.norm_bias or self.qk_norm_bias):
             problems.append("norm_bias and qk_norm_bias belong to norm: layer_norm")
+        if self.norm == "layer_norm" and self.qk_norm == "full":
+            problems.append("qk_norm full goes with norm rms_norm")
+        if self.head_bias and self.logit_multiplier != 1.0:
+            problems.append("logit_multiplier goes with a head without bias")
         if self.parallel_block != "none" and self.norm_placement != "input":
             problems.append(f"parallel_block {self.parallel_block} goes with norm_placement input, not {self.norm_placement}")
         if self.position_embedding == "learned" and not self.max_position_embeddings:

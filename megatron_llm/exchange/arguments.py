@@ -59,15 +59,16 @@ _SIZES = {
 }
 
 
-_OF_EVERY_LLAMA = {
-    *_SIZES, "vocab_size", "num_key_value_heads", "head_dim", "rotary_dim", "rope_theta", "rope_scaling", "norm_eps",
-    "max_position_embeddings", "tie_word_embeddings", "initializer_range", "hf", "checkpoint", "checkpoint_ema", "resize_vocab",
-}  # fmt: skip
+_OF_EVERY_LLAMA = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "rope_theta", "norm_eps", "max_position_embeddings", "tie_word_embeddings", "initializer_range",
+    "hf", "checkpoint", "checkpoint_ema", "resize_vocab",
+)  # fmt: skip
 
 
 def refuse_other_than_llama(model: ModelConfig, what: str) -> None:
     """Raises ValueError naming what keeps a model from being exchanged with Megatron: it must be a Llama."""
-    plain = ModelConfig(**model.model_dump(include=_OF_EVERY_LLAMA - {"rotary_dim", "rope_scaling"}))
+    plain = ModelConfig(**model.model_dump(include=set(_OF_EVERY_LLAMA)))
     mine, theirs = model.model_dump(), plain.model_dump()
     different = [f"{name} {value!r}" for name, value in mine.items() if name != "rope_scaling" and value != theirs[name]]
     if model.rope_scaling is not None and model.rope_scaling.rope_type not in ("linear", "llama3"):

@@ -21,6 +21,10 @@ class SequenceCache:
         self.cu_seqlens: tuple[int, ...] = ()
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
+    def forget(self, index: int) -> None:
+        """Drop all of a sequence: its next pass brings it from the start."""
+        self.lengths[index] = 0
+
     def begin(self, counts: Sequence[int]) -> Tensor:
         """Announce a pass that brings `counts[i]` new tokens of sequence i. Returns their positions, int64 [T]."""
         for index, (count, (start, stop)) in enumerate(zip(counts, pairwise(self.starts), strict=True)):

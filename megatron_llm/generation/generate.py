@@ -7,7 +7,7 @@ One process that holds the whole model; sequence parallelism is switched off for
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_llm.generation.cache import SequenceCache
 from megatron_llm.models.decoder import DecoderStage
+from megatron_llm.models.positions import Rotary
 from megatron_llm.ops.batch import Batch
 
 
@@ -68,7 +69,7 @@ def generate(
 ) -> list[list[int]]:
     """The new ids of each prompt, ending with the first stop id if one came. `stage` must hold the whole model.
 
-    Raises ValueError for an empty prompt or an id outside the vocabulary.
+    Raises ValueError for an empty prompt, an id outside the vocabulary, or more tokens than a model with learned positions has.
     """
     assert stage.first and stage.last and stage.tp.size == 1
     vocab = stage.model.vocab_size
@@ -80,7 +81,13 @@ def generate(
                 f"prompt {number} holds token id {max(prompt)}, but the model's vocabulary has {vocab}; "
                 "the tokenizer is not the model's"
             )
-    device = stage.frequencies_P.device
+    longest = max(map(len, prompts), default=0) + max_new_tokens - 1  # the last token is not read
+    if stage.model.position_embedding == "learned" and longest > stage.model.max_position_embeddings:
+        raise ValueError(
+            f"the longest prompt has {max(map(len, prompts))} tokens and {max_new_tokens} are to follow, but the model has "
+            f"{stage.model.max_position_embeddings} learned positions; ask for fewer"
+        )
+    device = stage.device
     generator = torch.Generator(device).manual_seed(seed)
     cache = SequenceCache([len(prompt) + max_new_tokens for prompt in prompts])
     new: list[list[int]] = [[] for _ in prompts]
@@ -95,7 +102,17 @@ def generate(
             break
         # Finished sequences ride along until all are done; what they produce is dropped.
         feed = [[token] for token in chosen]
+        for index in _outdated(stage.rotary, cache):
+            cache.forget(index)
+            feed[index] = [*prompts[index], *new[index]]
     return new
+
+
+def _outdated(rotary: Rotary, cache: SequenceCache) -> Iterator[int]:
+    """The sequences whose cached keys were turned by other frequencies than those of one more token."""
+    for index, length in enumerate(cache.lengths):
+        if rotary.length_class(length) != rotary.length_class(length + 1):
+            yield index
 
 
 def _next_logits(stage: DecoderStage, feed: Sequence[Sequence[int]], cache: SequenceCache, device: torch.device) -> Tensor:

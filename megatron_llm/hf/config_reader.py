@@ -166,9 +166,10 @@ class ConfigReader:
         factor = rope.get("factor") or context / original
         if kind == "yarn":
             values.setdefault("factor", factor)
-            scales = [rope.get("mscale"), rope.get("mscale_all_dim")]
-            by = [0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0 for scale in (scales if all(scales) else [1.0, 0.0])]
-            values.setdefault("attention_factor", by[0] / by[1])
+            scale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
+            scales = (scale, all_dim) if scale and all_dim else (1.0, 0.0)
+            above, below = (0.1 * one * math.log(factor) + 1.0 if factor > 1 else 1.0 for one in scales)
+            values.setdefault("attention_factor", above / below)
         elif kind == "longrope":
             default = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
             values.setdefault("attention_factor", default)
@@ -185,4 +186,7 @@ def rope_keys(model: Any) -> dict[str, Any]:
     if scaling is None:
         return {"rope_theta": model.rope_theta, "rope_scaling": None}
     names = [key for key in _SCALING[scaling.rope_type] if scaling.rope_type != "dynamic" or key == "factor"]
-    return {"rope_theta": model.rope_theta, "rope_scaling": {"rope_type": scaling.rope_type, **scaling.model_dump(include=set(names))}}
+    return {
+        "rope_theta": model.rope_theta,
+        "rope_scaling": {"rope_type": scaling.rope_type, **scaling.model_dump(include=set(names))},
+    }

@@ -136,9 +136,8 @@ def load_tensor(source: TensorSource, tensor: StoredTensor, dtype: str) -> Tenso
     from megatron_llm.parallel.shard import Box, Part, fill
 
     whole = torch.empty(tensor.shape, dtype=torch_dtype(dtype))
-    rows_first = whole.t() if tensor.transposed else whole
-    if len(tensor.shape) < len(tensor.pieces[0].shape):  # it is one row of its logical tensor
-        rows_first = whole[None]
+    one_row = len(tensor.shape) < len(tensor.pieces[0].shape)
+    rows_first = whole[None] if one_row else whole.t() if tensor.transposed else whole
     for piece in tensor.pieces:
         part = Part(piece.name, piece.shape, ())
         for rows in piece.rows:

@@ -1,61 +1,82 @@
-"""Grouped-query self-attention (Ainslie et al. 2023) with rotary positions. Called by `models/block.py`.
+"""Grouped-query self-attention (Ainslie et al. 2023), everything but what stands around it. Called by `models/block.py`.
 
-Query heads are cut over tp. KV heads too, or, when tp is larger than their number, each is copied to tp / heads
-neighbouring ranks, whose partial gradients the shard spec adds up. q, k and v share one weight and one GEMM.
+Which heads are here: `models/heads.py`; copies of key/value heads have partial gradients, which the shard spec adds up. q, k
+and v share one weight and one GEMM.
 
-Shape suffixes: T tokens, N query heads here, K key/value heads here, D head dimension, S all cached tokens.
+Shape suffixes: T tokens, N query heads here, K key/value heads here, D head dimension, S all cached tokens, X all heads.
 """
 
 from __future__ import annotations
-
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from megatron_llm.config import ModelConfig
 from megatron_llm.models.context import ForwardContext
-from megatron_llm.models.norm import RMSNorm
-from megatron_llm.models.recompute import recomputed
-from megatron_llm.ops.attention import attention
+from megatron_llm.models.heads import Heads
+from megatron_llm.models.norm import head_norm
+from megatron_llm.ops.attention import Scores, alibi_slopes, attention
+from megatron_llm.ops.dtypes import stat_dtype
 from megatron_llm.ops.rope import rotary
 from megatron_llm.parallel.grid import Grid
-from megatron_llm.parallel.linear import ColumnParallelLinear, OutputShard, RowParallelLinear, sharded_weight
+from megatron_llm.parallel.linear import ColumnParallelLinear, OutputShard, RowParallelLinear, sharded_bias, sharded_weight
 
 
 class SelfAttention(nn.Module):
-    """[S, H] or [T, H] -> the same shape. `recompute`: what backward makes again; "norms" and "attention" are done here."""
+    """`qkv` and `o` are the products on either side, which a layer calls; `forward` is all between them.
 
-    def __init__(
-        self, model: ModelConfig, layer: int, grid: Grid, recompute: frozenset[str], dtype: torch.dtype, device: torch.device
-    ):
+    partial: whether a rank sees only its own tokens of hidden states.
+    """
+
+    def __init__(self, model: ModelConfig, layer: int, grid: Grid, partial: bool, dtype: torch.dtype, device: torch.device):
         super().__init__()
         name, dim, tp = f"layers.{layer}.attention", model.head_dim, grid.tp
-        self.layer, self.head_dim, self.recompute = layer, dim, recompute
-        shards = [
-            OutputShard.even(f"{name}.q.weight", model.num_attention_heads * dim, tp),
-            OutputShard.replicated_heads(f"{name}.k.weight", model.num_key_value_heads, dim, tp, grid.kv_replica),
-            OutputShard.replicated_heads(f"{name}.v.weight", model.num_key_value_heads, dim, tp, grid.kv_replica),
-        ]
-        self.heads = [shard.local_rows // dim for shard in shards]
-        self.qkv = ColumnParallelLinear(sharded_weight(model.hidden_size, shards, dtype, device), tp)
-        self.o = RowParallelLinear(f"{name}.o.weight", model.num_attention_heads * dim, model.hidden_size, tp, dtype, device)
+        self.model, self.layer = model, layer
+        heads = Heads.of(model, grid)
+        copies = grid.kv_replica
+        shards = [OutputShard.of(f"{name}.q.weight", model.num_attention_heads * dim, heads.queries, dim)]
+        for part in ("k", "v"):
+            shards.append(OutputShard.of(f"{name}.{part}.weight", model.num_key_value_heads * dim, heads.keys, dim, copies))
+        self.heads = [len(heads.queries), len(heads.keys), len(heads.keys)]
+        bias = sharded_bias(shards, dtype, device) if model.qkv_bias else None
+        self.qkv = ColumnParallelLinear(sharded_weight(model.hidden_size, shards, dtype, device), tp, bias)
+        self.o = RowParallelLinear(
+            f"{name}.o.weight", model.num_attention_heads * dim, model.hidden_size, tp, dtype, device,
+            range(heads.queries.start * dim, heads.queries.stop * dim), model.attention_output_bias, partial,
+        )  # fmt: skip
+        self.q_norm = self.k_norm = None
+        if model.qk_norm != "none":
+            none = type(tp)("none")
+            queries, keys = model.num_attention_heads, model.num_key_value_heads
+            self.q_norm = head_norm(f"{name}.q_norm", queries, heads.queries, model, tp, none, dtype, device)
+            self.k_norm = head_norm(f"{name}.k_norm", keys, heads.keys, model, tp, copies, dtype, device)
+        self.scores = self._scores(heads.queries, stat_dtype(dtype), device)
+        self.rotates = model.position_embedding == "rope" and layer not in model.nope_layers
 
-    def forward(self, x: Tensor, norm: RMSNorm, context: ForwardContext) -> Tensor:
-        """The norm comes along because its output is kept for backward, or not, by the product that it enters."""
-        shard = context.sequence_parallel
-        qkv = recomputed("norms" in self.recompute, norm, lambda n: self.qkv(n, shard), x)
-        attend = partial(self._attend, context=context)
-        return recomputed("attention" in self.recompute, attend, lambda out: self.o(out, shard), qkv)
+    def _scores(self, queries: range, dtype: torch.dtype, device: torch.device) -> Scores:
+        model = self.model
+        slopes = None
+        if model.position_embedding == "alibi":
+            all_slopes = alibi_slopes(model.num_attention_heads, model.alibi_bias_max)
+            slopes = torch.tensor(all_slopes[queries.start : queries.stop], dtype=dtype, device=device)
+        window = model.window(self.layer)
+        return Scores(model.scale(self.layer), model.attn_logit_softcapping, slopes, model.alibi_scaled, window)
 
-    def _attend(self, qkv: Tensor, context: ForwardContext) -> Tensor:
-        """Everything between the two products."""
-        qkv_TXD = qkv.unflatten(-1, (-1, self.head_dim))
-        q_TND, k_TKD, v_TKD = qkv_TXD.split(self.heads, dim=1)
-        q_TND = rotary(q_TND, context.cos_T1P, context.sin_T1P)
-        k_TKD = rotary(k_TKD, context.cos_T1P, context.sin_T1P)
+    def forward(self, qkv: Tensor, context: ForwardContext) -> Tensor:
+        """[T, (N + 2 K) D] -> [T, N D]."""
+        model = self.model
+        if model.clip_qkv is not None:
+            qkv = qkv.clamp(-model.clip_qkv, model.clip_qkv)
+        q_TND, k_TKD, v_TKD = qkv.unflatten(-1, (-1, model.head_dim)).split(self.heads, dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_TND, k_TKD = self.q_norm(q_TND), self.k_norm(k_TKD)
+        if self.rotates:
+            tables = context.local_rope if self.scores.window is not None else context.rope
+            assert tables is not None
+            q_TND = rotary(q_TND, *tables, model.rope_interleaved)
+            k_TKD = rotary(k_TKD, *tables, model.rope_interleaved)
         k_SKD, v_SKD, cu_k = k_TKD, v_TKD, context.cu_seqlens
         if context.cache is not None:
             k_SKD, v_SKD, cu_k = context.cache.extend(self.layer, k_TKD, v_TKD)
-        out_TND = attention(q_TND, k_SKD, v_SKD, context.cu_seqlens, cu_k, context.attention_backend)
+        out_TND = attention(q_TND, k_SKD, v_SKD, context.cu_seqlens, cu_k, context.attention_backend, self.scores, context.masks)
         return out_TND.flatten(1)

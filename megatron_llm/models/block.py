@@ -1,6 +1,16 @@
-"""One pre-norm decoder layer: x + attention(norm(x)), then x + mlp(norm(x)). Called by `models/decoder.py`."""
+"""One decoder layer: attention and MLP one after the other, or side by side. Called by `models/decoder.py`.
+
+    norm_placement      input   x + f(norm(x))          output     x + norm(f(x))
+                        both    x + norm(f(norm(x)))    residual   norm(x + f(x))
+    parallel_block      x + attention(norm(x)) + mlp(norm(x)): one gather, one reduction; with one norm also one gather of inputs
+                        for all products (GPT-J; Chowdhery et al. 2022, 2)
+
+`models/names.py` says which norms a layer has.
+"""
 
 from __future__ import annotations
+
+from functools import partial as bind
 
 import torch
 from torch import Tensor, nn
@@ -9,10 +19,11 @@ from megatron_llm.config import ModelConfig
 from megatron_llm.models.attention import SelfAttention
 from megatron_llm.models.context import ForwardContext
 from megatron_llm.models.mlp import MLP
-from megatron_llm.models.norm import RMSNorm
+from megatron_llm.models.names import norm_names
+from megatron_llm.models.norm import Norm, hidden_norm
 from megatron_llm.models.recompute import recomputed
-from megatron_llm.ops.swiglu import swiglu
 from megatron_llm.parallel.grid import Grid
+from megatron_llm.parallel.linear import ColumnParallelLinear, column_parallel, row_parallel
 
 
 class DecoderLayer(nn.Module):
@@ -20,6 +31,7 @@ class DecoderLayer(nn.Module):
 
     Args:
         layer: the index in the whole model.
+        partial: whether a rank sees only its own tokens of hidden states (sequence parallelism).
         recompute: what backward makes again (`models/recompute.py`); "layer" is everything but the last product.
     """
 
@@ -34,22 +46,88 @@ class DecoderLayer(nn.Module):
         device: torch.device,
     ):
         super().__init__()
-        self.recompute = recompute
-        eps, size = model.rms_norm_eps, model.hidden_size
-        self.attention_norm = RMSNorm(f"layers.{layer}.attention_norm.weight", size, eps, grid.tp, partial, dtype, device)
-        self.attention = SelfAttention(model, layer, grid, recompute, dtype, device)
-        self.mlp_norm = RMSNorm(f"layers.{layer}.mlp_norm.weight", size, eps, grid.tp, partial, dtype, device)
-        self.mlp = MLP(model, layer, grid, recompute, dtype, device)
+        self.model, self.recompute = model, recompute
+        before, after = norm_names(model)
+
+        def norm(name: str, there: bool) -> Norm | None:
+            return hidden_norm(f"layers.{layer}.{name}", model, grid.tp, partial, dtype, device) if there else None
+
+        self.attention_norm = norm("attention_norm", "attention" in before)
+        self.attention = SelfAttention(model, layer, grid, partial, dtype, device)
+        self.attention_post_norm = norm("attention_post_norm", "attention" in after)
+        self.mlp_norm = norm("mlp_norm", "mlp" in before)
+        self.mlp = MLP(model, layer, grid, partial, dtype, device)
+        self.mlp_post_norm = norm("mlp_post_norm", "mlp" in after)
 
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
-        def attended(x: Tensor) -> Tensor:
-            return x + self.attention(x, self.attention_norm, context)
-
-        def before_down(x: Tensor) -> tuple[Tensor, Tensor]:
-            x = attended(x)
-            return x, swiglu(self.mlp.expand(x, self.mlp_norm, context))
-
+        side_by_side = self.model.parallel_block != "none"
         if "layer" in self.recompute:
-            return recomputed(True, before_down, lambda x, product: x + self.mlp.down(product, context.sequence_parallel), x)
-        x = attended(x)
-        return x + self.mlp(x, self.mlp_norm, context)
+            make = self._into_sum if side_by_side else self._into_down
+            return recomputed(True, bind(make, context=context), bind(self._out, context=context), x)
+        return self._side_by_side(x, context) if side_by_side else self._mlp(self._attention(x, context), context)
+
+    def _attention(self, x: Tensor, context: ForwardContext) -> Tensor:
+        (qkv,) = self._project(x, self.attention_norm, context, self.attention.qkv)
+        out = recomputed(
+            "attention" in self.recompute,
+            bind(self.attention, context=context),
+            lambda out: row_parallel([out], [self.attention.o], context.sequence_parallel),
+            qkv,
+        )
+        return self._add(x, out, self.attention_post_norm)
+
+    def _mlp(self, x: Tensor, context: ForwardContext) -> Tensor:
+        (up,) = self._project(x, self.mlp_norm, context, self.mlp.up)
+        return recomputed("activation" in self.recompute, self.mlp, lambda product: self._out(x, product, context=context), up)
+
+    def _side_by_side(self, x: Tensor, context: ForwardContext) -> Tensor:
+        qkv, up = self._project_both(x, context)
+        attend = bind(self.attention, context=context)
+        out = bind(self._out, context=context)
+        again = self.recompute & {"attention", "activation"}
+        if again == {"attention", "activation"}:
+            return recomputed(True, lambda qkv, up: (attend(qkv), self.mlp(up)), lambda a, p: out(x, a, p), qkv, up)
+        if "activation" in again:
+            attended = attend(qkv)
+            return recomputed(True, self.mlp, lambda product: out(x, attended, product), up)
+        product = self.mlp(up)
+        return recomputed("attention" in again, attend, lambda attended: out(x, attended, product), qkv)
+
+    def _into_down(self, x: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
+        """All of a layer before its last product: (residual, input of the product)."""
+        x = self._attention(x, context)
+        (up,) = self._project(x, self.mlp_norm, context, self.mlp.up)
+        return x, self.mlp(up)
+
+    def _into_sum(self, x: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor, Tensor]:
+        """The same where the last product is that of attention and MLP together."""
+        qkv, up = self._project_both(x, context)
+        return x, self.attention(qkv, context), self.mlp(up)
+
+    def _out(self, x: Tensor, *products: Tensor, context: ForwardContext) -> Tensor:
+        """The last product of the layer, added to the residual: of the MLP alone, or of attention and MLP."""
+        linears = [self.attention.o, self.mlp.down] if len(products) == 2 else [self.mlp.down]
+        return self._add(x, row_parallel(products, linears, context.sequence_parallel), self.mlp_post_norm)
+
+    def _project_both(self, x: Tensor, context: ForwardContext) -> tuple[Tensor, ...]:
+        qkv, up = self.attention.qkv, self.mlp.up
+        if self.model.parallel_block == "one_norm":
+            return self._project(x, self.attention_norm, context, qkv, up)
+        return (*self._project(x, self.attention_norm, context, qkv), *self._project(x, self.mlp_norm, context, up))
+
+    def _project(
+        self, x: Tensor, norm: Norm | None, context: ForwardContext, *linears: ColumnParallelLinear
+    ) -> tuple[Tensor, ...]:
+        """Products of the normalized input, which is kept for backward by them, or made again."""
+        shard = context.sequence_parallel
+        if norm is None:
+            return column_parallel(x, linears, shard)
+        return recomputed("norms" in self.recompute, norm, lambda n: column_parallel(n, linears, shard), x)
+
+    def _add(self, x: Tensor, out: Tensor, post_norm: Norm | None) -> Tensor:
+        if post_norm is not None and self.model.norm_placement != "residual":
+            out, post_norm = post_norm(out), None
+        if self.model.residual_multiplier != 1.0:
+            out = out * self.model.residual_multiplier
+        x = x + out
+        return x if post_norm is None else post_norm(x)

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
 
+from megatron_llm.ops.attention import Masks
+
 
 class KeyValueCache(Protocol):
-    """Keys and values of earlier tokens (`generation/cache.py`)."""
+    """Keys and values of earlier tokens (`generation/cache.py`).
+
+    lengths: tokens of each sequence, those of this pass included.
+    """
+
+    @property
+    def lengths(self) -> Sequence[int]: ...
 
     def extend(self, layer: int, k_TKD: Tensor, v_TKD: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
         """Append this pass's keys and values of a layer; all keys, all values [S, K, D] and their boundaries."""
@@ -19,16 +28,19 @@ class KeyValueCache(Protocol):
 @dataclass(frozen=True)
 class ForwardContext:
     """Attributes:
-    cos_T1P, sin_T1P: rotary tables of all T tokens (never sharded).
+    rope, local_rope: cosine and sine of all T tokens (never sharded), each [T, 1, P], for layers without and with a sliding
+        window where these differ; None in models without rotary embeddings.
     cu_seqlens: document boundaries of the T tokens.
     sequence_parallel: whether activations between tensor-parallel regions are sharded along tokens in this pass.
     attention_backend: name for `ops.attention`.
     cache: earlier keys and values when generating.
+    masks: what the layers' attention makes once for all of them.
     """
 
-    cos_T1P: Tensor
-    sin_T1P: Tensor
+    rope: tuple[Tensor, Tensor] | None
+    local_rope: tuple[Tensor, Tensor] | None
     cu_seqlens: tuple[int, ...]
     sequence_parallel: bool
     attention_backend: str
     cache: KeyValueCache | None = None
+    masks: Masks = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""One pipeline stage of a Llama-type decoder: embedding (first stage), layers, final norm and head (last stage).
+"""One pipeline stage of a decoder: embedding (first stage), layers, final norm and head (last stage).
 
 Called by `training/step.py` through the pipeline runtime and by `generation/`. Layer indices are global, so the name of
 a weight does not depend on the layout.
@@ -8,7 +8,7 @@ Shape suffixes: T tokens of the micro-batch, S tokens of this rank's sequence sh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from megatron_llm.config import ModelConfig
 from megatron_llm.models.block import DecoderLayer
 from megatron_llm.models.context import ForwardContext, KeyValueCache
-from megatron_llm.models.norm import RMSNorm
+from megatron_llm.models.norm import hidden_norm
+from megatron_llm.models.positions import PositionEmbedding, Rotary
 from megatron_llm.models.recompute import Recompute
 from megatron_llm.ops.batch import Batch
 from megatron_llm.ops.dtypes import stat_dtype
-from megatron_llm.ops.rope import rope_frequencies, rope_tables
 from megatron_llm.parallel.embedding import VocabParallelEmbedding
 from megatron_llm.parallel.grid import Axis, Grid
-from megatron_llm.parallel.linear import ColumnParallelLinear, OutputShard, sharded_weight
+from megatron_llm.parallel.linear import ColumnParallelLinear, OutputShard, sharded_bias, sharded_weight
 from megatron_llm.parallel.loss import vocab_parallel_cross_entropy
 
 
@@ -56,26 +56,44 @@ class DecoderStage(nn.Module):
         self.first, self.last, self.indices = first, last, layers
         self.sequence_parallel = sequence_parallel and grid.tp.size > 1
         self.attention_backend = attention_backend
-        self.dtype = dtype
+        self.dtype, self.device = dtype, device
+        partial = self.sequence_parallel
 
         tied = model.tie_word_embeddings
         replica = grid.tied if tied and not (first and last) else Axis("none")
         embedding_shard = OutputShard.even("embedding.weight", model.vocab_size, grid.tp, replica)
         if first or (last and tied):
             embedding_weight = sharded_weight(model.hidden_size, [embedding_shard], dtype, device)
+        self.position_embedding = self.embedding_norm = self.final_norm = None
         if first:
             self.embedding = VocabParallelEmbedding(embedding_weight, embedding_shard.start, grid.tp)
-        partial = self.sequence_parallel
+            if model.position_embedding == "learned":
+                self.position_embedding = PositionEmbedding(model, grid.tp, partial, dtype, device)
+            if model.embedding_norm:
+                self.embedding_norm = hidden_norm("embedding_norm", model, grid.tp, partial, dtype, device)
         self.layers = nn.ModuleList(
             DecoderLayer(model, index, grid, partial, recompute.at(index), dtype, device) for index in layers
         )
         if last:
-            self.final_norm = RMSNorm("final_norm.weight", model.hidden_size, model.rms_norm_eps, grid.tp, partial, dtype, device)
+            if model.final_norm:
+                self.final_norm = hidden_norm("final_norm", model, grid.tp, partial, dtype, device)
             self.head_shard = OutputShard.even("head.weight", model.vocab_size, grid.tp)
             head_weight = embedding_weight if tied else sharded_weight(model.hidden_size, [self.head_shard], dtype, device)
-            self.head = ColumnParallelLinear(head_weight, grid.tp)
-        frequencies = rope_frequencies(model.head_dim, model.rope_theta, model.rope_scaling, stat_dtype(dtype))
-        self.frequencies_P = frequencies.to(device)
+            bias = sharded_bias([self.head_shard], dtype, device) if model.head_bias else None
+            self.head = ColumnParallelLinear(head_weight, grid.tp, bias)
+        self.rotary = Rotary(model, stat_dtype(dtype), device)
+
+    def read_before(self) -> Iterator[tuple[int, list[nn.Parameter]]]:
+        """(index as `before_layer` of `forward` gets it, the parameters that are read from then on)."""
+        if self.first:
+            parts = (self.embedding, self.position_embedding, self.embedding_norm)
+            yield -1, [parameter for part in parts if part is not None for parameter in part.parameters()]
+        for index, layer in zip(self.indices, self.layers, strict=True):
+            yield index, list(layer.parameters())
+        if self.last:
+            ends = (self.final_norm, self.head)
+            found = [parameter for part in ends if part is not None for parameter in part.parameters()]
+            yield self.model.num_hidden_layers, found
 
     def forward(
         self,
@@ -91,13 +109,13 @@ class DecoderStage(nn.Module):
             the number of layers for final norm and head.
         """
         before = before_layer or _nothing
-        cos, sin = rope_tables(batch.positions_T, self.frequencies_P)
         if sequence_parallel is None:
             sequence_parallel = self.sequence_parallel
-        context = ForwardContext(cos, sin, batch.cu_seqlens, sequence_parallel, self.attention_backend, cache)
+        tables = self.rotary.tables(batch, cache)
+        context = ForwardContext(*tables, batch.cu_seqlens, sequence_parallel, self.attention_backend, cache)
         if self.first:
             before(-1)
-            x = self.embedding(batch.tokens_T, sequence_parallel)
+            x = self._embed(batch, sequence_parallel)
         assert x is not None
         for index, layer in zip(self.indices, self.layers, strict=True):
             before(index)
@@ -105,7 +123,20 @@ class DecoderStage(nn.Module):
         if not self.last:
             return x
         before(self.model.num_hidden_layers)
-        return self.final_norm(x)
+        return x if self.final_norm is None else self.final_norm(x)
+
+    def _embed(self, batch: Batch, sequence_parallel: bool) -> Tensor:
+        """What enters the first layer."""
+        x = self.embedding(batch.tokens_T, sequence_parallel)
+        if self.model.embedding_multiplier != 1.0:
+            x = x * self._rounded(self.model.embedding_multiplier)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(batch.positions_T, sequence_parallel)
+        return x if self.embedding_norm is None else self.embedding_norm(x)
+
+    def _rounded(self, number: float) -> float:
+        """A factor as the compute dtype has it: Gemma multiplies by sqrt(hidden_size) in the dtype of its activations."""
+        return float(torch.tensor(number, dtype=self.dtype))
 
     def logits(self, hidden: Tensor, sequence_parallel: bool | None = None) -> Tensor:
         """[S or T, H] -> this rank's slice of the logits, [T, V]; columns beyond the true vocabulary are padding.
@@ -113,7 +144,11 @@ class DecoderStage(nn.Module):
         In the compute dtype, or float32 where the device computes the product in float32 anyway.
         """
         sequence_parallel = self.sequence_parallel if sequence_parallel is None else sequence_parallel
-        return self.head(hidden, sequence_parallel, keep_wide=True)
+        if self.model.logit_multiplier != 1.0:
+            hidden = hidden * self.model.logit_multiplier  # the head has no bias then: fewer numbers than logits
+        logits = self.head(hidden, sequence_parallel, keep_wide=True)
+        cap = self.model.final_logit_softcapping
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def loss(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Sum over the micro-batch of weight * cross-entropy: a scalar in `stat_dtype`, equal on all tp ranks.

@@ -1,4 +1,4 @@
-"""SwiGLU feed-forward with gate and up in one weight and one GEMM. Called by `models/block.py`."""
+"""The feed-forward part of a layer: plain, or gated with gate and up in one weight and one GEMM. Called by `models/block.py`."""
 
 from __future__ import annotations
 
@@ -6,33 +6,36 @@ import torch
 from torch import Tensor, nn
 
 from megatron_llm.config import ModelConfig
-from megatron_llm.models.context import ForwardContext
-from megatron_llm.models.norm import RMSNorm
-from megatron_llm.models.recompute import recomputed
-from megatron_llm.ops.swiglu import swiglu
+from megatron_llm.ops.activation import activation, gated
 from megatron_llm.parallel.grid import Grid
-from megatron_llm.parallel.linear import ColumnParallelLinear, OutputShard, RowParallelLinear, sharded_weight
+from megatron_llm.parallel.linear import (
+    ColumnParallelLinear,
+    OutputShard,
+    RowParallelLinear,
+    balanced,
+    sharded_bias,
+    sharded_weight,
+)
 
 
 class MLP(nn.Module):
-    """[S, H] or [T, H] -> the same shape. `recompute`: what backward makes again; "norms" and "activation" are done here."""
+    """`up` (with the gate, if there is one) and `down` are the products, which a layer calls; `forward` is all between them.
 
-    def __init__(
-        self, model: ModelConfig, layer: int, grid: Grid, recompute: frozenset[str], dtype: torch.dtype, device: torch.device
-    ):
+    partial: whether a rank sees only its own tokens of hidden states.
+    """
+
+    def __init__(self, model: ModelConfig, layer: int, grid: Grid, partial: bool, dtype: torch.dtype, device: torch.device):
         super().__init__()
-        self.recompute = recompute
-        name, tp = f"layers.{layer}.mlp", grid.tp
-        shards = [OutputShard.even(f"{name}.{half}.weight", model.intermediate_size, tp) for half in ("gate", "up")]
-        self.gate_up = ColumnParallelLinear(sharded_weight(model.hidden_size, shards, dtype, device), tp)
-        self.down = RowParallelLinear(f"{name}.down.weight", model.intermediate_size, model.hidden_size, tp, dtype, device)
+        name, tp, inner = f"layers.{layer}.mlp", grid.tp, model.intermediate_size
+        self.act, self.gated = model.hidden_act, model.mlp_gated
+        held = balanced(inner, tp)
+        shards = [OutputShard.of(f"{name}.{part}.weight", inner, held) for part in (("gate", "up") if self.gated else ("up",))]
+        bias = sharded_bias(shards, dtype, device) if model.mlp_bias else None
+        self.up = ColumnParallelLinear(sharded_weight(model.hidden_size, shards, dtype, device), tp, bias)
+        self.down = RowParallelLinear(
+            f"{name}.down.weight", inner, model.hidden_size, tp, dtype, device, held, model.mlp_bias, partial
+        )
 
-    def forward(self, x: Tensor, norm: RMSNorm, context: ForwardContext) -> Tensor:
-        """The norm comes along because its output is kept for backward, or not, by the product that it enters."""
-        gate_up = self.expand(x, norm, context)
-        shard = context.sequence_parallel
-        return recomputed("activation" in self.recompute, swiglu, lambda product: self.down(product, shard), gate_up)
-
-    def expand(self, x: Tensor, norm: RMSNorm, context: ForwardContext) -> Tensor:
-        """gate and up of the normalized input, side by side: [T, 2F]."""
-        return recomputed("norms" in self.recompute, norm, lambda n: self.gate_up(n, context.sequence_parallel), x)
+    def forward(self, up: Tensor) -> Tensor:
+        """[T, 2F] (gate, then up) or [T, F] -> [T, F]."""
+        return gated(up, self.act) if self.gated else activation(up, self.act)

@@ -1,31 +1,125 @@
-"""RMSNorm as a module with its place in the whole model. Called by `models/block.py` and `models/decoder.py`."""
+"""RMSNorm and LayerNorm as modules with their place in the whole model. Called by the other files of this package."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_llm.ops.rms_norm import rms_norm
+from megatron_llm.config import ModelConfig
+from megatron_llm.ops.dtypes import stat_dtype
+from megatron_llm.ops.norm import layer_norm, rms_norm
+from megatron_llm.parallel.collectives import all_reduce
 from megatron_llm.parallel.grid import Axis
+from megatron_llm.parallel.linear import replicated
 from megatron_llm.parallel.shard import Box, Part, ShardSpec
-from megatron_llm.parallel.weight_grad import norm_weight_gradient
+from megatron_llm.parallel.weight_grad import vector_weight_gradient
 
 
-class RMSNorm(nn.Module):
-    """[*, H] -> [*, H]. The weight is replicated over tp; under sequence parallelism each rank normalizes only its own
-    tokens, so the ranks' gradients are partial sums, which the spec says.
+class Norm(nn.Module):
+    """[..., H] -> the same, of the kind that the model has; without parameters if the model's norms have none."""
+
+    def __init__(self, model: ModelConfig, weight: nn.Parameter | None, bias: nn.Parameter | None):
+        super().__init__()
+        self.eps, self.offset = model.norm_eps, model.norm_weight_offset
+        self.center = model.norm == "layer_norm"
+        self.weight, self.bias = weight, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.center:
+            return layer_norm(x, self.weight, self.bias, self.eps, vector_weight_gradient, self.offset)
+        return rms_norm(x, self.weight, self.eps, vector_weight_gradient, self.offset)
+
+
+def hidden_norm(name: str, model: ModelConfig, tp: Axis, partial: bool, dtype: torch.dtype, device: torch.device) -> Norm:
+    """A norm of hidden states. Its parameters are replicated over tp; under sequence parallelism (`partial`) each rank
+    normalizes only its own tokens, so the ranks' gradients are partial sums, which the spec says.
+    """
+    return _replicated_norm(name, model.hidden_size, model, model.norm_bias, tp, partial, dtype, device)
+
+
+def _replicated_norm(
+    name: str, size: int, model: ModelConfig, biased: bool, tp: Axis, partial: bool, dtype: torch.dtype, device: torch.device
+) -> Norm:
+    if not model.norm_weight:
+        return Norm(model, None, None)
+    weight = replicated(f"{name}.weight", (size,), _init(model), tp, partial, dtype, device)
+    bias = replicated(f"{name}.bias", (size,), "zeros", tp, partial, dtype, device) if biased else None
+    return Norm(model, weight, bias)
+
+
+def _init(model: ModelConfig) -> Any:
+    return "zeros" if model.norm_weight_offset else "ones"
+
+
+def head_norm(
+    name: str, heads: int, held: range, model: ModelConfig, tp: Axis, replica: Axis, dtype: torch.dtype, device: torch.device
+) -> nn.Module:
+    """The norm of queries or keys, [T, heads here, D] -> the same, as ModelConfig.qk_norm says.
+
+    heads: in the whole model; held: those here; replica: the ranks that hold the same ones.
+    """
+    dim = model.head_dim
+    if model.qk_norm == "head":  # each rank normalizes its own heads with the one weight
+        return _replicated_norm(name, dim, model, model.qk_norm_bias, tp, True, dtype, device)
+    per_head = model.qk_norm == "per_head"
+    whole, rows = ((heads, dim), len(held)) if per_head else ((heads * dim,), len(held) * dim)
+    offset = held.start if per_head else held.start * dim
+    weight = _of_heads(f"{name}.weight", whole, offset, rows, _init(model), replica, dtype, device)
+    bias = _of_heads(f"{name}.bias", whole, offset, rows, "zeros", replica, dtype, device) if model.qk_norm_bias else None
+    return Norm(model, weight, bias) if per_head else FullNorm(model, weight, heads * dim, tp, replica.size)
+
+
+def _of_heads(
+    name: str, whole: tuple[int, ...], offset: int, rows: int, init: Any, replica: Axis, dtype: torch.dtype, device: torch.device
+) -> nn.Parameter:
+    """Some rows of a parameter that has rows for every head."""
+    size = (rows, *whole[1:])
+    parameter = nn.Parameter((torch.ones if init == "ones" else torch.zeros)(size, dtype=dtype, device=device))
+    held = ((Box.full(size), Box((offset, *(0 for _ in whole[1:])), size)),)
+    summed = replica if replica.size > 1 else None
+    part = Part(name, whole, held, init, replica.size, replica.rank, summed)
+    parameter.shard = ShardSpec((part,), decay=False)  # type: ignore[attr-defined]
+    return parameter
+
+
+class FullNorm(nn.Module):
+    """RMSNorm over all heads together, [T, heads here, D] -> the same: the ranks of tp add up their squares (OLMo-2).
+
+    size: channels of all heads; copies: ranks that hold the same ones, whose squares count once.
     """
 
-    def __init__(
-        self, name: str, size: int, eps: float, tp: Axis, partial_gradient: bool, dtype: torch.dtype, device: torch.device
-    ):
+    def __init__(self, model: ModelConfig, weight: nn.Parameter, size: int, tp: Axis, copies: int):
         super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size, dtype=dtype, device=device))
-        whole = Box.full((size,))
-        summed = tp if partial_gradient and tp.size > 1 else None
-        part = Part(name, (size,), ((whole, whole),), "ones", tp.size, tp.rank, summed)
-        self.weight.shard = ShardSpec((part,), decay=False)  # type: ignore[attr-defined]
+        self.eps, self.offset, self.size, self.tp, self.copies = model.norm_eps, model.norm_weight_offset, size, tp, copies
+        self.weight = weight
 
-    def forward(self, x_TH: Tensor) -> Tensor:
-        return rms_norm(x_TH, self.weight, self.eps, norm_weight_gradient)
+    def forward(self, x_TND: Tensor) -> Tensor:
+        return _FullNorm.apply(x_TND.flatten(1), self.weight, self).view_as(x_TND)
+
+
+class _FullNorm(torch.autograd.Function):
+    """As `ops/norm.py`, with both means over what all ranks hold. A copy's share of the mean's gradient is one of `copies`."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TC: Tensor, weight_C: Tensor, norm: FullNorm) -> Tensor:
+        wide_TC = x_TC.to(stat_dtype(x_TC.dtype))
+        total_T1 = all_reduce(wide_TC.square().sum(-1, keepdim=True), norm.tp, dist.ReduceOp.SUM)
+        rstd_T1 = torch.rsqrt(total_T1 / (norm.size * norm.copies) + norm.eps)
+        ctx.save_for_backward(x_TC, rstd_T1)
+        ctx.weight, ctx.norm = weight_C, norm
+        return (wide_TC * rstd_T1 * (weight_C.to(wide_TC.dtype) + norm.offset)).to(x_TC.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy_TC: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        (x_TC, rstd_T1), weight_C, norm = ctx.saved_tensors, ctx.weight, ctx.norm
+        wide = rstd_T1.dtype
+        n_TC, dy_TC = x_TC.to(wide) * rstd_T1, dy_TC.to(wide)
+        dweight_C = vector_weight_gradient(weight_C, (dy_TC * n_TC).sum(0)) if ctx.needs_input_grad[1] else None
+        g_TC = dy_TC * (weight_C.to(wide) + norm.offset)
+        # A copy's dy is a partial sum, so the sum over all ranks counts every channel once.
+        mean_T1 = all_reduce((g_TC * n_TC).sum(-1, keepdim=True), norm.tp, dist.ReduceOp.SUM) / norm.size
+        dx_TC = (g_TC - n_TC * mean_T1 / norm.copies) * rstd_T1
+        return dx_TC.to(x_TC.dtype), dweight_C, None

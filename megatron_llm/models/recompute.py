@@ -1,7 +1,7 @@
 """Activations that backward makes again instead of keeping them: fewer bytes from F to B, more work in B.
 
 Whole layers (Chen et al. 2016, arXiv 1604.06174) or chosen parts of them (Korthikanti et al. 2022, arXiv 2205.05198). Called by
-`models/block.py`, `models/attention.py` and `models/mlp.py`, each with what is made (and made again) and what uses it (once).
+`models/block.py` with what is made (and made again) and what uses it (once).
 What each choice keeps and costs: `docs/memory.md`.
 
 Why not `torch.utils.checkpoint`: it ends a recomputation where the last tensor was saved, but an autograd function of ours saves
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from megatron_llm.config import TrainingConfig
 
 Make = Callable[..., Tensor | tuple[Tensor, ...]]
+Used = TypeVar("Used", Tensor, tuple[Tensor, ...])
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Recompute:
         return self.parts if layer % self.every == 0 else frozenset()
 
 
-def recomputed(when: bool, make: Make, use: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+def recomputed(when: bool, make: Make, use: Callable[..., Used], *inputs: Tensor) -> Used:
     """`use(*make(*inputs))`. If `when`, backward finds the inputs kept and nothing of what `make` made: it runs `make` again.
 
     That happens once, when the first of it is needed, and each tensor is let go of when it has been used. `use` runs only once;
@@ -70,7 +72,7 @@ class _Recomputation:
         self.used: set[int] = set()  # numbers of the outputs that `use` saves
         self.made: dict[int, Tensor] = {}
 
-    def run(self, use: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Tensor:
+    def run(self, use: Callable[..., Used], inputs: tuple[Tensor, ...]) -> Used:
         with saved_tensors_hooks(self._number, self._take):
             outputs = _as_tuple(self.make(*inputs))
         numbers = {id(output): self.saved + place for place, output in enumerate(outputs)}

@@ -34,9 +34,11 @@ def widen(x: Tensor) -> Tensor:
     return x
 
 
-def matmul(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """`a @ b` rounded once to `dtype`, by default that of `a`. Shapes [M, K] x [K, N] -> [M, N]."""
-    return torch.mm(widen(a), widen(b)).to(dtype or a.dtype)
+def matmul(a: Tensor, b: Tensor, dtype: torch.dtype | None = None, bias: Tensor | None = None) -> Tensor:
+    """`a @ b (+ bias)` rounded once to `dtype`, by default that of `a`. Shapes [M, K] x [K, N] + [N] -> [M, N]."""
+    wide_a, wide_b = widen(a), widen(b)
+    product = torch.mm(wide_a, wide_b) if bias is None else torch.addmm(bias.to(wide_a.dtype), wide_a, wide_b)
+    return product.to(dtype or a.dtype)
 
 
 def accumulate_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -1,4 +1,5 @@
-"""Token embedding with the vocabulary cut over the tensor-parallel axis. Called by `models/decoder.py`.
+"""Token embedding with the vocabulary cut over the tensor-parallel axis. Called by `models/decoder.py` and
+`models/positions.py`.
 
 Each rank looks up the ids that it owns and contributes zeros for the others; the sum over ranks is the embedding.
 The gradient goes to the rows that were looked up, without a dense [V, H] tensor per micro-batch.
@@ -33,6 +34,11 @@ class VocabParallelEmbedding(nn.Module):
     def forward(self, ids_T: Tensor, sequence_parallel: bool) -> Tensor:
         partial_TH = _Lookup.apply(ids_T, self.weight, self.start, self.tp.size > 1)
         return scatter_sum(partial_TH, self.tp) if sequence_parallel else reduce_from(partial_TH, self.tp)
+
+
+def lookup(rows_T: Tensor, weight_VH: Tensor) -> Tensor:
+    """Rows of a table that is whole on this rank: [T] -> [T, H]."""
+    return _Lookup.apply(rows_T, weight_VH, 0, False)
 
 
 class _Lookup(torch.autograd.Function):

@@ -14,8 +14,14 @@ Overlap of communication with compute is written here, once, for every layer:
     input gradient    dy = all-gather(dy_s);  dx = dy W            dx = dy W
     weight gradient   dW += dy^T x                                 dW += dy^T x
 
-The gathered input is not kept for backward: sequence parallelism would otherwise save nothing. In a split backward the weight
-gradient, and with it the second gather of x_s, waits in `parallel/weight_grad.py`; the reduction of dx then overlaps nothing.
+Branches that share their input (q, k, v and the MLP of a parallel block) or whose outputs are added are one call: one gather, one
+reduction, however many weights. The gathered input is not kept for backward: sequence parallelism would otherwise save nothing.
+In a split backward the weight gradients, and with them the second gather of x_s, wait in `parallel/weight_grad.py`; the
+reduction of dx then overlaps nothing. Biases of columns are cut with their rows; one of a row-parallel layer is added after the
+reduction, so its gradient is a partial sum where tokens are sharded.
+
+Sizes that tp does not divide are cut unevenly: nothing is padded, so there is no padding to keep dead. Only the vocabulary is,
+because its ranks exchange statistics of equal shape.
 
 A weight is an attribute of `ctx` and not a saved tensor: hooks on those (`models/recompute.py`) would give it back without its
 `main_grad`.
@@ -25,13 +31,15 @@ Shape suffixes: T tokens, S tokens of this rank's sequence shard (T / tp), I inp
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from megatron_llm.ops.matmul import matmul, widen
+from megatron_llm.ops.dtypes import stat_dtype
+from megatron_llm.ops.matmul import accumulate_matmul, matmul, widen
 from megatron_llm.parallel.collectives import (
     all_gather,
     all_reduce,
@@ -42,7 +50,7 @@ from megatron_llm.parallel.collectives import (
 )
 from megatron_llm.parallel.grid import Axis
 from megatron_llm.parallel.shard import Box, Part, ShardSpec
-from megatron_llm.parallel.weight_grad import defer_linear_weight_gradient, linear_weight_gradient
+from megatron_llm.parallel.weight_grad import defer_linear_weight_gradients, linear_weight_gradient, vector_weight_gradient
 
 
 @dataclass(frozen=True)
@@ -69,100 +77,208 @@ class OutputShard:
         return cls(name, rows, min(tp.rank * local, rows), min((tp.rank + 1) * local, rows), local, replica)
 
     @classmethod
-    def replicated_heads(cls, name: str, heads: int, head_dim: int, tp: Axis, replica: Axis) -> OutputShard:
-        """Heads cut evenly over tp, or, when tp is larger, each head on `replica.size` neighbouring ranks."""
-        local = max(1, heads // tp.size) * head_dim
-        start = (tp.rank // replica.size) * local
-        return cls(name, heads * head_dim, start, start + local, local, replica)
+    def of(cls, name: str, rows: int, held: range, unit: int = 1, replica: Axis = Axis("none")) -> OutputShard:
+        """The rows of the units in `held`, such as heads of `unit` rows."""
+        return cls(name, rows, held.start * unit, held.stop * unit, len(held) * unit, replica)
+
+
+def balanced(size: int, tp: Axis) -> range:
+    """This rank's block of `size` things; those of the first ranks are larger by one where tp does not divide them."""
+    each, more = divmod(size, tp.size)
+    start = tp.rank * each + min(tp.rank, more)
+    return range(start, start + each + (tp.rank < more))
 
 
 def sharded_weight(in_features: int, shards: list[OutputShard], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
     """A zero-filled weight [sum of local rows, in_features] whose spec names each shard as a logical tensor."""
-    weight = nn.Parameter(torch.zeros(sum(shard.local_rows for shard in shards), in_features, dtype=dtype, device=device))
-    parts, row = [], 0
+    return _sharded(shards, (in_features,), dtype, device)
+
+
+def sharded_bias(shards: list[OutputShard], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    """The bias [sum of local rows] that belongs to a sharded weight."""
+    biases = [replace(shard, name=shard.name.removesuffix("weight") + "bias") for shard in shards]
+    return _sharded(biases, (), dtype, device, init="zeros", decay=False)
+
+
+def _sharded(
+    shards: list[OutputShard],
+    inner: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    init: Literal["normal", "zeros"] = "normal",
+    decay: bool = True,
+) -> nn.Parameter:
+    parameter = nn.Parameter(torch.zeros(sum(shard.local_rows for shard in shards), *inner, dtype=dtype, device=device))
+    parts, row, rest = [], 0, (0,) * len(inner)
     for shard in shards:
-        size = (shard.stop - shard.start, in_features)
-        held = ((Box((row, 0), size), Box((shard.start, 0), size)),) if size[0] else ()
+        size = (shard.stop - shard.start, *inner)
+        held = ((Box((row, *rest), size), Box((shard.start, *rest), size)),) if size[0] else ()
         summed = shard.replica if shard.replica.size > 1 else None
-        parts.append(Part(shard.name, (shard.rows, in_features), held, "normal", shard.replica.size, shard.replica.rank, summed))
+        parts.append(Part(shard.name, (shard.rows, *inner), held, init, shard.replica.size, shard.replica.rank, summed))
         row += shard.local_rows
-    weight.shard = ShardSpec(tuple(parts))  # type: ignore[attr-defined]
-    return weight
+    parameter.shard = ShardSpec(tuple(parts), decay)  # type: ignore[attr-defined]
+    return parameter
 
 
 class ColumnParallelLinear(nn.Module):
-    """y = x W^T with the rows of W (output features) cut over tp; several logical weights may share one W and one GEMM.
+    """y = x W^T + b with the rows of W (output features) cut over tp; several logical weights may share one W and one GEMM.
 
     Input [S, I] when sequence parallel, else [T, I]; output [T, O]: the outputs of all shards side by side.
     With `keep_wide` an output that the device computes in float32 anyway (`ops/matmul.py`) is not rounded.
     """
 
-    def __init__(self, weight_OI: nn.Parameter, tp: Axis):
+    def __init__(self, weight_OI: nn.Parameter, tp: Axis, bias_O: nn.Parameter | None = None):
         super().__init__()
-        self.weight, self.tp = weight_OI, tp
+        self.weight, self.bias, self.tp = weight_OI, bias_O, tp
 
     def forward(self, x: Tensor, sequence_parallel: bool, keep_wide: bool = False) -> Tensor:
-        return _ColumnParallel.apply(x, self.weight, self.tp, sequence_parallel and self.tp.size > 1, keep_wide)
+        return column_parallel(x, [self], sequence_parallel, keep_wide)[0]
 
 
 class RowParallelLinear(nn.Module):
-    """y = sum over ranks of x W^T with the columns of W (input features) cut over tp.
+    """y = sum over ranks of x W^T, plus b, with the columns of W (input features) cut over tp.
 
     Input [T, I]; output [S, O] when sequence parallel, else [T, O].
+
+    Args:
+        held: the input features of this rank; None: an equal share.
+        bias: whether there is one; its gradient is a partial sum with `partial`, as under sequence parallelism.
     """
 
-    def __init__(self, name: str, in_features: int, out_features: int, tp: Axis, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self,
+        name: str,
+        in_features: int,
+        out_features: int,
+        tp: Axis,
+        dtype: torch.dtype,
+        device: torch.device,
+        held: range | None = None,
+        bias: bool = False,
+        partial: bool = False,
+    ):
         super().__init__()
-        assert in_features % tp.size == 0, (name, in_features, tp.size)
         self.tp = tp
-        local = in_features // tp.size
-        self.weight = nn.Parameter(torch.zeros(out_features, local, dtype=dtype, device=device))
-        boxes = (Box.full((out_features, local)), Box((0, tp.rank * local), (out_features, local)))
-        self.weight.shard = ShardSpec((Part(name, (out_features, in_features), (boxes,)),))  # type: ignore[attr-defined]
+        held = balanced(in_features, tp) if held is None else held
+        self.weight = nn.Parameter(torch.zeros(out_features, len(held), dtype=dtype, device=device))
+        size = (out_features, len(held))
+        boxes = ((Box.full(size), Box((0, held.start), size)),) if len(held) else ()
+        self.weight.shard = ShardSpec((Part(name, (out_features, in_features), boxes),))  # type: ignore[attr-defined]
+        self.bias: nn.Parameter | None = None
+        if bias:
+            name = name.removesuffix("weight") + "bias"
+            self.bias = replicated(name, (out_features,), "zeros", tp, partial, dtype, device)
 
     def forward(self, x_TI: Tensor, sequence_parallel: bool) -> Tensor:
-        return _RowParallel.apply(x_TI, self.weight, self.tp, sequence_parallel and self.tp.size > 1)
+        return row_parallel([x_TI], [self], sequence_parallel)
+
+
+def replicated(
+    name: str,
+    shape: tuple[int, ...],
+    init: Literal["normal", "ones", "zeros"],
+    tp: Axis,
+    partial: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    decay: bool = False,
+) -> nn.Parameter:
+    """A parameter that every rank of tp holds whole; `partial`: each computes its gradient from its own tokens or heads alone."""
+    fill = torch.ones if init == "ones" else torch.zeros
+    parameter = nn.Parameter(fill(shape, dtype=dtype, device=device))
+    whole = Box.full(shape)
+    summed = tp if partial and tp.size > 1 else None
+    parameter.shard = ShardSpec((Part(name, shape, ((whole, whole),), init, tp.size, tp.rank, summed),), decay)  # type: ignore[attr-defined]
+    return parameter
+
+
+def column_parallel(
+    x: Tensor, linears: Sequence[ColumnParallelLinear], sequence_parallel: bool, keep_wide: bool = False
+) -> tuple[Tensor, ...]:
+    """The outputs of several layers of one input, which is gathered once and whose gradient is reduced once."""
+    tp = linears[0].tp
+    parameters = [parameter for linear in linears for parameter in (linear.weight, linear.bias)]
+    return _ColumnParallel.apply(x, tp, sequence_parallel and tp.size > 1, keep_wide, *parameters)
+
+
+def row_parallel(inputs: Sequence[Tensor], linears: Sequence[RowParallelLinear], sequence_parallel: bool) -> Tensor:
+    """The sum of several layers' outputs, which is reduced once."""
+    tp = linears[0].tp
+    tensors = [
+        tensor for x, linear in zip(inputs, linears, strict=True) for tensor in (x, linear.weight, linear.bias)
+    ]  # fmt: skip
+    return _RowParallel.apply(tp, sequence_parallel and tp.size > 1, *tensors)
 
 
 class _ColumnParallel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, tp: Axis, gather: bool, keep_wide: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, tp: Axis, gather: bool, keep_wide: bool, *parameters: Tensor | None) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x)
-        ctx.weight, ctx.tp, ctx.gather = weight_OI, tp, gather
+        ctx.parameters, ctx.tp, ctx.gather = parameters, tp, gather
         x_TI = widen(all_gather(x, tp) if gather else x)
-        return matmul(x_TI, weight_OI.t(), x_TI.dtype if keep_wide else x.dtype)
+        dtype = x_TI.dtype if keep_wide else x.dtype
+        return tuple(matmul(x_TI, weight.t(), dtype, bias) for weight, bias in _pairs(parameters))
 
     @staticmethod
-    def backward(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        (x,), weight_OI = ctx.saved_tensors, ctx.weight
-        need_dx, need_dw = ctx.needs_input_grad[:2]
-        if need_dw and defer_linear_weight_gradient(weight_OI, dy_TO, x, ctx.tp if ctx.gather else None):
-            need_dw = False
-        gathering = start_all_gather(x, ctx.tp) if ctx.gather and need_dw else None
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
+        (x,), pairs = ctx.saved_tensors, _pairs(ctx.parameters)
+        need_dx, needs = ctx.needs_input_grad[0], _pairs(ctx.needs_input_grad[4:])
+        wanted = [(weight, dy) for (weight, _), dy, (need, _) in zip(pairs, dys, needs, strict=True) if need]
+        if wanted and defer_linear_weight_gradients(wanted, x, ctx.tp if ctx.gather else None):
+            wanted = []
+        gathering = start_all_gather(x, ctx.tp) if ctx.gather and wanted else None
         reducing = None
-        dy_TO = widen(dy_TO)  # once for both products
+        dys = tuple(widen(dy) for dy in dys)  # once for both products
         if need_dx:
-            dx = matmul(dy_TO, weight_OI, x.dtype)
+            dx = matmul(dys[0], pairs[0][0], x.dtype)
+            for dy_TO, (weight_OI, _) in zip(dys[1:], pairs[1:], strict=True):
+                accumulate_matmul(dx, dy_TO, weight_OI)
             reducing = start_reduce_scatter(dx, ctx.tp) if ctx.gather else start_all_reduce(dx, ctx.tp)
-        dw = linear_weight_gradient(weight_OI, dy_TO, gathering.wait() if gathering else x) if need_dw else None
-        return reducing.wait() if reducing else None, dw, None, None, None
+        x_TI = gathering.wait() if gathering else x
+        gradients: list[Tensor | None] = []
+        computed = {id(weight) for weight, _ in wanted}
+        for dy_TO, (weight_OI, bias), (_, need_bias) in zip(dys, pairs, needs, strict=True):
+            gradients.append(linear_weight_gradient(weight_OI, dy_TO, x_TI) if id(weight_OI) in computed else None)
+            gradients.append(_bias_gradient(bias, dy_TO) if need_bias else None)
+        return reducing.wait() if reducing else None, None, None, None, *gradients
 
 
 class _RowParallel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TI: Tensor, weight_OI: Tensor, tp: Axis, scatter: bool) -> Tensor:
-        ctx.save_for_backward(x_TI)
-        ctx.weight, ctx.tp, ctx.scatter = weight_OI, tp, scatter
-        y_TO = matmul(x_TI, weight_OI.t())
-        return reduce_scatter(y_TO, tp) if scatter else all_reduce(y_TO, tp)
+    def forward(ctx: Any, tp: Axis, scatter: bool, *tensors: Any) -> Tensor:
+        inputs, parameters = tensors[::3], [tensor for place, tensor in enumerate(tensors) if place % 3]
+        ctx.save_for_backward(*inputs)
+        ctx.parameters, ctx.tp, ctx.scatter = parameters, tp, scatter
+        pairs = _pairs(parameters)
+        y_TO = matmul(inputs[0], pairs[0][0].t())
+        for x_TI, (weight_OI, _) in zip(inputs[1:], pairs[1:], strict=True):
+            accumulate_matmul(y_TO, x_TI, weight_OI.t())
+        y = reduce_scatter(y_TO, tp) if scatter else all_reduce(y_TO, tp)
+        for _, bias in pairs:
+            if bias is not None:
+                y += bias
+        return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        (x_TI,), weight_OI = ctx.saved_tensors, ctx.weight
-        need_dx, need_dw = ctx.needs_input_grad[:2]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        inputs, pairs, needs = ctx.saved_tensors, _pairs(ctx.parameters), ctx.needs_input_grad[2:]
         dy_TO = all_gather(dy, ctx.tp) if ctx.scatter else dy
-        if need_dw and defer_linear_weight_gradient(weight_OI, dy_TO, x_TI):
-            need_dw = False
-        dy_TO = widen(dy_TO)
-        dx_TI = matmul(dy_TO, weight_OI, x_TI.dtype) if need_dx else None
-        return dx_TI, linear_weight_gradient(weight_OI, dy_TO, x_TI) if need_dw else None, None, None
+        wide_TO = widen(dy_TO)
+        gradients: list[Tensor | None] = []
+        for place, (x_TI, (weight_OI, bias)) in enumerate(zip(inputs, pairs, strict=True)):
+            need_dx, need_dw, need_bias = needs[3 * place : 3 * place + 3]
+            if need_dw and defer_linear_weight_gradients([(weight_OI, dy_TO)], x_TI):
+                need_dw = False
+            gradients.append(matmul(wide_TO, weight_OI, x_TI.dtype) if need_dx else None)
+            gradients.append(linear_weight_gradient(weight_OI, wide_TO, x_TI) if need_dw else None)
+            gradients.append(_bias_gradient(bias, dy) if need_bias else None)
+        return None, None, *gradients
+
+
+def _pairs(flat: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """(of the weight, of the bias) of every layer."""
+    return list(zip(flat[::2], flat[1::2], strict=True))
+
+
+def _bias_gradient(bias: Tensor, dy: Tensor) -> Tensor | None:
+    return vector_weight_gradient(bias, dy.sum(0, dtype=stat_dtype(bias.dtype)))

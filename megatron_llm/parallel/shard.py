@@ -78,7 +78,7 @@ class Part:
     name: str
     shape: tuple[int, ...]
     pairs: tuple[tuple[Box, Box], ...]
-    init: Literal["normal", "ones"] = "normal"
+    init: Literal["normal", "ones", "zeros"] = "normal"
     replicas: int = 1
     replica_rank: int = 0
     gradient_sum: Axis | None = None

@@ -14,7 +14,7 @@ Suffixes: T tokens, S tokens of this rank's sequence shard, I input features, O 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -135,19 +135,26 @@ def linear_weight_gradient(weight_OI: Tensor, dy_TO: Tensor, x_TI: Tensor) -> Te
     return None
 
 
-def defer_linear_weight_gradient(weight_OI: Tensor, dy_TO: Tensor, x: Tensor, gather: Axis | None = None) -> bool:
-    """Leave dW = dy^T x to W if this backward is a split one, and say whether.
+def defer_linear_weight_gradients(wanted: Sequence[tuple[Tensor, Tensor]], x: Tensor, gather: Axis | None = None) -> bool:
+    """Leave dW = dy^T x of layers of one input to W if this backward is a split one, and say whether.
 
-    x: [T, I], or the shard [S, I] that W gathers over the axis `gather`. Only dy and x stay alive until then.
+    wanted: (weight [O, I], dy [T, O]) of each. x: [T, I], or the shard [S, I] that W gathers over the axis `gather`. Only the
+    dys and x stay alive until then.
     """
     # What was saved for backward knows its history, and with it the whole graph; the loss makes dy of such a tensor.
-    x, dy_TO = x.detach(), dy_TO.detach()
+    x, wanted = x.detach(), [(weight_OI, dy_TO.detach()) for weight_OI, dy_TO in wanted]
 
     def start() -> Finish:
         gathering = Handle(x) if gather is None else start_all_gather(x, gather)
-        return lambda: linear_weight_gradient(weight_OI, dy_TO, gathering.wait())
 
-    return _put(weight_OI, start)
+        def finish() -> None:
+            x_TI = gathering.wait()
+            for weight_OI, dy_TO in wanted:
+                linear_weight_gradient(weight_OI, dy_TO, x_TI)
+
+        return finish
+
+    return _put(wanted[0][0], start)
 
 
 def embedding_weight_gradient(weight_VH: Tensor, rows_T: Tensor, dy_TH: Tensor) -> Tensor | None:
@@ -165,21 +172,21 @@ def embedding_weight_gradient(weight_VH: Tensor, rows_T: Tensor, dy_TH: Tensor) 
     return None
 
 
-def norm_weight_gradient(weight_H: Tensor, dweight_H: Tensor) -> Tensor | None:
-    """Add the gradient [H] of a norm's weight, unrounded: into `weight.main_grad`, now or in W, or returned rounded.
+def vector_weight_gradient(weight: Tensor, dweight: Tensor) -> Tensor | None:
+    """Add the gradient of a norm's weight or a bias, unrounded: into `weight.main_grad`, now or in W, or returned rounded.
 
     The sum over tokens falls off the pass over x and dy that the input gradient needs anyway. Were it left to W, two [T, H]
     tensors would be kept and read once more; so what waits for W is only the result.
     """
-    main_grad: Tensor | None = getattr(weight_H, "main_grad", None)
+    main_grad: Tensor | None = getattr(weight, "main_grad", None)
     if main_grad is None:
-        return dweight_H.to(weight_H.dtype)
+        return dweight.to(weight.dtype)
 
     def add() -> None:
-        main_grad.add_(dweight_H)
-        count_weight_gradient(weight_H)
+        main_grad.add_(dweight)
+        count_weight_gradient(weight)
 
-    if not _put(weight_H, lambda: add):
+    if not _put(weight, lambda: add):
         add()
     return None
 

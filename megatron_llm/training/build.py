@@ -64,14 +64,7 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
 
 def _needed(stages: Iterable[DecoderStage]) -> dict[int, list[nn.Parameter]]:
     """The parameters that each layer reads, by the index that the layer has in `before_layer` of `DecoderStage.forward`."""
-    needed: dict[int, list[nn.Parameter]] = {}
-    for stage in stages:
-        needed |= {index: list(layer.parameters()) for index, layer in zip(stage.indices, stage.layers, strict=True)}
-        if stage.first:
-            needed[-1] = list(stage.embedding.parameters())
-        if stage.last:
-            needed[stage.model.num_hidden_layers] = [*stage.final_norm.parameters(), *stage.head.parameters()]
-    return needed
+    return {index: parameters for stage in stages for index, parameters in stage.read_before()}
 
 
 def build_model(model: ModelConfig, weights: TensorSource, dtype: torch.dtype, device: torch.device) -> DecoderStage:

@@ -22,6 +22,7 @@ from megatron_llm.data.stream import build_train_stream, check_data, steps_of_ep
 from megatron_llm.data.tokenizer import fingerprint
 from megatron_llm.hf.assets import collect_assets, with_tokenizer
 from megatron_llm.hf.reader import HFFolder
+from megatron_llm.models.heads import head_problem
 from megatron_llm.models.stages import whole_model
 from megatron_llm.optim.rules import rule_problems
 from megatron_llm.parallel.shard import TensorSource
@@ -243,15 +244,10 @@ def layout_problems(config: Config, world_size: int) -> list[str]:
                 f"training.{key}: {whole if whole in unequal else unequal[0]} is not a multiple of micro_batch_size "
                 f"{training.micro_batch_size} * data parallel size {replicas} = {unit}"
             )
-    for name, size in (("num_attention_heads", model.num_attention_heads), ("intermediate_size", model.intermediate_size)):
-        if size % tp:
-            problems.append(f"model.{name}: {size} is not divisible by parallel.tensor_parallel {tp}; {_divisors(size)}")
-    heads = model.num_key_value_heads
-    if heads % tp and tp % heads:
-        problems.append(
-            f"model.num_key_value_heads: {heads} neither divides nor is divisible by parallel.tensor_parallel {tp}; "
-            f"{_divisors(heads)}"
-        )
+    if problem := head_problem(model, tp):
+        problems.append(f"model.{problem}")
+    if model.intermediate_size < tp:
+        problems.append(f"model.intermediate_size: {model.intermediate_size} is less than parallel.tensor_parallel {tp}")
     rows, length = training.micro_batch_size, training.sequence_length
     if parallel.sequence_parallel and rows * length % tp:
         problems.append(
@@ -262,13 +258,15 @@ def layout_problems(config: Config, world_size: int) -> list[str]:
     return problems
 
 
-def _divisors(size: int) -> str:
-    return "possible: " + ", ".join(str(n) for n in range(1, min(size, 64) + 1) if size % n == 0)
-
-
 def _setting_problems(config: Config) -> list[str]:
     """Contradictions between sections that have nothing to do with the layout."""
     problems = []
+    model, length = config.model, config.training.sequence_length
+    if model.position_embedding == "learned" and length > model.max_position_embeddings:
+        problems.append(
+            f"training.sequence_length: {length} positions, but model.max_position_embeddings, the model's table of learned "
+            f"positions, has {model.max_position_embeddings}; shorten the rows"
+        )
     by_epochs = config.data.kind != "synthetic" and any(source.epochs is not None for source in config.data.train)
     if config.training.steps == -1 and not by_epochs:
         problems.append(

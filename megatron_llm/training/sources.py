@@ -14,7 +14,7 @@ _CHUNK_ELEMENTS = 1 << 20
 
 
 class FreshWeights:
-    """Normal weights with a standard deviation, ones for norms; a function of (seed, name, logical index) alone.
+    """Normal weights, ones for norms, zeros for biases; a function of (seed, standard deviation, name, logical index) alone.
 
     So a model starts from the same weights in every layout, and no rank makes more than it holds.
     """
@@ -24,8 +24,8 @@ class FreshWeights:
 
     def read(self, part: Part, box: Box) -> Tensor:
         """float64 values of a box of the logical tensor."""
-        if part.init == "ones":
-            return torch.ones(box.shape, dtype=torch.float64)
+        if part.init != "normal":
+            return torch.full(box.shape, float(part.init == "ones"), dtype=torch.float64)
         key = stream_key(self.seed, "init", part.name)
         values = torch.empty(box.numel, dtype=torch.float64)
         for start in range(0, box.numel, _CHUNK_ELEMENTS):

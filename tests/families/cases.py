@@ -34,6 +34,19 @@ class Case:
     layouts: bool = True
 
 
+LLAMA: dict[str, Any] = {
+    "vocab_size": 131,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+}
+"""The plainest of all, for tests that need some folder."""
+
+
 @cache
 def cases() -> dict[str, Case]:
     """Every case by its name."""

@@ -13,7 +13,7 @@ from megatron_llm.generation.generate import Sampling, generate
 from megatron_llm.hf.reader import HFFolder
 from megatron_llm.models.decoder import DecoderStage
 from megatron_llm.training.build import build_model
-from tests.models.test_llama import random_folder
+from tests.families.cases import LLAMA, Case, make_folder
 
 PROMPTS = [[5, 17, 3], [99], [1, 2, 3, 4, 5, 6, 7]]
 
@@ -21,7 +21,7 @@ PROMPTS = [[5, 17, 3], [99], [1, 2, 3, 4, 5, 6, 7]]
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[LlamaForCausalLM, DecoderStage]:
     path: Path = tmp_path_factory.mktemp("llama")
-    hf = random_folder(path)
+    hf = make_folder(Case("LlamaForCausalLM", LLAMA), path)
     folder = HFFolder(path)
     return hf, build_model(ModelConfig(**folder.model_fields()), folder.source(), torch.float32, torch.device("cpu"))
 

@@ -10,9 +10,9 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_llm.config import RopeScalingConfig
-from megatron_llm.ops.rms_norm import rms_norm
+from megatron_llm.ops.activation import swiglu
+from megatron_llm.ops.norm import rms_norm
 from megatron_llm.ops.rope import rope_frequencies, rope_tables, rotary
-from megatron_llm.ops.swiglu import swiglu
 
 U = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half a unit in the last place, relative
 NARROW = pytest.mark.parametrize("dtype", U)

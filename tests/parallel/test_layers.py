@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megatron_llm.config import ParallelConfig
+from megatron_llm.config import ModelConfig, ParallelConfig
+from megatron_llm.models.heads import Heads
 from megatron_llm.parallel.embedding import VocabParallelEmbedding
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.parallel.linear import ColumnParallelLinear, OutputShard, RowParallelLinear, sharded_weight
@@ -103,10 +104,15 @@ def _linear(world: int, sequence_parallel: bool, main_grad: bool) -> dict[str, A
     """x -> fused q, k, v (k and v on two ranks each when there are four) ; a function of q -> o."""
     grid = _grid(world)
     tp = grid.tp
+    sizes = {"vocab_size": 1, "hidden_size": HIDDEN, "intermediate_size": 1, "num_hidden_layers": 1}
+    heads = Heads.of(
+        ModelConfig(**sizes, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=DIM, position_embedding="none"),
+        grid,
+    )
     shards = [
         OutputShard.even("q", HEADS * DIM, tp),
-        OutputShard.replicated_heads("k", KV_HEADS, DIM, tp, grid.kv_replica),
-        OutputShard.replicated_heads("v", KV_HEADS, DIM, tp, grid.kv_replica),
+        OutputShard.of("k", KV_HEADS * DIM, heads.keys, DIM, grid.kv_replica),
+        OutputShard.of("v", KV_HEADS * DIM, heads.keys, DIM, grid.kv_replica),
     ]
     qkv = ColumnParallelLinear(sharded_weight(HIDDEN, shards, torch.float64, CPU), tp)
     o = RowParallelLinear("o", HEADS * DIM, 5, tp, torch.float64, CPU)

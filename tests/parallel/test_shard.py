@@ -124,31 +124,13 @@ def test_even_shards(rows: int, size: int, expected: list[tuple[int, int]]) -> N
     assert {shard.local_rows for shard in shards} == {-(-rows // size)}
 
 
-@pytest.mark.parametrize(
-    ("heads", "size", "expected"),
-    [
-        (4, 2, [(0, 6), (6, 12)]),
-        (2, 2, [(0, 3), (3, 6)]),
-        (2, 4, [(0, 3), (0, 3), (3, 6), (3, 6)]),
-        (1, 4, [(0, 3)] * 4),
-        (2, 8, [(0, 3)] * 4 + [(3, 6)] * 4),
-    ],
-)
-def test_replicated_heads(heads: int, size: int, expected: list[tuple[int, int]]) -> None:
-    copies = max(1, size // heads)
-    replicas = [Axis("kv_replica", rank % copies, copies) for rank in range(size)]
-    shards = [OutputShard.replicated_heads("k", heads, 3, Axis("tp", rank, size), replicas[rank]) for rank in range(size)]
-    assert [(shard.start, shard.stop) for shard in shards] == expected
-    assert all(shard.local_rows == shard.stop - shard.start for shard in shards)
-
-
 def test_spec_of_a_fused_weight_by_hand() -> None:
     """Rank 3 of 4 of q (8 rows), x (5 rows, here only padding) and k (2 heads of 2 rows, each on 2 ranks)."""
     tp, replica = Axis("tp", 3, 4), Axis("kv_replica", 1, 2)
     shards = [
         OutputShard.even("q", 8, tp),
         OutputShard.even("x", 5, tp),
-        OutputShard.replicated_heads("k", 2, 2, tp, replica),
+        OutputShard.of("k", 4, range(1, 2), 2, replica),
     ]
     weight = sharded_weight(7, shards, torch.float64, torch.device("cpu"))
     assert weight.shape == (6, 7) and weight.dtype is torch.float64 and not weight.any()

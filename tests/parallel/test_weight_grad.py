@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_llm.config import ModelConfig, ParallelConfig
 from megatron_llm.models.decoder import DecoderStage
-from megatron_llm.models.norm import RMSNorm
+from megatron_llm.models.norm import hidden_norm
 from megatron_llm.ops import matmul as matmul_module
 from megatron_llm.ops.batch import Batch
 from megatron_llm.parallel import linear, weight_grad
@@ -161,7 +161,10 @@ def test_bfloat16(emulated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_norm_gradients_accumulate_unrounded() -> None:
-    norm = RMSNorm("norm", 1, 0.0, Axis("tp"), False, torch.bfloat16, CPU)
+    model = ModelConfig(
+        vocab_size=1, hidden_size=1, intermediate_size=1, num_hidden_layers=1, num_attention_heads=1, head_dim=2, norm_eps=1e-12
+    )
+    norm = hidden_norm("norm", model, Axis("tp"), False, torch.bfloat16, CPU)
     norm.weight.main_grad = torch.zeros(1)  # type: ignore[assignment]
     for dy in ([[256.0], [1.0]], [[1.0], [0.0]]):  # in bfloat16 256 + 1 is 256
         norm(torch.ones(2, 1, dtype=torch.bfloat16)).backward(torch.tensor(dy, dtype=torch.bfloat16))
@@ -176,7 +179,7 @@ class _Storages(TorchDispatchMode):
 
     def __init__(self, stage: DecoderStage) -> None:
         super().__init__()
-        kept = [*stage.parameters(), *_main_grads(stage).values(), stage.frequencies_P]
+        kept = [*stage.parameters(), *_main_grads(stage).values(), stage.rotary.frequencies_P]
         self.kept = [tensor.untyped_storage() for tensor in kept]
         self.made: list[tuple[weakref.ref, int]] = []
 
