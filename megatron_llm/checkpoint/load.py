@@ -148,6 +148,10 @@ class CheckpointSource:
         self._kind = kind
         self._tensors = tensors
 
+    def dtype(self, name: str) -> str:
+        """safetensors' name of the dtype of a logical tensor."""
+        return self._tensors[name].dtype
+
     def read(self, part: Part, box: Box) -> Tensor:
         """Values of `box` of the logical tensor `part.name`, put together from the stored boxes that it touches.
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,17 +18,9 @@ from megatron_llm.hf.whole import whole_folder
 from megatron_llm.models.names import logical_tensors
 from megatron_llm.ops.tensor_file import TensorInfo, torch_dtype
 from megatron_llm.parallel.grid import Axis
-from megatron_llm.parallel.shard import Box, Part, TensorSource, fill
+from megatron_llm.parallel.shard import Box, Part, TypedSource, fill
 
 _MANIFEST = "manifest.json"
-
-
-class TypedSource(TensorSource, Protocol):
-    """A source that knows the dtypes of what it has not read yet."""
-
-    def dtype(self, name: str) -> str:
-        """safetensors' name of the dtype of a logical tensor."""
-        ...
 
 
 def write_checkpoint(
@@ -52,7 +43,7 @@ def write_checkpoint(
     """
     names = list(logical_tensors(model))
     total = sum(TensorInfo(source.dtype(name), shape).nbytes for name, shape in names)
-    config = {"model": model.model_copy(update={"hf": None}).model_dump(mode="json")}
+    config = {"model": model.model_copy(update={"hf": None, "resize_vocab": 0}).model_dump(mode="json")}
     state = {"step": 0, "updates": 0, "rows": 0, "tokens": 0}
     with (
         whole_folder(output, overwrite, "checkpoint", _foreign) as folder,
