@@ -23,6 +23,7 @@ def _open_torch(path: Path) -> TensorFile:
     return TorchFile(LocalFolder(path.parent).open(path.name))
 
 
+_GIT_LFS = b"version https://git-lfs."
 _SINGLE: dict[str, Callable[[Path], TensorFile]] = {"model.safetensors": _open_safetensors, "pytorch_model.bin": _open_torch}
 
 
@@ -72,8 +73,18 @@ def _open_all(folder: Path, names: list[str], opener: Callable[[Path], TensorFil
         if not (folder / name).is_file():
             problems.append(f"{folder / name} is missing, but the index names it")
             continue
+        if (pointer := _pointer(folder / name)) is not None:
+            problems.append(pointer)
+            continue
         try:
             files.append(opener(folder / name))
         except ValueError as error:
             problems.append(str(error))
     return files, problems
+
+
+def _pointer(file: Path) -> str | None:
+    """What is wrong if a repository was cloned without its large files."""
+    with file.open("rb") as opened:
+        found = opened.read(len(_GIT_LFS)) == _GIT_LFS
+    return f"{file} is a pointer of Git LFS, not the file itself; fetch it with `git lfs pull`" if found else None
