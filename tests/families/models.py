@@ -67,7 +67,7 @@ def gradients_of_stage(stage: DecoderStage) -> dict[str, Tensor]:
     for parameter in stage.parameters():
         assert parameter.grad is not None
         for piece in pieces(parameter.shard, tuple(parameter.shape)):  # type: ignore[attr-defined]
-            whole = found.setdefault(piece.part.name, torch.zeros(piece.part.shape, dtype=parameter.dtype))
+            whole = found.setdefault(piece.part.name, parameter.new_zeros(piece.part.shape))
             whole[piece.box.slices] = piece.view(parameter.grad.reshape(-1))
     return found
 
