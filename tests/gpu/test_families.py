@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from megatron_llm.config import ModelConfig
 from megatron_llm.generation.generate import Sampling, generate
@@ -16,7 +17,8 @@ from tests.families.cases import cases, make_folder
 from tests.families.models import gradients_of_stage, logical_gradients, packed_batch, reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
-CASES = {name: case for name, case in cases().items() if case.layouts}
+CODEGEN = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24)  # before, heads had to be a multiple of 4 there
+CASES = {name: case for name, case in cases().items() if case.layouts and (CODEGEN or not name.startswith("codegen"))}
 GPU = torch.device("cuda")
 
 
