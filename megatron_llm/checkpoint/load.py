@@ -16,8 +16,9 @@ from torch import Tensor
 
 from megatron_llm.checkpoint.manifest import MANIFEST, Manifest, StoredTensor, read_manifest
 from megatron_llm.config import ModelConfig
-from megatron_llm.ops.safetensors import SafetensorsFile, TensorInfo, file_checksum, torch_dtype
+from megatron_llm.ops.safetensors import SafetensorsFile, file_checksum
 from megatron_llm.ops.storage import Folder, open_folder
+from megatron_llm.ops.tensor_file import TensorInfo, torch_dtype
 from megatron_llm.parallel.shard import Box, Part
 
 
@@ -146,6 +147,10 @@ class CheckpointSource:
         self._checkpoint = checkpoint
         self._kind = kind
         self._tensors = tensors
+
+    def dtype(self, name: str) -> str:
+        """safetensors' name of the dtype of a logical tensor."""
+        return self._tensors[name].dtype
 
     def read(self, part: Part, box: Box) -> Tensor:
         """Values of `box` of the logical tensor `part.name`, put together from the stored boxes that it touches.

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from megatron_llm import __version__
 from megatron_llm.checkpoint.manifest import MANIFEST, Manifest, StoredBox, StoredTensor, Tensors, untiled, write_manifest
-from megatron_llm.ops.safetensors import Entry, TensorInfo, WrittenFile, dtype_name, write_bytes, write_safetensors
+from megatron_llm.ops.safetensors import Entry, WrittenFile, write_bytes, write_safetensors
 from megatron_llm.ops.storage import Folder, open_folder
+from megatron_llm.ops.tensor_file import TensorInfo, dtype_name
 from megatron_llm.parallel.grid import Axis
 from megatron_llm.parallel.objects import all_gather_objects, gather_objects_to_first
 from megatron_llm.parallel.shard import Box

@@ -260,8 +260,22 @@ def _vocabulary_problem(config: Config, dataset: IndexedDataset) -> str | None:
     largest = dataset.max_token_id()
     return (
         f"{dataset.describe_token(place)} and ids up to {largest}{known}, but model.vocab_size is {size}; "
-        f"preprocess with the model's tokenizer or set model.vocab_size to at least {largest + 1}"
+        f"preprocess with the model's tokenizer or {_more_tokens(config, max(largest + 1, meta.vocab_size if meta else 0))}"
     )
+
+
+def _more_tokens(config: Config, size: int) -> str:
+    if config.model.hf or config.model.checkpoint:
+        return f"give the model more tokens with model.resize_vocab={size}"
+    return f"set model.vocab_size to at least {size}"
+
+
+def tokenizer_sizes(config: Config) -> dict[str, tuple[str, int]]:
+    """(tokenizer, how many tokens it has) by place in the config, of every data set that knows it."""
+    if config.data.kind == "synthetic":
+        return {}
+    found = {where: _open(config, source).meta for where, source, _ in _all_sources(config)}
+    return {where: (meta.tokenizer, meta.vocab_size) for where, meta in found.items() if meta is not None}
 
 
 def _tokenizer_problems(metas: dict[str, DatasetMeta]) -> list[str]:

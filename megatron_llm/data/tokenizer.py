@@ -1,7 +1,8 @@
 """What a tokenizer is: which kind a path holds, its special ids and size, how ids become text, a fingerprint to tell two apart.
 
-Called by `prepare/` (`encoding.py` turns text into ids), the `inspect` and `generate` commands, and `training/resolve.py`,
-which only asks whether `data.tokenizer` is a folder with one: training never tokenizes. Four kinds of path are known:
+Called by `prepare/` (`encoding.py` turns text into ids), the `inspect` and `generate` commands, `exchange/imports.py`, and
+`training/resolve.py`, which asks whether `data.tokenizer` is one and how many ids it has: training never tokenizes. Four kinds
+of path are known:
 
     folder              of Hugging Face, with tokenizer.json or the vocabulary files that transformers converts
     *.json              a tokenizer.json under any name
@@ -184,6 +185,11 @@ def describe(path: str | Path, kind: str) -> DatasetMeta:
         bos_id=bos,
         eos_id=eos,
     )
+
+
+def vocabulary_size(path: str | Path) -> int:
+    """Number of ids that a tokenizer may give. Raises ValueError if `path` is no tokenizer that can be loaded."""
+    return _size_and_ends(Path(path))[0]
 
 
 def _size_and_ends(path: Path) -> tuple[int, int | None, int | None]:

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_llm.config import ModelConfig, sentences
-from megatron_llm.ops.safetensors import torch_dtype
+from megatron_llm.ops.tensor_file import torch_dtype
 
 _FIXED_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """What --use-rope-scaling means besides its factor: Llama 3's values, not to be set in Megatron."""

@@ -24,8 +24,9 @@ from megatron_llm.hf.assets import exported_files
 from megatron_llm.hf.export import exported_tensors, family_of, load_tensor
 from megatron_llm.hf.family import StoredTensor, whole_tensor
 from megatron_llm.hf.whole import whole_folder
-from megatron_llm.ops.safetensors import TensorInfo, dtype_name, torch_dtype, write_bytes
+from megatron_llm.ops.safetensors import write_bytes
 from megatron_llm.ops.storage import LocalFolder
+from megatron_llm.ops.tensor_file import TensorInfo, dtype_name, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_llm.config import ModelConfig
+from megatron_llm.data.tokenizer import vocabulary_size
 from megatron_llm.exchange.arguments import model_from_args, refuse_other_than_llama, true_vocab_size
 from megatron_llm.exchange.native import write_checkpoint
 from megatron_llm.exchange.source import EMBEDDING, MegatronSource
 from megatron_llm.exchange.torch_dist import COMMON, TorchDistFolder
 from megatron_llm.hf import HFFolder, collect_assets
 from megatron_llm.hf.assets import CONFIG, TENSOR_DTYPES
-from megatron_llm.ops.safetensors import TORCH_NAMES
+from megatron_llm.models.vocabulary import resized
+from megatron_llm.ops.tensor_file import TORCH_NAMES
 
 _NOT_COMPARED = ("hf", "max_position_embeddings", "initializer_range")  # what config.json may say otherwise
 
@@ -27,6 +29,7 @@ def import_hf(
     output: str | Path,
     *,
     tokenizer: str | Path | None = None,
+    resize_vocab: int | str | None = None,
     overwrite: bool = False,
     progress: bool = False,
 ) -> list[str]:
@@ -34,14 +37,23 @@ def import_hf(
 
     Args:
         tokenizer: a folder whose tokenizer files replace those of `folder`.
+        resize_vocab: tokens that the model is to have, or "tokenizer": as many as the tokenizer that travels along.
 
-    Returns sentences that say what was done. Raises ValueError if the folder is not one that this engine can read.
+    Returns sentences that say what was done. Raises ValueError if the folder is not one that this engine can read, or has more
+    tokens than it is to have.
     """
     hf = HFFolder(folder)
-    model = ModelConfig(**hf.model_fields())
-    source, assets = hf.source(model), collect_assets(hf.path, tokenizer)
+    stored = ModelConfig(**hf.model_fields())
+    size = stored.vocab_size if resize_vocab is None else resize_vocab
+    if isinstance(size, str):
+        size = max(stored.vocab_size, vocabulary_size(tokenizer or hf.path))  # rows beyond the tokenizer are padding of theirs
+    source = resized(hf.source(stored), stored.vocab_size, size, str(hf.path))
+    model, assets = stored.model_copy(update={"vocab_size": size}), collect_assets(hf.path, tokenizer)
     write_checkpoint(source, model, assets, output, overwrite=overwrite, progress=progress)
-    return [f"{hf.path} -> {output}: {hf.family.architecture}, {model.num_hidden_layers} layers"]
+    said = [f"{hf.path} -> {output}: {hf.family.architecture}, {model.num_hidden_layers} layers", *hf.notes()]
+    if size != stored.vocab_size:
+        said.append(f"vocabulary: {size} tokens, {size - stored.vocab_size} of them new: the mean of the others")
+    return said
 
 
 def import_megatron(
@@ -120,7 +132,7 @@ def _vocab_size(
     if size is None and args is not None:
         size, origin = true_vocab_size(args), f"args in {COMMON}"
     if size is None and tokenizer is not None:
-        size, origin = _tokenizer_size(tokenizer), str(tokenizer)
+        size, origin = vocabulary_size(tokenizer), str(tokenizer)
     if size is None:
         raise ValueError(
             f"{folder.path}: the embedding has {rows} rows, of which some may be padding, and {COMMON} does not say how many are "
@@ -131,12 +143,6 @@ def _vocab_size(
             f"a vocabulary of {size} tokens ({origin}), but {EMBEDDING} in {folder.path} has {rows} rows; give --vocab-size"
         )
     return size, origin
-
-
-def _tokenizer_size(tokenizer: str | Path) -> int:
-    from megatron_llm.data.tokenizer import load_pretrained
-
-    return len(load_pretrained(str(tokenizer)))
 
 
 def _model(folder: TorchDistFolder, hf: HFFolder | None, args: Namespace | None, vocab_size: int) -> ModelConfig:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,19 +16,11 @@ from megatron_llm.checkpoint import Contents, SaveError, TensorToSave, open_chec
 from megatron_llm.config import ModelConfig
 from megatron_llm.hf.whole import whole_folder
 from megatron_llm.models.names import logical_tensors
-from megatron_llm.ops.safetensors import torch_dtype
+from megatron_llm.ops.tensor_file import TensorInfo, torch_dtype
 from megatron_llm.parallel.grid import Axis
-from megatron_llm.parallel.shard import Box, Part, TensorSource
+from megatron_llm.parallel.shard import Box, Part, TypedSource, fill
 
 _MANIFEST = "manifest.json"
-
-
-class TypedSource(TensorSource, Protocol):
-    """A source that knows the dtypes of what it has not read yet."""
-
-    def dtype(self, name: str) -> str:
-        """safetensors' name of the dtype of a logical tensor."""
-        ...
 
 
 def write_checkpoint(
@@ -51,11 +42,12 @@ def write_checkpoint(
     Raises ValueError if `output` is in the way, the source lacks a tensor, or the checkpoint could not be written.
     """
     names = list(logical_tensors(model))
-    config = {"model": model.model_copy(update={"hf": None}).model_dump(mode="json")}
+    total = sum(TensorInfo(source.dtype(name), shape).nbytes for name, shape in names)
+    config = {"model": model.model_copy(update={"hf": None, "resize_vocab": 0}).model_dump(mode="json")}
     state = {"step": 0, "updates": 0, "rows": 0, "tokens": 0}
     with (
         whole_folder(output, overwrite, "checkpoint", _foreign) as folder,
-        tqdm(total=len(names), desc=f"Writing {Path(output).name}", unit=" tensors", disable=not progress) as bar,
+        tqdm(total=total, desc=f"Writing {Path(output).name}", unit="B", unit_scale=True, disable=not progress) as bar,
     ):
         tensors = [_tensor(source, name, shape, bar.update) for name, shape in names]
         try:
@@ -72,13 +64,14 @@ def _foreign(folder: Path) -> str | None:
     return "is the checkpoint of a run" if "training" in open_checkpoint(folder).config else None
 
 
-def _tensor(source: TypedSource, name: str, shape: tuple[int, ...], done: Callable[[], object]) -> TensorToSave:
-    """A tensor of the model, which is read when its turn comes."""
-    part, box = Part(name, shape, ()), Box.full(shape)
+def _tensor(source: TypedSource, name: str, shape: tuple[int, ...], done: Callable[[int], object]) -> TensorToSave:
+    """A tensor of the model, which is read when its turn comes, a slab at a time: pieces of it need no memory beside it."""
+    part, box, dtype = Part(name, shape, ()), Box.full(shape), torch_dtype(source.dtype(name))
 
     def load() -> Tensor:
-        done()
-        return source.read(part, box)
+        values = torch.empty(shape, dtype=dtype)
+        for count in fill(values, part, box, source):
+            done(count * dtype.itemsize)
+        return values
 
-    like = torch.empty(shape, dtype=torch_dtype(source.dtype(name)), device="meta")
-    return TensorToSave("weights", name, shape, box, like, load)
+    return TensorToSave("weights", name, shape, box, torch.empty(shape, dtype=dtype, device="meta"), load)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from megatron_llm.config import ModelConfig
 from megatron_llm.exchange.names import Matrix, Piece, Rows, matrices
 from megatron_llm.exchange.torch_dist import ChunkedTensor, TorchDistFolder
-from megatron_llm.ops.safetensors import TORCH_NAMES
+from megatron_llm.ops.tensor_file import TORCH_NAMES
 from megatron_llm.parallel.shard import Box, Part
 
 if TYPE_CHECKING:

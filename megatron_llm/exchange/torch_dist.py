@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_llm.exchange.pickles import Record, load_common, load_metadata
-from megatron_llm.ops.safetensors import dtype_name, torch_dtype
+from megatron_llm.ops.tensor_file import dtype_name, torch_dtype
 from megatron_llm.parallel.shard import Box
 
 if TYPE_CHECKING:
@@ -100,6 +100,7 @@ class TorchDistFolder:
         except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
             raise ValueError(f"{file} is no metadata that this version understands ({type(error).__name__}: {error})") from error
         self._check_files()
+        self._last: tuple[tuple[str, Chunk], Tensor] | None = None
 
     def _check_format(self) -> None:
         file = self.path / CONFIG
@@ -156,6 +157,13 @@ class TorchDistFolder:
         return values
 
     def _load(self, key: str, tensor: ChunkedTensor, chunk: Chunk) -> Tensor:
+        """A whole chunk; kept until the next one is read, as whoever reads in slabs comes back for the rest of it."""
+        if self._last is None or self._last[0] != (key, chunk):
+            self._last = None  # before the next one is there
+            self._last = (key, chunk), self._read_chunk(key, tensor, chunk)
+        return self._last[1]
+
+    def _read_chunk(self, key: str, tensor: ChunkedTensor, chunk: Chunk) -> Tensor:
         import torch
 
         path = self.path / chunk.file

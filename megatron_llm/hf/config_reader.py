@@ -112,7 +112,7 @@ class ConfigReader:
         self.patched[name] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
 
     def put_rope(self, keys: Mapping[str, Any], changed: set[str]) -> None:
-        """Set the `changed` rotary settings of `patched`, of `keys` as Llama calls them in transformers 4, where it keeps them."""
+        """Set the `changed` ones of all rotary settings, which have Llama's names in transformers 4, where `patched` has them."""
         scaling, original = keys.get("rope_scaling"), "original_max_position_embeddings"
         if original in self.config and "rope_scaling" in changed and scaling and original in scaling:
             self.patched[original] = scaling[original]  # beside rope_scaling it wins
@@ -125,9 +125,7 @@ class ConfigReader:
                 self.patched["rope_scaling"] = {**dict.fromkeys(names, _type(scaling)), **_without_type(scaling)}
             return
         nested = {name: dict(value) for name, value in new_spelling.items() if isinstance(value, dict)}
-        if old:  # it was read instead
-            changed = set(keys)
-            self.patched.pop("rope_scaling")
+        self.patched.pop("rope_scaling", None)  # beside rope_parameters it would win
         rope = nested.get("full_attention", {}) if nested else dict(new_spelling)
         if "rope_scaling" in changed:
             rope = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
@@ -240,9 +238,9 @@ def partial_rotary_factor(model: Any) -> float:
 
 
 def preimage(value: float, function: Callable[[float], float], near: float) -> float:
-    """The roundest number close to `near` whose `function` is `value`: config.json says 144 where we keep 144**-0.5."""
-    rounded = (round(near, digits) for digits in (0, 3, 6, 9, 12))
-    return next((number for number in rounded if number > 0 and function(number) == value), near)
+    """The number close to `near` whose `function` is `value`, a round one if possible: config.json says 144 for 144**-0.5."""
+    rounded = round(near, 9)
+    return rounded if rounded > 0 and function(rounded) == value else near
 
 
 def _type(rope: Mapping[str, Any]) -> str:

@@ -22,8 +22,9 @@ from megatron_llm.hf.families import describe
 from megatron_llm.hf.family import Family, StoredTensor
 from megatron_llm.hf.reader import architecture_of
 from megatron_llm.hf.whole import whole_folder
-from megatron_llm.ops.safetensors import TORCH_NAMES, Entry, TensorInfo, torch_dtype, write_bytes, write_safetensors
+from megatron_llm.ops.safetensors import Entry, write_bytes, write_safetensors
 from megatron_llm.ops.storage import LocalFolder
+from megatron_llm.ops.tensor_file import TORCH_NAMES, TensorInfo, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,74 +1,30 @@
 """Finds the weight files of a Hugging Face folder, in one piece or many, and checks them without reading tensors.
 
-safetensors is the format. `pytorch_model.bin` of older folders is read too, through torch's restricted unpickler and a
-memory map, so that no code in the file can run. Called by `hf/reader.py`.
+safetensors is the format. `pytorch_model.bin` of older folders is read too; no code in it can run. Called by `hf/reader.py`.
 """
 
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
 
-from megatron_llm.ops.safetensors import SafetensorsFile, TensorInfo, dtype_name
+from megatron_llm.ops.safetensors import SafetensorsFile
 from megatron_llm.ops.storage import LocalFolder
-
-if TYPE_CHECKING:
-    from torch import Tensor, dtype
-
-
-class TensorFile(Protocol):
-    """A file whose tensors are known before they are read."""
-
-    infos: dict[str, TensorInfo]
-
-    @property
-    def path(self) -> str: ...
-
-    @property
-    def name(self) -> str: ...
-
-    def read(self, key: str, slices: tuple[slice, ...]) -> Tensor:
-        """The values at `slices` of tensor `key`, as a contiguous CPU tensor of the caller's own."""
-        ...
+from megatron_llm.ops.tensor_file import TensorFile
+from megatron_llm.ops.torch_file import TorchFile
 
 
-class TorchFile:
-    """A `pytorch_model.bin` (zip format, torch >= 1.6). Raises ValueError if it is damaged or holds anything but tensors."""
-
-    def __init__(self, path: Path):
-        import torch
-
-        self.path, self.name = str(path), path.name
-        try:
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            self._tensors: dict[str, Tensor] = dict(tensors)
-            self.infos = {key: TensorInfo(_name(value.dtype), tuple(value.shape)) for key, value in tensors.items()}
-        except (RuntimeError, ValueError, TypeError, AttributeError, OSError, pickle.UnpicklingError, EOFError) as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise ValueError(f"{path} is truncated or not a plain file of tensors ({reason})") from error
-
-    def read(self, key: str, slices: tuple[slice, ...]) -> Tensor:
-        import torch
-
-        return self._tensors[key][slices].clone(memory_format=torch.contiguous_format)
-
-
-def _name(dtype: dtype) -> str:
-    """safetensors' name of a dtype that weights may have, torch's of any other (which the reader will refuse)."""
-    try:
-        return dtype_name(dtype)
-    except ValueError:
-        return str(dtype)
-
-
-def _open_safetensors(path: Path) -> SafetensorsFile:
+def _open_safetensors(path: Path) -> TensorFile:
     return SafetensorsFile(LocalFolder(path.parent).open(path.name))
 
 
-_SINGLE: dict[str, Callable[[Path], TensorFile]] = {"model.safetensors": _open_safetensors, "pytorch_model.bin": TorchFile}
+def _open_torch(path: Path) -> TensorFile:
+    return TorchFile(LocalFolder(path.parent).open(path.name))
+
+
+_GIT_LFS = b"version https://git-lfs."
+_SINGLE: dict[str, Callable[[Path], TensorFile]] = {"model.safetensors": _open_safetensors, "pytorch_model.bin": _open_torch}
 
 
 def open_tensor_files(folder: Path) -> tuple[dict[str, TensorFile], list[str]]:
@@ -117,8 +73,18 @@ def _open_all(folder: Path, names: list[str], opener: Callable[[Path], TensorFil
         if not (folder / name).is_file():
             problems.append(f"{folder / name} is missing, but the index names it")
             continue
+        if (pointer := _pointer(folder / name)) is not None:
+            problems.append(pointer)
+            continue
         try:
             files.append(opener(folder / name))
         except ValueError as error:
             problems.append(str(error))
     return files, problems
+
+
+def _pointer(file: Path) -> str | None:
+    """What is wrong if a repository was cloned without its large files."""
+    with file.open("rb") as opened:
+        found = opened.read(len(_GIT_LFS)) == _GIT_LFS
+    return f"{file} is a pointer of Git LFS, not the file itself; fetch it with `git lfs pull`" if found else None

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from megatron_llm.config import ModelConfig, sentences
-from megatron_llm.hf.families import find_family
+from megatron_llm.hf.config_reader import ConfigReader
+from megatron_llm.hf.families import families, find_family
 from megatron_llm.hf.family import Family, Piece, Rows, StoredTensor
-from megatron_llm.hf.files import TensorFile, open_tensor_files
-from megatron_llm.ops.safetensors import TORCH_NAMES
+from megatron_llm.hf.files import open_tensor_files
+from megatron_llm.ops.tensor_file import TORCH_NAMES, TensorFile, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,8 +29,13 @@ _SHOWN = 5  # names listed in a message about many tensors
 
 
 def architecture_of(config: dict[str, Any], where: str) -> Family:
-    """The family that a config.json names. Raises ValueError saying `where` if it names none or an unknown one."""
+    """The family that a config.json names; old ones lack `architectures`, and their `model_type` says it.
+
+    Raises ValueError saying `where` if it names none or an unknown one.
+    """
     architectures = config.get("architectures")
+    if not architectures and config.get("model_type"):
+        return family_of_type(str(config["model_type"]), where)
     if not isinstance(architectures, list) or len(architectures) != 1:
         raise ValueError(f"{where}: `architectures` must name one architecture, got {architectures}")
     try:
@@ -37,6 +43,16 @@ def architecture_of(config: dict[str, Any], where: str) -> Family:
     except ValueError as error:
         code = ", and its own code (auto_map) is never run" if config.get("auto_map") else ""
         raise ValueError(f"{where}: {error}{code}") from None
+
+
+def family_of_type(model_type: str, where: str) -> Family:
+    """The first family of a `model_type`. Raises ValueError saying `where` if there is none."""
+    known = dict.fromkeys(families().values())
+    for family in known:
+        if family.model_type == model_type:
+            return family
+    types = ", ".join(sorted({family.model_type for family in known}))
+    raise ValueError(f"{where} names no architecture, and model_type {model_type} is not supported; supported: {types}")
 
 
 class HFFolder:
@@ -70,6 +86,10 @@ class HFFolder:
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
         return fields
+
+    def notes(self) -> list[str]:
+        """What holds for training with this folder and may surprise, a sentence each."""
+        return [f"{self.path}: {note}" for note in ConfigReader(self.config).notes()]
 
     @cached_property
     def _files(self) -> tuple[dict[str, TensorFile], list[str]]:
@@ -153,18 +173,18 @@ class HFSource:
             raise ValueError(f"the Hugging Face folder has no {part.name}")
         if places[0][1].shape != part.shape:
             raise ValueError(f"{part.name} has shape {part.shape} in the model, {places[0][1].shape} in {places[0][0].name}")
-        found = [
-            (rows, self._read_rows(stored, rows, box))
+        wanted = [
+            (stored, rows)
             for stored, piece in places
             for rows in (rows.within(box.offset[0], box.shape[0]) for rows in piece.rows)
             if rows.count
         ]
-        if len(found) == 1:
-            values = found[0][1]
+        if len(wanted) == 1:
+            values = self._read_rows(*wanted[0], box)
         else:
-            values = torch.empty(box.shape, dtype=found[0][1].dtype)
-            for rows, piece_values in found:
-                values[rows.logical - box.offset[0] :][: rows.count] = piece_values
+            values = torch.empty(box.shape, dtype=torch_dtype(self.dtype(part.name)))
+            for stored, rows in wanted:
+                values[rows.logical - box.offset[0] :][: rows.count] = self._read_rows(stored, rows, box)
         if part.name == "embedding.weight" and "head.weight" not in self._places and self._head in self._tensors:
             self._check_tied(places[0][0].name, values, box)
         return values

@@ -10,7 +10,6 @@ Called by: `checkpoint/`, `hf/files.py`, `hf/export.py`.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -20,31 +19,15 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from megatron_llm.ops.storage import BLOCK_BYTES, Folder, ReadFile, Sink
+from megatron_llm.ops.tensor_file import DTYPE_BYTES, Place, TensorFile, TensorInfo, dtype_name
 
 if TYPE_CHECKING:
-    from torch import Tensor, dtype
+    from torch import Tensor
 
 CHECKSUM = "xxh3_128"
 """The checksum that `WrittenFile` and `file_checksum` hold, by its name in the xxHash family."""
 
-TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""The dtypes that weights may have: safetensors' name -> torch's."""
-
-_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2}
-_BYTES |= {"U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8}
 _MAX_HEADER = 100_000_000  # bytes; the library's own limit
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """A stored tensor: safetensors' name of its dtype, and its shape."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * _BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -62,23 +45,6 @@ class WrittenFile:
 
     bytes: int
     checksum: str
-
-
-def dtype_name(dtype: dtype) -> str:
-    """safetensors' name of a torch dtype. Raises ValueError for one that weights do not have."""
-    for name, torch_name in TORCH_NAMES.items():
-        if str(dtype) == f"torch.{torch_name}":
-            return name
-    raise ValueError(f"{dtype} is not among {', '.join(TORCH_NAMES.values())}")
-
-
-def torch_dtype(name: str) -> dtype:
-    """The torch dtype of one of safetensors' names in `TORCH_NAMES`."""
-    import torch
-
-    found = getattr(torch, TORCH_NAMES[name])
-    assert isinstance(found, torch.dtype)
-    return found
 
 
 def read_header(file: ReadFile) -> dict[str, TensorInfo]:
@@ -104,7 +70,7 @@ def _read_layout(file: ReadFile) -> dict[str, tuple[TensorInfo, int]]:
     starts = {}
     for start, stop, key in spans:
         info = infos[key]
-        if info.dtype not in _BYTES:
+        if info.dtype not in DTYPE_BYTES:
             raise ValueError(f"{path}: tensor {key} has the unknown dtype {info.dtype}")
         if start != end or stop - start != info.nbytes:
             raise ValueError(
@@ -117,72 +83,18 @@ def _read_layout(file: ReadFile) -> dict[str, tuple[TensorInfo, int]]:
     return {key: (info, starts[key]) for key, info in infos.items()}
 
 
-class SafetensorsFile:
-    """Reads rectangles of the tensors of one file, and no byte more where small reads cost nothing.
-
-    The library maps files, which counts what was read as memory of the process, cannot be done with an object store, and
-    tells nobody how much was read. Raises ValueError like `read_header`.
-    """
+class SafetensorsFile(TensorFile):
+    """The tensors of a safetensors file. Raises ValueError like `read_header`."""
 
     def __init__(self, file: ReadFile):
-        self._file = file
         layout = _read_layout(file)
-        self.infos = {key: info for key, (info, _) in layout.items()}
-        self._starts = {key: start for key, (_, start) in layout.items()}
+        infos = {key: info for key, (info, _) in layout.items()}
+        super().__init__(file, infos, {key: Place(start, _strides(infos[key])) for key, (_, start) in layout.items()})
 
-    @property
-    def path(self) -> str:
-        return self._file.path
 
-    @property
-    def name(self) -> str:
-        return self._file.name
-
-    def read(self, key: str, slices: tuple[slice, ...]) -> Tensor:
-        """The values at `slices` (of known ends) of tensor `key`, in the file's dtype, as a contiguous CPU tensor."""
-        import torch
-
-        info = self.infos[key]
-        values = torch.empty([part.stop - part.start for part in slices], dtype=torch_dtype(info.dtype))
-        if values.numel():
-            data = values.reshape(-1).view(torch.uint8).numpy().data
-            self._read_rectangle(self._starts[key], info, slices, data)
-        return values
-
-    def _read_rectangle(self, start: int, info: TensorInfo, slices: tuple[slice, ...], data: memoryview) -> None:
-        """Fill `data` with the bytes of a rectangle that are back to back in the file as long as all later dims are whole.
-
-        start: where the tensor begins.
-        """
-        strides = [_BYTES[info.dtype] * math.prod(info.shape[dim + 1 :]) for dim in range(len(info.shape))]
-        sizes = [part.stop - part.start for part in slices]
-        start += sum(part.start * stride for part, stride in zip(slices, strides, strict=True))
-        cut = [dim for dim in range(len(sizes)) if sizes[dim] != info.shape[dim]]
-        inner = cut[-1] if cut else 0  # the last dim that is not whole: it and what is in it are a run of bytes
-        runs = math.prod(sizes[:inner])
-        if runs == 1:
-            self._file.read(start, data)
-            return
-        run, filled = len(data) // runs, 0
-        for outer in itertools.product(*(range(size) for size in sizes[: inner - 1])):
-            at = start + sum(index * stride for index, stride in zip(outer, strides, strict=False))
-            self._read_rows(at, strides[inner - 1], sizes[inner - 1], run, data[filled : filled + sizes[inner - 1] * run])
-            filled += sizes[inner - 1] * run
-
-    def _read_rows(self, start: int, stride: int, rows: int, run: int, data: memoryview) -> None:
-        """Fill `data` with `run` bytes of each row, of which one begins every `stride` bytes."""
-        if self._file.seeks:
-            for row in range(rows):
-                self._file.read(start + row * stride, data[row * run : (row + 1) * run])
-            return
-        count = max(1, BLOCK_BYTES // stride)
-        for first in range(0, rows, count):
-            last = min(first + count, rows) - 1
-            block = bytearray((last - first) * stride + run)
-            self._file.read(start + first * stride, memoryview(block))
-            for row in range(first, last + 1):
-                at = (row - first) * stride
-                data[row * run : (row + 1) * run] = block[at : at + run]
+def _strides(info: TensorInfo) -> tuple[int, ...]:
+    """Bytes from one element to the next along each dim of a row-major tensor."""
+    return tuple(DTYPE_BYTES[info.dtype] * math.prod(info.shape[dim + 1 :]) for dim in range(len(info.shape)))
 
 
 def write_safetensors(
@@ -201,7 +113,7 @@ def write_safetensors(
 
     Raises ValueError if a loaded tensor is not what its entry announced, or if two entries have one key.
     """
-    entries = sorted(entries, key=lambda entry: -_BYTES[entry.info.dtype])
+    entries = sorted(entries, key=lambda entry: -DTYPE_BYTES[entry.info.dtype])
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for entry in entries:

@@ -103,6 +103,14 @@ class TensorSource(Protocol):
         ...
 
 
+class TypedSource(TensorSource, Protocol):
+    """A source that knows the dtypes of what it has not read yet: everything but a fresh initialization."""
+
+    def dtype(self, name: str) -> str:
+        """safetensors' name of the dtype of a logical tensor."""
+        ...
+
+
 _SLAB_ELEMENTS = 1 << 22  # an allocator hands out memory of this size again; larger pieces come new from the system each time
 
 

@@ -140,7 +140,8 @@ def build_engine(
     optimizer = ZeroOptimizer(
         parameters(stages), grid, config.optimizer, parallel.bucket_size, config.precision, parallel.zero_stage
     )
-    optimizer.load("weights", weights or FreshWeights(training.seed, config.model.initializer_range), progress)
+    fresh = FreshWeights(training.seed, config.model.initializer_range, device)
+    optimizer.load("weights", weights or fresh, progress)
     gradients = WeightGradients(stages.values())
     runtime = _runtime(config, grid, device, owners, gradients)
     if parallel.overlap:

@@ -6,6 +6,7 @@ wrong from the config, the world size and the headers of files is found here, an
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -18,14 +19,15 @@ import torch
 from megatron_llm.checkpoint.folders import find_checkpoint, latest_checkpoint
 from megatron_llm.checkpoint.load import Checkpoint
 from megatron_llm.config import Config, ConfigError, LoggingConfig, LrScheduleConfig, ModelConfig, parse_config, read_raw_config
-from megatron_llm.data.stream import build_train_stream, check_data, steps_of_epochs
-from megatron_llm.data.tokenizer import fingerprint
+from megatron_llm.data.stream import build_train_stream, check_data, steps_of_epochs, tokenizer_sizes
+from megatron_llm.data.tokenizer import fingerprint, vocabulary_size
 from megatron_llm.hf.assets import collect_assets, with_tokenizer
 from megatron_llm.hf.reader import HFFolder
 from megatron_llm.models.heads import head_problem
 from megatron_llm.models.stages import whole_model
+from megatron_llm.models.vocabulary import refuse_to_shrink, resized
 from megatron_llm.optim.rules import rule_problems
-from megatron_llm.parallel.shard import TensorSource
+from megatron_llm.parallel.shard import TensorSource, TypedSource
 from megatron_llm.pipeline.schedules import placement
 from megatron_llm.planning.compare import GIB, Assumptions, choose
 from megatron_llm.training.run_folder import checkpoints_folder
@@ -45,9 +47,21 @@ class ResolvedRun:
 
     def weights(self) -> TensorSource | None:
         """Where the first weights come from; None: they are made."""
+        if self.source is None:
+            return None
+        model, stored = self.config.model, self.stored_model()
         if isinstance(self.source, Checkpoint):
-            return self.source.source("ema" if self.config.model.checkpoint_ema else "weights")
-        return self.source.source(self.config.model) if self.source else None
+            source: TypedSource = self.source.source("ema" if model.checkpoint_ema else "weights")
+        else:
+            source = self.source.source(stored)
+        return resized(source, stored.vocab_size, model.vocab_size, str(model.hf or model.checkpoint))
+
+    def stored_model(self) -> ModelConfig:
+        """The architecture as the source has it: `model.resize_vocab` changes the number of tokens."""
+        if self.source is None:
+            return self.config.model
+        size = int(_model_of(self.source).vocab_size)
+        return self.config.model.model_copy(update={"vocab_size": size, "resize_vocab": 0})
 
     def assets(self) -> dict[str, bytes]:
         """The files that travel with the model. Raises ValueError if one is missing or damaged."""
@@ -74,7 +88,7 @@ def resolve(path: str | Path, overrides: list[str] | None, world_size: int) -> R
     problems = layout_problems(run.config, world_size) + _setting_problems(run.config) + _schedule_problems(run.config)
     problems += _rule_problems(run.config) + check_data(run.config)
     if isinstance(run.source, HFFolder):
-        problems += run.source.problems(run.config.model)
+        problems += run.source.problems(run.stored_model())
     problems += _source_problems(run)
     if not problems and run.config.training.steps == -1:
         run, problems = _plan_steps(run)
@@ -84,7 +98,10 @@ def resolve(path: str | Path, overrides: list[str] | None, world_size: int) -> R
     if problems:
         raise ConfigError(problems)
     run = choose_schedule(run, world_size)
-    return dataclasses.replace(run, notes=(*run.notes, *_without_effect(run.config.lr_schedule), *_spike_notes(run.config)))
+    notes = [*_without_effect(run.config.lr_schedule), *_spike_notes(run.config), *_vocabulary_notes(run.config)]
+    if isinstance(run.source, HFFolder):
+        notes += run.source.notes()
+    return dataclasses.replace(run, notes=(*run.notes, *notes))
 
 
 def _source_problems(run: ResolvedRun) -> list[str]:
@@ -157,6 +174,8 @@ def _complete_model(raw: dict[str, Any]) -> HFFolder | Checkpoint | None:
         return None
     key, *more = [name for name in ("hf", "checkpoint") if section.get(name) is not None] or [""]
     if not key:
+        if section.get("resize_vocab"):
+            raise ConfigError(["model.resize_vocab: goes with model.hf or model.checkpoint; give a new model its vocab_size"])
         return None
     place = section[key]
     if more:
@@ -164,14 +183,10 @@ def _complete_model(raw: dict[str, Any]) -> HFFolder | Checkpoint | None:
     if not isinstance(place, str):
         what = "Hugging Face folder" if key == "hf" else "checkpoint or run folder"
         raise ConfigError([f"model.{key}: must be the path of a {what}, got {place!r}"])
+    source: HFFolder | Checkpoint | None
     try:
-        source: HFFolder | Checkpoint | None
-        if key == "hf":
-            source = HFFolder(place)
-            model = ModelConfig(**source.model_fields())
-        else:
-            source = find_checkpoint(place)
-            model = source.model
+        source = HFFolder(place) if key == "hf" else find_checkpoint(place)
+        model = _resized_model(_model_of(source), section, place)
         if isinstance(source, Checkpoint) and section.get("checkpoint_ema") and "ema" not in source.kinds:
             raise ValueError(f"{source.folder} has no average of the weights; remove model.checkpoint_ema")
     except ValueError as error:
@@ -181,7 +196,7 @@ def _complete_model(raw: dict[str, Any]) -> HFFolder | Checkpoint | None:
         source, model = None, own.model  # a run that has its own weights can do without those that it began with
     if isinstance(source, Checkpoint):
         section["checkpoint"] = str(source.folder)  # which of a run's, is said in the checkpoints of this one
-    fields = model.model_dump(exclude={"hf", "checkpoint", "checkpoint_ema"})
+    fields = model.model_dump(exclude={"hf", "checkpoint", "checkpoint_ema", "resize_vocab"})
     problems = [
         f"model.{name}: {section[name]!r} contradicts {fields[name]!r} of {place}; remove it here"
         for name in fields
@@ -191,6 +206,20 @@ def _complete_model(raw: dict[str, Any]) -> HFFolder | Checkpoint | None:
         raise ConfigError(problems)
     section.update(fields)
     return source
+
+
+def _model_of(source: HFFolder | Checkpoint) -> ModelConfig:
+    """The architecture of a source. Raises ValueError if it is none that this engine can run."""
+    return source.model if isinstance(source, Checkpoint) else ModelConfig(**source.model_fields())
+
+
+def _resized_model(model: ModelConfig, section: dict[str, Any], place: str) -> ModelConfig:
+    """A source's architecture with the vocabulary that the config asks for. Raises ValueError if that is smaller."""
+    size = section.get("resize_vocab")
+    if not isinstance(size, int) or not size:
+        return model
+    refuse_to_shrink(model.vocab_size, size, place)
+    return model.model_copy(update={"vocab_size": size})
 
 
 def _own_checkpoint(raw: dict[str, Any]) -> Checkpoint | None:
@@ -341,6 +370,21 @@ def _without_effect(schedule: LrScheduleConfig) -> list[str]:
     }
     given = [name for name in unused[schedule.kind] if getattr(schedule, name)]
     return [f"lr_schedule.{name}: {getattr(schedule, name)} has no effect with kind {schedule.kind}" for name in given]
+
+
+def _vocabulary_notes(config: Config) -> list[str]:
+    """A tokenizer that has more tokens than the model: those beyond may be missing from these data, but not from the next."""
+    sizes = tokenizer_sizes(config)
+    if config.data.tokenizer is not None:
+        with contextlib.suppress(ValueError):  # training does without its content
+            sizes["data.tokenizer"] = (config.data.tokenizer, vocabulary_size(config.data.tokenizer))
+    model = config.model
+    setting = "resize_vocab" if model.hf or model.checkpoint else "vocab_size"
+    return [
+        f"{where}: the tokenizer {path} has {size} tokens, the model {model.vocab_size}; model.{setting}={size} gives it all"
+        for where, (path, size) in sizes.items()
+        if size > model.vocab_size
+    ]
 
 
 def _spike_notes(config: Config) -> list[str]:

@@ -79,6 +79,9 @@ def make_model(case: Case) -> Any:
             else:
                 parameter.copy_(torch.randn_like(parameter) * 0.2)
     model.tie_weights()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.padding_idx = None  # a row of OPT's without gradient, which is a choice of training and not of the model
     if case.adjust is not None:
         case.adjust(model)
     return model.eval()

@@ -38,8 +38,9 @@ LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16, "rope_theta": 10000.0,
 }  # fmt: skip
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 10000.0}
-YARN_FULL = {**YARN, "beta_fast": 8.0, "beta_slow": 2.0, "truncate": False, "mscale": 0.7, "mscale_all_dim": 0.4}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 100.0}
+YARN_FULL = {**YARN, "beta_fast": 1.0, "beta_slow": 0.2, "truncate": False, "mscale": 0.7, "mscale_all_dim": 0.4}
+"""A small theta, so that the ramp of so few channels lies among them: from 1.6 to 4.4 of 8, from 1 to 5 if truncated."""
 LONGROPE = {
     "rope_type": "longrope", "original_max_position_embeddings": 16, "rope_theta": 10000.0,
     "short_factor": [1.0, 1.0, 1.1, 1.2, 1.3, 1.4, 1.6, 2.0], "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 9.5],
@@ -179,14 +180,17 @@ QWEN = {
 }
 
 GEMMA = {
-    "gemma": _case("GemmaForCausalLM"),
+    "gemma": _case("GemmaForCausalLM", {"rms_norm_eps": 1e-2}),
     "gemma-untied": _case(
         "GemmaForCausalLM",
         {"attention_bias": True, "tie_word_embeddings": False, "hidden_act": "silu", "num_key_value_heads": 6},
         layouts=False,
     ),
     "gemma-hub": _case("GemmaForCausalLM", respell=_without(hidden_act="gelu", hidden_activation=None), layouts=False),
-    "gemma2": _case("Gemma2ForCausalLM", {"sliding_window": 4, "query_pre_attn_scalar": 24}),
+    "gemma2": _case(
+        "Gemma2ForCausalLM",
+        {"sliding_window": 4, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0, "rms_norm_eps": 1e-2},
+    ),
     "gemma2-plain": _case(
         "Gemma2ForCausalLM",
         {
@@ -203,6 +207,7 @@ GEMMA = {
     "gemma3": _case(
         "Gemma3ForCausalLM",
         {
+            "rms_norm_eps": 1e-2,
             "sliding_window": 4,
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
             "rope_parameters": {
@@ -249,14 +254,14 @@ PHI = {
 OLMO = {
     "olmo": _case("OlmoForCausalLM", {"clip_qkv": 0.5}),
     "olmo-biases": _case("OlmoForCausalLM", MHA, {"attention_bias": True, "tie_word_embeddings": True}, layouts=False),
-    "olmo2": _case("Olmo2ForCausalLM"),
+    "olmo2": _case("Olmo2ForCausalLM", {"rms_norm_eps": 1e-3}),
     "olmo2-biases": _case(
         "Olmo2ForCausalLM", MHA, {"attention_bias": True, "tie_word_embeddings": True}, respell=_without(), layouts=False
     ),
 }
 
 GLM = {
-    "glm": _case("GlmForCausalLM"),
+    "glm": _case("GlmForCausalLM", {"rms_norm_eps": 1e-3}),
     "glm-plain": _case(
         "GlmForCausalLM",
         {"attention_bias": False, "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
@@ -292,7 +297,7 @@ SMOLLM = {
 }
 
 COHERE = {
-    "cohere": _case("CohereForCausalLM"),
+    "cohere": _case("CohereForCausalLM", {"layer_norm_eps": 1e-3}),
     "cohere-norms": _case(
         "CohereForCausalLM",
         {"use_qk_norm": True, "attention_bias": True, "tie_word_embeddings": False, "logit_scale": 0.3},
@@ -301,7 +306,7 @@ COHERE = {
 }
 
 STABLELM = {
-    "stablelm": _case("StableLmForCausalLM", WIDE),
+    "stablelm": _case("StableLmForCausalLM", WIDE, {"layer_norm_eps": 1e-3}),
     "stablelm-parallel": _case(
         "StableLmForCausalLM",
         WIDE,
@@ -312,7 +317,7 @@ STABLELM = {
 }
 
 STARCODER = {
-    "starcoder2": _case("Starcoder2ForCausalLM", {"sliding_window": 4}),
+    "starcoder2": _case("Starcoder2ForCausalLM", {"sliding_window": 4, "norm_epsilon": 1e-3}),
     "starcoder2-plain": _case(
         "Starcoder2ForCausalLM",
         WIDE,

@@ -121,7 +121,7 @@ def test_rotation_is_that_of_the_model_that_transformers_makes(name: str, spelli
         return
     scaling = model.rope_scaling
     assert scaling is not None and scaling.rope_type == parameters["rope_type"]
-    assert scaling.attention_factor == pytest.approx(factor, rel=1e-12)
+    assert (scaling.attention_factor or 1.0) == pytest.approx(factor, rel=1e-12)
     for key in scaling.model_fields_set & parameters.keys():
         assert getattr(scaling, key) == parameters[key], key
     if scaling.rope_type == "dynamic":
@@ -169,6 +169,47 @@ def test_keys_that_are_left_out_mean_what_they_mean_to_transformers(architecture
     theirs = getattr(transformers, architecture).config_class(**copy.deepcopy(least))
     whole = {**json.loads(theirs.to_json_string(use_diff=False)), "architectures": [architecture]}
     assert _model(least) == _model(whole) == _model(old_spelling(whole))
+
+
+SAID_SHORTLY: dict[str, tuple[str, dict[str, Any]]] = {
+    "windows from a layer on": ("Qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}),
+    "windows in no layer": ("Qwen3", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 3}),
+    "windows without a size": ("Qwen3", {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}),
+    "windows of nope layers": ("SmolLM3", {"use_sliding_window": True, "sliding_window": 4, "no_rope_layer_interval": 2}),
+    "no window by null": ("Mistral", {"sliding_window": None}),
+    "key heads by null": ("Qwen3", {"num_key_value_heads": None}),
+    "caps by null": ("Gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "every other layer": ("Gemma2", {"num_hidden_layers": 4}),
+    "every third layer": ("Gemma3", {"num_hidden_layers": 7, "sliding_window_pattern": 3}),
+    "both thetas": ("Gemma3", {"rope_theta": 3e5, "rope_local_base_freq": 2e4}),
+    "scaling of the layers without window": ("Gemma3", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+    "one theta of two": ("Gemma3", {"rope_parameters": {"full_attention": {"rope_theta": 3e5}}, "rope_local_base_freq": 2e4}),
+    "no original context": ("Llama", {"rope_scaling": {"type": "yarn", "factor": 4.0}}),
+    "a default original context": (
+        "Phi3",
+        {"hidden_size": 96, "head_dim": None, "rope_scaling": {**LONGROPE, "factor": 2.0}, "max_position_embeddings": 8192},
+    ),
+    "both spellings": (
+        "Llama",
+        {"rope_theta": 2e4, "rope_scaling": {"type": "linear", "factor": 3.0}, "rope_parameters": {"rope_theta": 1e4}},
+    ),
+    "theta in the scaling": ("Llama", {"rope_scaling": {"type": "linear", "factor": 3.0, "rope_theta": 2e4}, "rope_theta": 1e4}),
+    "a share beside": ("Phi3", {"partial_rotary_factor": 0.5}),
+    "a share within": ("Glm", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}}),
+}
+
+
+@pytest.mark.parametrize("what", SAID_SHORTLY)
+def test_what_is_said_shortly_means_what_it_means_to_transformers(what: str) -> None:
+    family, said = SAID_SHORTLY[what]
+    architecture = f"{family}ForCausalLM"
+    config = {key: value for key, value in _least(architecture, **said).items() if key != "head_dim" or value is not None}
+    model = _model(config)
+    assert model == _model(_written(architecture, config))
+    changed = model.model_copy(update={"rope_theta": 777.0})
+    patched = find_family(architecture).patch(config, changed)
+    assert _model(patched) == _model(_written(architecture, patched)) == changed
+    assert find_family(architecture).patch(config, model) == config
 
 
 @each_case
@@ -289,11 +330,39 @@ def test_query_pre_attn_scalar_is_written_as_the_integer_it_was(scalar: int) -> 
     assert written["query_pre_attn_scalar"] == scalar and isinstance(written["query_pre_attn_scalar"], int)
 
 
-@pytest.mark.parametrize("rotary", range(2, 97, 2))
-def test_every_share_of_a_head_can_be_written(rotary: int) -> None:
-    model = ModelConfig(**{**_model(_config("phi3")).model_dump(), "head_dim": 96, "rotary_dim": rotary})
+@pytest.mark.parametrize("scaling", [6.0, 16, 0.1, 12.5, 49.0, 103.0])
+def test_logits_scaling_is_written_as_the_number_it_was(scaling: float) -> None:
+    written = find_family("GraniteForCausalLM").config(_model({**_config("granite"), "logits_scaling": scaling}))
+    assert written["logits_scaling"] == scaling
+
+
+@pytest.mark.parametrize(("dim", "rotary"), [(44, 30), (96, 72), (128, 64), *((96, even) for even in range(2, 97, 6))])
+def test_every_share_of_a_head_can_be_written(dim: int, rotary: int) -> None:
+    """30 / 44 * 44 is less than 30."""
+    model = ModelConfig(**{**_model(_config("phi3")).model_dump(), "head_dim": dim, "rotary_dim": rotary})
     written = find_family("Phi3ForCausalLM").config(model)
-    assert int(96 * written["partial_rotary_factor"]) == rotary
+    assert int(dim * written["partial_rotary_factor"]) == rotary
+
+
+def test_dynamic_scaling_makes_the_pretrained_context_that_of_config_json() -> None:
+    fields = _model(_config("llama-dynamic")).model_dump() | {"max_position_embeddings": 64}
+    written = find_family("LlamaForCausalLM").config(ModelConfig(**fields))
+    assert written["max_position_embeddings"] == 16
+    assert "original_max_position_embeddings" not in written["rope_scaling"]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields"),
+    [
+        ("LlamaForCausalLM", {"attention_scale": 0.25}),
+        ("MistralForCausalLM", {"sliding_window": 4, "layer_types": ["sliding_attention"] * 3}),
+        ("LlamaForCausalLM", {"sliding_window": 4, "layer_types": ["full_attention"] * 3}),
+        ("LlamaForCausalLM", {"rope_local_theta": 100.0}),
+    ],
+)
+def test_another_way_to_say_the_same_is_no_other_model(architecture: str, fields: dict[str, Any]) -> None:
+    sizes = {key: value for key, value in SIZES.items() if not key.endswith("token_id")}
+    assert describe(ModelConfig(**sizes, **fields))[0].architecture == architecture
 
 
 def _least(architecture: str, **changes: Any) -> dict[str, Any]:

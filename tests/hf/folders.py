@@ -73,10 +73,13 @@ def make_tokenizer(path: Path) -> None:
 
 
 def stored_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a folder's safetensors files, read by the safetensors library."""
+    """Every tensor of a folder's safetensors files, read by the safetensors library; without any, of its .bin files."""
     tensors: dict[str, torch.Tensor] = {}
     for file in sorted(path.glob("*.safetensors")):
         tensors |= load_file(file)
+    if not tensors:
+        for file in sorted(path.glob("*.bin")):
+            tensors |= torch.load(file, weights_only=True)
     return tensors
 
 

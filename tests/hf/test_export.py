@@ -21,6 +21,7 @@ from megatron_llm.cli.main import main
 from megatron_llm.config import ModelConfig
 from megatron_llm.hf import HFFolder, collect_assets, export_hf
 from megatron_llm.hf.assets import exported_files
+from megatron_llm.models.names import logical_tensors
 from megatron_llm.ops.storage import LocalFolder
 from megatron_llm.parallel.shard import Box, Part, ShardSpec, pieces
 from tests.hf.folders import LLAMA3, assert_same_tensors, make_folder, make_tokenizer, stored_tensors
@@ -49,15 +50,15 @@ def save_from_folder(folder: Path, run: Path, compute: str = "float32", **model:
     }
     source = hf.source()
     owned: list[list[TensorToSave]] = [[] for _ in range(RANKS)]
-    for tensor in hf.family.tensor_names(ModelConfig(**hf.model_fields())):
-        whole = Box.full(tensor.shape)
-        part = Part(tensor.logical, tensor.shape, ((whole, whole),))
+    for name, shape in logical_tensors(ModelConfig(**hf.model_fields())):
+        whole = Box.full(shape)
+        part = Part(name, shape, ((whole, whole),))
         numel = whole.numel
         cuts = [0, numel // 3 + 1, numel // 3 + 2, numel]
         flat = source.read(part, whole).float().reshape(-1)
         for rank in range(RANKS):
             lo, hi = cuts[rank], cuts[rank + 1]
-            for piece in pieces(ShardSpec((part,)), tensor.shape, lo, hi):
+            for piece in pieces(ShardSpec((part,)), shape, lo, hi):
                 owned[rank].append(TensorToSave("weights", part.name, part.shape, piece.box, piece.view(flat[lo:hi])))
     step = checkpoint_folder(run / "checkpoints", 0)
     step.make()
@@ -218,10 +219,7 @@ def test_failed_export_leaves_the_old_one(tmp_path: Path) -> None:
     source = HFFolder(tmp_path / "hf").source(model)
     assets, out = collect_assets(tmp_path / "hf"), tmp_path / "out"
     export_hf(source, model, assets, out)
-    tensors = {
-        tensor.logical: source.read(Part(tensor.logical, tensor.shape, ()), Box.full(tensor.shape))
-        for tensor in HFFolder(tmp_path / "hf").family.tensor_names(model)
-    }
+    tensors = {name: source.read(Part(name, shape, ()), Box.full(shape)) for name, shape in logical_tensors(model)}
     tensors["head.weight"][5, 5] = -7e4
     with pytest.raises(ValueError, match="lm_head.weight has values up to 70000, beyond float16's 65504"):
         export_hf(Values(tensors), model, assets, out, dtype="F16", overwrite=True)

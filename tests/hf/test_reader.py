@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -54,53 +53,19 @@ def test_every_box_is_what_the_library_reads(tmp_path: Path, dtype: torch.dtype,
     model = _model(tmp_path)
     generator = torch.Generator().manual_seed(0)
     seen = set()
-    for tensor in folder.family.tensor_names(model):
-        seen.add(tensor.hf)
+    for tensor in folder.family.stored_tensors(model):
+        seen.add(tensor.name)
+        logical = tensor.pieces[0].name
         for _ in range(5):
             offset = tuple(int(torch.randint(0, size, (), generator=generator)) for size in tensor.shape)
             ends = (int(torch.randint(o + 1, n + 1, (), generator=generator)) for n, o in zip(tensor.shape, offset, strict=True))
             box = Box(offset, tuple(end - start for start, end in zip(offset, ends, strict=True)))
-            values = source.read(Part(tensor.logical, tensor.shape, ()), box)
+            values = source.read(Part(logical, tensor.shape, ()), box)
             assert values.dtype == dtype and values.is_contiguous()
-            assert torch.equal(values, stored[tensor.hf][box.slices])
+            assert torch.equal(values, stored[tensor.name][box.slices])
             values.fill_(1e4)  # the caller's own: the next read must not see it
-        assert torch.equal(source.read(Part(tensor.logical, tensor.shape, ()), Box.full(tensor.shape)), stored[tensor.hf])
+        assert torch.equal(source.read(Part(logical, tensor.shape, ()), Box.full(tensor.shape)), stored[tensor.name])
     assert seen == stored.keys()
-
-
-@pytest.mark.parametrize("sharded_bin", [False, True])
-def test_old_bin_folders_are_read(tmp_path: Path, sharded_bin: bool) -> None:
-    stored = make_folder(tmp_path, torch.float16)
-    (tmp_path / "model.safetensors").unlink()
-    if sharded_bin:
-        names = list(stored)
-        weight_map = {name: f"pytorch_model-{1 + (i >= 9)}.bin" for i, name in enumerate(names)}
-        for file in set(weight_map.values()):
-            torch.save({name: stored[name] for name in names if weight_map[name] == file}, tmp_path / file)
-        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    else:
-        torch.save(stored, tmp_path / "pytorch_model.bin")
-    box = Box((3, 5), (11, 7))
-    assert torch.equal(_read(tmp_path, "layers.1.attention.q.weight", (32, 24), box), stored[Q1][box.slices])
-    assert torch.equal(_read(tmp_path, "head.weight", (67, 24)), stored["lm_head.weight"])
-
-
-class _Evil:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (Path("executed"),))
-
-
-def test_bin_with_code_or_damage_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(folder)
-    stored = load_file("model.safetensors")
-    Path("model.safetensors").unlink()
-    torch.save({"a": _Evil()}, "pytorch_model.bin")
-    assert any("pytorch_model.bin" in problem for problem in HFFolder(folder).problems())
-    assert not Path("executed").exists()
-    torch.save(stored, "pytorch_model.bin")
-    assert HFFolder(folder).problems() == []
-    Path("pytorch_model.bin").write_bytes(Path("pytorch_model.bin").read_bytes()[:-1000])
-    assert any("pytorch_model.bin is truncated" in problem for problem in HFFolder(folder).problems())
 
 
 def test_checking_a_folder_imports_no_torch(folder: Path) -> None:
@@ -200,7 +165,7 @@ def test_tied_folder_with_another_head_is_refused_when_read(tmp_path: Path) -> N
 def test_reading_what_is_not_there_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match="no layers.2.mlp.up.weight"):
         _read(folder, "layers.2.mlp.up.weight", (40, 24))
-    with pytest.raises(ValueError, match=r"\(68, 24\) in the model, model.embed_tokens.weight has \(67, 24\)"):
+    with pytest.raises(ValueError, match=r"\(68, 24\) in the model, \(67, 24\) in model.embed_tokens.weight"):
         _read(folder, "embedding.weight", (68, 24))
 
 
@@ -212,7 +177,7 @@ def test_folders_that_are_none(tmp_path: Path, folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     assert "has no weights" in HFFolder(folder).problems()[0]
     config = json.loads((folder / "config.json").read_text())
-    for architectures, message in [(["GPT2LMHeadModel"], "GPT2LMHeadModel is not supported"), (None, "got None"), ("x", "got x")]:
+    for architectures, message in [(["T5Model"], "T5Model is not supported"), ("x", "got x"), (["a", "b"], "must name one")]:
         (folder / "config.json").write_text(json.dumps({**config, "architectures": architectures}))
         with pytest.raises(ValueError, match=message):
             HFFolder(folder)

@@ -12,18 +12,9 @@ import xxhash
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from megatron_llm.ops.safetensors import (
-    Entry,
-    SafetensorsFile,
-    TensorInfo,
-    WrittenFile,
-    dtype_name,
-    file_checksum,
-    read_header,
-    torch_dtype,
-    write_safetensors,
-)
+from megatron_llm.ops.safetensors import Entry, SafetensorsFile, WrittenFile, file_checksum, read_header, write_safetensors
 from megatron_llm.ops.storage import LocalFolder, ReadFile
+from megatron_llm.ops.tensor_file import TensorInfo, dtype_name, torch_dtype
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 

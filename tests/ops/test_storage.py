@@ -14,8 +14,9 @@ from fsspec.implementations.local import LocalFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_llm.ops.safetensors import Entry, SafetensorsFile, TensorInfo, file_checksum, write_bytes, write_safetensors
+from megatron_llm.ops.safetensors import Entry, SafetensorsFile, file_checksum, write_bytes, write_safetensors
 from megatron_llm.ops.storage import BLOCK_BYTES, Folder, LocalFolder, ReadFile, open_folder
+from megatron_llm.ops.tensor_file import TensorInfo
 
 
 class Elsewhere(LocalFileSystem):
@@ -137,7 +138,7 @@ def test_any_rectangle_is_read_and_of_a_local_file_not_a_byte_more(data: st.Data
 
 
 def test_columns_of_a_remote_file_are_cut_out_of_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_llm.ops.safetensors.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("megatron_llm.ops.tensor_file.BLOCK_BYTES", 1000)
     tensor = torch.randn(50, 30)  # rows of 120 bytes
     file, counted = _stored(open_folder("memory://columns"), tensor)
     assert torch.equal(file.read("t", (slice(3, 48), slice(10, 12))), tensor[3:48, 10:12])
