@@ -18,16 +18,13 @@ Shape suffixes: T tokens, V vocabulary.
 
 from __future__ import annotations
 
-import gc
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from megatron_llm.config import ModelConfig
 from megatron_llm.hf.config_reader import ConfigReader
@@ -39,6 +36,7 @@ from megatron_llm.training.build import DTYPES, build_model
 from megatron_llm.training.distributed import launched_rank, launched_world_size, pick_device, process_group
 from megatron_llm.training.spawn import run_ranks
 from megatron_llm.training.verify_layouts import Layout, logits_of_layout, parse_layouts
+from megatron_llm.training.verify_reference import Outputs, attention_of, class_of, corrections, reference
 from megatron_llm.training.verify_text import Documents, make_documents
 
 FLOAT32_TOLERANCE = 1e-4
@@ -65,14 +63,6 @@ class Request:
     tolerance: float | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     timeout_seconds: float = 1800.0
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """What a model says about the documents: logits [T, V] in float32 on the CPU, and the mean loss of a token that has one."""
-
-    logits_TV: Tensor
-    loss: float
 
 
 @dataclass(frozen=True)
@@ -139,7 +129,7 @@ def verify(request: Request, say: Say = print) -> list[str]:
     model = ModelConfig(**folder.model_fields())
     layouts = parse_layouts(request.layouts, model, world)
     folder.source(model)  # raises if the files are not whole
-    _class_of(folder)
+    class_of(folder)
     documents = make_documents(folder.path, model, None if request.text is None else Path(request.text), request.tokens)
     device = pick_device(request.device)
     if world == 1:
@@ -169,13 +159,18 @@ class _Verification:
         for layout in layouts:
             config = layout.config(self.model, self.documents.tokens, self.request.dtype, self.request.timeout_seconds)
             arguments = (str(self.folder.path), config, self.documents)
-            if world.size > 1:
-                found = logits_of_layout(*arguments, str(self.device))
-            else:
-                found = run_ranks(layout.ranks, logits_of_layout, *arguments, timeout_seconds=self.request.timeout_seconds)
+            compute = logits_of_layout if world.size > 1 else partial(self._spawned, layout)
+            found = compute(*arguments, str(self.device) if world.size > 1 else "cpu")
             if found is not None:
                 self._judge(layout.name, Outputs(torch.from_numpy(found[0]), found[1]))
         return list(all_gather_objects(self.problems, world)[0])
+
+    def _spawned(self, layout: Layout, *arguments: object) -> Any:
+        try:
+            return run_ranks(layout.ranks, logits_of_layout, *arguments, timeout_seconds=self.request.timeout_seconds)
+        except (ValueError, RuntimeError) as error:
+            error.add_note(f"in layout {layout.name}")
+            raise
 
     def _agreed(self, world: Axis, work: Callable[[], None]) -> None:
         """Let the first rank work, while others wait. All raise its ValueError."""
@@ -194,13 +189,13 @@ class _Verification:
 
         for line in self._heading(transformers.__version__):
             self.say(line)
-        self.expected = reference(self.folder, self.documents, torch.float32, self.device)
+        self.expected = reference(self.folder, self.model, self.documents, torch.float32, self.device)
         self.tolerance = self.request.tolerance
         self.say(f"{'':<24}{'difference of logits':>22}{'':>14}{'difference':>11}   same token")
         self.say(f"{'':<24}{'largest':>11}{'mean':>11}{'loss':>14}{'of loss':>11}   most likely")
         self.say(f"{'transformers float32':<24}{'':>22}{self.expected.loss:>14.6f}")
         if self.request.dtype == "bfloat16":
-            found = compare(self.expected, reference(self.folder, self.documents, torch.bfloat16, self.device))
+            found = compare(self.expected, reference(self.folder, self.model, self.documents, torch.bfloat16, self.device))
             self._line("transformers bfloat16", found)
             if self.tolerance is None:
                 self.tolerance = BFLOAT16_FACTOR * found.relative
@@ -213,9 +208,10 @@ class _Verification:
         layers = self.model.num_hidden_layers
         yield f"{folder.path}: {folder.family.architecture}, {layers} layers, {self.request.dtype} on {self.device}"
         lengths = [len(document) for document in documents.ids]
-        yield f"against transformers {version}, eager attention, each document alone"
+        yield f"against transformers {version}, {attention_of(folder)} attention, each document alone"
         yield f"text: {documents.tokens} tokens in {len(lengths)} documents of {lengths[0]} to {lengths[-1]}; {documents.origin}"
-        yield from (f"note: {note}" for note in [*ConfigReader(folder.config).notes(), *_not_reached(self.model, lengths[-1])])
+        notes = [*ConfigReader(folder.config).notes(), *corrections(self.model), *_not_reached(self.model, lengths[-1])]
+        yield from (f"note: {note}" for note in notes)
 
     @torch.no_grad()
     def _alone(self) -> Outputs:
@@ -252,54 +248,3 @@ def _not_reached(model: ModelConfig, longest: int) -> Iterable[str]:
     if scaling is not None and scaling.by_length and longest <= scaling.original_max_position_embeddings:
         pretrained = scaling.original_max_position_embeddings
         yield f"rope scaling {scaling.rope_type} begins beyond {pretrained} tokens, not in {longest}; --tokens takes more"
-
-
-def _class_of(folder: HFFolder) -> Any:
-    """transformers' class of a folder. Raises ValueError if it has none."""
-    import transformers
-
-    found = getattr(transformers, folder.family.architecture, None)
-    if found is None:
-        raise ValueError(
-            f"{folder.path}: transformers {transformers.__version__} has no {folder.family.architecture}, so there is nothing to "
-            "compare with"
-        )
-    return found
-
-
-@torch.no_grad()
-def reference(folder: HFFolder, documents: Documents, dtype: torch.dtype, device: torch.device) -> Outputs:
-    """What transformers computes, every document alone. The model is gone when this returns.
-
-    Raises ValueError if transformers cannot load the folder, does not find all of its tensors, or computes no finite numbers.
-    """
-    from transformers.utils import logging as transformers_logging
-
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
-    try:
-        model, found = _class_of(folder).from_pretrained(
-            folder.path, dtype=dtype, attn_implementation="eager", local_files_only=True, trust_remote_code=False,
-            weights_only=True, output_loading_info=True,
-        )  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
-        raise ValueError(f"{folder.path}: transformers cannot load it: {type(error).__name__}: {error}") from error
-    if missing := sorted(found["missing_keys"]):
-        raise ValueError(f"{folder.path}: transformers does not find {', '.join(missing[:5])} ({len(missing)} tensors) in it")
-    model.to(device).eval()
-    ids = [torch.tensor([document], device=device) for document in documents.ids]
-    logits_TV = torch.cat([model(input_ids=document, use_cache=False).logits[0].float().cpu() for document in ids])
-    del model, found
-    _free()
-    if not bool(logits_TV.isfinite().all()):
-        raise ValueError(f"{folder.path}: transformers itself computes logits that are not finite")
-    batch = documents.batch()
-    losses_T = cross_entropy(logits_TV, batch.labels_T, reduction="none")
-    return Outputs(logits_TV, float((losses_T.double() * batch.weights_T).sum() / batch.weights_T.sum()))
-
-
-def _free() -> None:
-    """Give memory back that the reference has had."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -120,7 +120,12 @@ def _encode(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
 
 
 def _longest(model: ModelConfig) -> int | None:
-    return model.max_position_embeddings if model.position_embedding == "learned" else None
+    """The model's context: tables of positions end there, also in classes of transformers for rotation and ALiBi.
+
+    None where the rotation changes beyond it.
+    """
+    scaling = model.rope_scaling
+    return None if scaling is not None and scaling.rope_type == "dynamic" else model.max_position_embeddings or None
 
 
 def _cut(begin: Sequence[int], ids: Sequence[int], longest: int | None) -> list[tuple[int, ...]]:
