@@ -32,9 +32,9 @@ def layer_scores(model: ModelConfig, layer: int, queries: int, sequence_length: 
 def layer_costs(model: ModelConfig, sequence_length: int) -> tuple[float, float, float]:
     """Forward multiply-adds per token of (embedding, one layer, head). The embedding is a lookup: bytes, no FLOPs.
 
-    A layer is the mean of all. Models that have layers with and without a sliding window alternate them every few layers, so
-    every stage gets about as many of each; what it has more or less of one sort costs less than a layer, the unit of the split,
-    unless rows are so long that scores are most of the work.
+    A layer is the mean of all. Models with and without a sliding window in their layers alternate them every few layers, so every
+    stage gets about as many of each; what it has more or less of one sort costs less than a layer, the unit of the split, unless
+    rows are so long that scores are most of the work.
     """
     heads, number = model.num_attention_heads, model.num_hidden_layers
     products = layer_products(model, heads, model.num_key_value_heads, model.intermediate_size)

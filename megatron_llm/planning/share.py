@@ -22,7 +22,9 @@ class Share(NamedTuple):
     def of(cls, config: Config, rank: int = 0) -> Share:
         """That of a tensor-parallel rank; none has more than the first."""
         model, tp = config.model, config.parallel.tensor_parallel
-        alone = config.parallel.model_copy(update={"pipeline_parallel": 1, "context_parallel": 1})
+        alone = config.parallel.model_copy(
+            update={"pipeline_parallel": 1, "context_parallel": 1, "pipeline_schedule": "1f1b", "virtual_stages": 1}
+        )
         grid = Grid.imagined(alone, model.num_key_value_heads, tp, rank)
         heads = Heads.of(model, grid)
         inner = balanced(model.intermediate_size, grid.tp)

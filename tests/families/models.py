@@ -78,7 +78,7 @@ def gradients_of_layout(
     """(loss sum, pieces of the summed gradients) of one batch, with the weights of a folder, on this rank."""
     folder = HFFolder(path)
     config = config_of(
-        model=folder.model_fields(), parallel=parallel, precision={"compute": compute},
+        model=ModelConfig(**folder.model_fields()).model_dump(), parallel=parallel, precision={"compute": compute},
         training={"sequence_length": sum(DOCUMENTS), "micro_batch_size": 1, "global_batch_size": 1, **(training or {})},
     )  # fmt: skip
     grid = Grid.build(config.parallel, config.model.num_key_value_heads)
