@@ -26,6 +26,7 @@ import torch.distributed as dist
 from megatron_llm.training.distributed import process_group
 from megatron_llm.training.roll_call import is_loss
 
+_START_SECONDS = 60.0  # that a process may take until its own limit begins: it imports torch, on a busy machine
 _GRACE_SECONDS = 10.0  # for the rank that failed to say so, when others have said that they lost it
 _FAILED, _WATCHDOG = 3, 1  # exit codes: an error, which has been reported; the limit of faulthandler
 
@@ -77,7 +78,7 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout_seconds: f
 def _result(ranks: dict[Connection, SpawnProcess], timeout_seconds: float) -> Any:
     """Wait until every rank is done, or one has failed."""
     numbers = {connection: number for number, connection in enumerate(ranks)}
-    deadline = time.monotonic() + timeout_seconds + 5  # the ranks' own limit comes first, and shows where they are
+    deadline = time.monotonic() + timeout_seconds + _START_SECONDS  # the ranks' own limit comes first, and shows where they are
     result, failure = None, None
     while numbers:
         ready = multiprocessing.connection.wait(list(numbers), max(0.0, deadline - time.monotonic()))

@@ -6,7 +6,7 @@ asked for. What is compared: every logit, the loss, and the most likely token.
 The rule. The largest difference of a logit, as a part of the largest logit of transformers, may be; and so may that of the mean
 loss, as a part of the loss:
 
-    float32     0.0001, against transformers in float32. Sums in another order differ by a tenth of that or less
+    float32     0.0001, against transformers in float32. Sums in another order differ by a millionth to some twenty of them
     bfloat16    three times what transformers in bfloat16 differs by, against transformers in float32: rounding depends too much
                 on depth and weights for a number, and this engine rounds no more often than transformers does
 

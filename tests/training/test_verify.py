@@ -291,9 +291,9 @@ def test_a_layout_that_differs_is_named(
     """The ranks find another config.json than the command did."""
     run = module.run_ranks
 
-    def other_model(world: int, fn: Any, path: str, config: Config, documents: Documents, **options: Any) -> Any:
+    def other_model(world: int, fn: Any, path: str, config: Config, *arguments: Any, **options: Any) -> Any:
         model = config.model.model_copy(update={"rope_theta": 11000.0})
-        return run(world, fn, path, config.model_copy(update={"model": model}), documents, **options)
+        return run(world, fn, path, config.model_copy(update={"model": model}), *arguments, **options)
 
     monkeypatch.setattr(module, "run_ranks", other_model)
     assert main(["verify", str(folder), "--layouts", "tp2"]) == 1
