@@ -217,7 +217,7 @@ class _Stage:
         return count * self.size * self._square() * (self.n if alibi else 1)
 
     def _embedding_kept(self) -> float:
-        kept = (IDS + self.several) * self.t  # over tp also which ids are not held here
+        kept: float = (IDS + self.several) * self.t  # over tp also which ids are not held here
         if self.model.position_embedding == "learned":
             kept += IDS * self.s
         return kept + (self.normalized if self.model.embedding_norm else 0.0)
