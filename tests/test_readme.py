@@ -1,4 +1,4 @@
-"""The commands of the README, docs/data.md and docs/checkpoints.md, run as written, in a folder as the README describes it."""
+"""The commands of the README and of pages in docs, run as written in a folder as the README describes it; lists in pages."""
 
 from __future__ import annotations
 
@@ -116,3 +116,30 @@ def test_the_readmes_configuration_is_valid() -> None:
 
     (shown,) = blocks("yaml")
     parse_config(yaml.safe_load(shown) | {"model": TINY["model"]})
+
+
+@pytest.mark.slow
+def test_every_command_of_the_page_on_hugging_face_runs(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    run_commands("docs/hugging_face.md", tmp_path, at_least=8)
+
+
+def test_the_page_on_hugging_face_lists_every_architecture() -> None:
+    from megatron_llm.hf.families import families
+    from tools.list_families import BEGIN, END, table
+
+    shown = (ROOT / "docs/hugging_face.md").read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0]
+    assert shown == table(), "run python tools/list_families.py"
+    assert all(f"`{architecture}`" in shown for architecture in families())
+
+
+def test_the_page_on_families_names_every_option_of_a_model() -> None:
+    """Sizes and what names a source of weights aside."""
+    from megatron_llm.config import ModelConfig
+
+    text = (ROOT / "docs/add_a_family.md").read_text(encoding="utf-8")
+    others = {
+        "hf", "checkpoint", "checkpoint_ema", "resize_vocab", "vocab_size", "hidden_size", "intermediate_size",
+        "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "initializer_range",
+    }  # fmt: skip
+    assert [name for name in ModelConfig.model_fields if name not in others and f"`{name}`" not in text] == []

@@ -10,6 +10,10 @@ HELP = "prove that a Hugging Face folder computes here what it computes in trans
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which folder, on what text, in which layouts, and how near is near."""
+    parser.usage = (  # argparse would put HF_DIR last, where --layouts takes it for one more
+        "%(prog)s HF_DIR [--layouts L ...] [--text FILE] [--tokens N] [--dtype float32|bfloat16] [--tolerance X] "
+        "[--device auto|cpu|cuda] [--timeout SECONDS]"
+    )
     parser.add_argument("folder", metavar="HF_DIR", help="a Hugging Face folder; code in it is never run")
     parser.add_argument(
         "--layouts",

@@ -76,12 +76,15 @@ def _sha256(files: Sequence[Path]) -> str:
 
 
 def load_pretrained(folder: str | Path) -> Any:
-    """The transformers tokenizer of a local folder. Raises ValueError if it cannot be loaded; never asks a server."""
+    """The transformers tokenizer of a local folder. Raises ValueError if it cannot be loaded.
+
+    No server is asked and no code of the folder runs; nor is the user asked whether it may.
+    """
     fingerprint(folder)
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}: transformers cannot load this tokenizer: {error}") from error
 

@@ -125,6 +125,8 @@ def verify(request: Request, say: Say = print) -> list[str]:
         raise ValueError(f"--tolerance {request.tolerance} must be 0 or more")
     if not 0 < request.timeout_seconds <= 1e7:
         raise ValueError(f"--timeout {request.timeout_seconds:g} must be more than 0 and at most 1e7 seconds")
+    if request.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU; use cpu or auto")
     folder = HFFolder(request.folder)
     model = ModelConfig(**folder.model_fields())
     layouts = parse_layouts(request.layouts, model, world)

@@ -16,7 +16,15 @@ import tiktoken_ext.openai_public as published
 from transformers import AutoTokenizer
 
 from megatron_llm.data import tiktoken_file
-from megatron_llm.data.tokenizer import describe, fingerprint, load_decoder, load_encoder, path_fingerprint, tokenizer_kind
+from megatron_llm.data.tokenizer import (
+    describe,
+    fingerprint,
+    load_decoder,
+    load_encoder,
+    load_pretrained,
+    path_fingerprint,
+    tokenizer_kind,
+)
 from tests.data.prepare.made_tokenizers import LIKE_LLAMA, SPECIAL, added, make, save, train_model
 
 TOKENS = [*map(added, SPECIAL), added("é", special=False, normalized=True)]
@@ -210,6 +218,17 @@ def test_paths_that_are_no_tokenizer(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             describe(tmp_path / name, "pretrain")
+
+
+def test_code_of_a_folder_is_never_run_nor_asked_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "vocab.json").write_text("{}")
+    (tmp_path / "config.json").write_text("{}")
+    settings = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "own.py").write_text("raise SystemExit('it ran')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the user was asked"))
+    with pytest.raises(ValueError, match="transformers cannot load this tokenizer"):
+        load_pretrained(tmp_path)
 
 
 def test_a_fingerprint_is_of_a_folder_only(tmp_path: Path) -> None:

@@ -344,6 +344,7 @@ MISTAKES = [
     (["--tolerance", "-1"], "--tolerance -1.0 must be 0 or more"),
     (["--tolerance", "nan"], "--tolerance nan must be"),
     (["--timeout", "0"], "--timeout 0 must be"),
+    pytest.param(["--device", "cuda"], "torch sees no GPU", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="GPU")),
 ]
 
 
