@@ -16,6 +16,7 @@ from megatron_llm.data.stream import build_train_stream
 from megatron_llm.models.decoder import DecoderStage
 from megatron_llm.models.recompute import Recompute
 from megatron_llm.parallel.grid import Grid
+from megatron_llm.parallel.shard import TensorSource
 from megatron_llm.training.build import Engine, build_engine
 from megatron_llm.training.recovery import known_facts, make_pruner, start_save
 from megatron_llm.training.step import RunState, train_step
@@ -105,10 +106,12 @@ def save_run(engine: Engine, state: RunState) -> None:
     start_save(saver, engine, state, {}, known_facts(engine.config), wait=True)
 
 
-def train(config: Config, steps: int | None = None) -> tuple[list[tuple[float, float, bool]], Pieces]:
+def train(
+    config: Config, steps: int | None = None, weights: TensorSource | None = None
+) -> tuple[list[tuple[float, float, bool]], Pieces]:
     """Run on this rank: (loss, gradient norm, skipped) of each step, and the weights owned at the end."""
     grid = Grid.build(config.parallel, config.model.num_key_value_heads)
-    engine = build_engine(config, grid, torch.device("cpu"))
+    engine = build_engine(config, grid, torch.device("cpu"), weights)
     stream, state = build_train_stream(config), RunState()
     history = []
     for _ in range(config.training.steps if steps is None else steps):

@@ -6,6 +6,7 @@ Names follow Hugging Face where most families agree on one. The defaults are Lla
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -20,14 +21,18 @@ class RopeScalingConfig(Section):
     """
 
     rope_type: Literal["linear", "dynamic", "llama3", "yarn", "longrope"]
-    factor: float = Field(default=1.0, ge=1.0, description="all but longrope")
+    factor: float = Field(default=1.0, ge=1.0, description="longrope: for attention_factor alone")
     original_max_position_embeddings: int = Field(default=8192, gt=0, description="the pretrained context; all but linear")
     low_freq_factor: float = Field(default=1.0, gt=0, description="llama3 only")
     high_freq_factor: float = Field(default=4.0, gt=0, description="llama3 only")
     beta_fast: float = Field(default=32.0, gt=0, description="yarn only")
     beta_slow: float = Field(default=1.0, gt=0, description="yarn only")
     truncate: bool = Field(default=True, description="yarn only: the ramp begins and ends at whole channels")
-    attention_factor: float = Field(default=1.0, gt=0, description="yarn and longrope: what cosine and sine are multiplied by")
+    attention_factor: float | None = Field(
+        default=None,
+        gt=0,
+        description="yarn and longrope: what cosine and sine are multiplied by; unset: what their papers say for factor",
+    )
     short_factor: list[float] = Field(default=[], description="longrope only: divides each frequency of short documents")
     long_factor: list[float] = Field(
         default=[], description="longrope only: the same of documents beyond original_max_position_embeddings"
@@ -37,6 +42,10 @@ class RopeScalingConfig(Section):
     def _consistent(self) -> RopeScalingConfig:
         if self.rope_type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             raise ValueError(f"high_freq_factor {self.high_freq_factor} must exceed low_freq_factor {self.low_freq_factor}")
+        if self.rope_type in ("yarn", "longrope") and self.attention_factor is None:
+            growth, context = math.log(self.factor), math.log(self.original_max_position_embeddings)
+            value = 0.1 * growth + 1.0 if self.rope_type == "yarn" else math.sqrt(1 + growth / context)
+            object.__setattr__(self, "attention_factor", value)
         if self.rope_type == "longrope" and not (self.short_factor and self.long_factor):
             raise ValueError("longrope needs short_factor and long_factor, a number for each rotated pair of channels")
         return self
@@ -189,6 +198,8 @@ class ModelConfig(Section):
             problems.append("norm_bias and qk_norm_bias belong to norm: layer_norm")
         if self.norm == "layer_norm" and self.qk_norm == "full":
             problems.append("qk_norm full goes with norm rms_norm")
+        if self.qk_norm in ("per_head", "full") and not self.norm_weight:
+            problems.append(f"qk_norm {self.qk_norm} has weights; with norm_weight: false only qk_norm head goes")
         if self.head_bias and self.logit_multiplier != 1.0:
             problems.append("logit_multiplier goes with a head without bias")
         if self.parallel_block != "none" and self.norm_placement != "input":

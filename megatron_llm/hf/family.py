@@ -117,6 +117,7 @@ class Family:
         table: where a folder keeps what, in the order of the forward pass.
         defaults: transformers' values of the keys that a config.json may leave out.
         aliases: other spellings of keys -> the one that `from_hf` reads (transformers' `attribute_map`).
+        rope_names: rotary keys as Llama has them -> what this family calls them at the top of config.json, where that differs.
         prefix: what the names of the body begin with; folders of the bare body, and some old ones, leave it out.
         derived: regular expressions for the ends of names of buffers in old folders, which are computed and not imported.
     """
@@ -128,6 +129,7 @@ class Family:
     table: tuple[Row, ...]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
+    rope_names: Mapping[str, str] = field(default_factory=dict)
     prefix: str = ""
     derived: tuple[str, ...] = ()
 
@@ -137,8 +139,11 @@ class Family:
 
     def fields(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Fields of ModelConfig. Raises ValueError with every reason why this engine cannot run what config.json describes."""
-        reader = ConfigReader(config, self.defaults, self.aliases)
-        fields = self.from_hf(reader)
+        reader = ConfigReader(config, self.defaults, self.aliases, self.rope_names)
+        try:
+            fields = self.from_hf(reader)
+        except (TypeError, AttributeError, KeyError, IndexError, ArithmeticError) as error:  # of what is no number, or no mapping
+            raise ValueError(f"config.json of {self.architecture}: a value is not what it should be ({error})") from error
         reader.refuse_general(self.architectures)
         if reader.problems:
             raise ValueError(f"config.json of {self.architecture}: " + "; ".join(reader.problems))
@@ -153,15 +158,25 @@ class Family:
         return config
 
     def patch(self, config: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
-        """`config` changed where it does not describe `model`, in its own spelling; all other fields are kept."""
+        """`config` changed where it does not describe `model`, in its own spelling; all other fields are kept.
+
+        Raises ValueError if the family has no such model.
+        """
         before, after = self.to_hf(ModelConfig(**self.fields(config))), self.to_hf(model)
-        reader = ConfigReader(config, self.defaults, self.aliases)
+        names = {key: self.rope_names.get(key, key) for key in ROPE_KEYS}
+        rope = {key: after[name] for key, name in names.items() if name in after}
         changed = {key for key, value in after.items() if before.get(key) != value}
-        for key in changed - set(ROPE_KEYS):
-            reader.put(key, after[key])
-        if changed & set(ROPE_KEYS):
-            reader.put_rope({key: after[key] for key in ROPE_KEYS if key in after})
-        return reader.patched
+        changed_rope = {key for key in rope if names[key] in changed}
+        for wanted in (changed_rope, set(rope)):  # all of it, where one setting follows from another
+            reader = ConfigReader(config, self.defaults, self.aliases, self.rope_names)
+            for key in changed - set(names.values()):
+                reader.put(key, after[key])
+            if wanted:
+                reader.put_rope(rope, wanted)
+            different = _differences(model, ModelConfig(**self.fields(reader.patched)))
+            if not different:
+                return reader.patched
+        raise ValueError(f"{self.architecture} has no model with {', '.join(different)}")
 
     def stored_tensors(self, model: ModelConfig, prefixed: bool = True) -> Iterator[StoredTensor]:
         """Every tensor of a folder with `model`, each once, in the order of the table, the layers one after the other.
@@ -232,8 +247,21 @@ def _expand(row: Row, model: ModelConfig, shapes: dict[str, tuple[int, ...]], va
 
 def _differences(model: ModelConfig, other: ModelConfig) -> list[str]:
     """Fields in which two models differ as decoders: `name value`."""
+    mine, theirs, values = _meaning(model), _meaning(other), model.model_dump()
+    return [f"{name} {json.dumps(values[name])}" for name, value in mine.items() if value != theirs[name]]
+
+
+def _meaning(model: ModelConfig) -> dict[str, Any]:
+    """The fields that make the decoder what it is, the same for all ways to say the same."""
     ignored = {"hf", "checkpoint", "checkpoint_ema", "resize_vocab", "initializer_range", "max_position_embeddings"}
     if model.position_embedding == "learned":
         ignored.remove("max_position_embeddings")
-    mine, theirs = model.model_dump(exclude=ignored), other.model_dump(exclude=ignored)
-    return [f"{name} {json.dumps(value)}" for name, value in mine.items() if value != theirs[name]]
+    layers = range(model.num_hidden_layers)
+    windows = [model.window(layer) for layer in layers]
+    local = (model.rope_theta, model.rope_scaling) if model.rope_local_theta is None else (model.rope_local_theta, None)
+    return model.model_dump(exclude=ignored | {"layer_types"}) | {
+        "sliding_window": windows,
+        "nope_layers": sorted(set(model.nope_layers)),
+        "attention_scale": [model.scale(layer) for layer in layers],
+        "rope_local_theta": local if any(windows) else None,
+    }

@@ -34,8 +34,7 @@ class Rotary:
         self.model, self.dtype, self.device = model, dtype, device
         self.used = model.position_embedding == "rope"
         scaling = model.rope_scaling
-        scaled = scaling is not None and scaling.rope_type in ("yarn", "longrope")
-        self.factor = scaling.attention_factor if scaling is not None and scaled else 1.0
+        self.factor = 1.0 if scaling is None else scaling.attention_factor or 1.0
         self._by_length: dict[int, Tensor] = {}
         if self.used:
             self.frequencies_P = self._frequencies(0)

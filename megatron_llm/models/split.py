@@ -10,12 +10,36 @@ from __future__ import annotations
 from megatron_llm.config import ModelConfig
 
 
+def attended(length: int, window: int | None) -> float:
+    """Keys that a query sees on average over a row of one document: query p of 1 ... length sees min(p, window)."""
+    if not length:
+        return 0.0
+    seen = min(length, window or length)
+    return (seen * (seen + 1) / 2 + (length - seen) * seen) / length
+
+
+def layer_products(model: ModelConfig, queries: int, keys: int, inner: int) -> float:
+    """Forward multiply-adds per token with the weights of a layer, for so many query heads, key heads and inner channels."""
+    matrices = 3 if model.mlp_gated else 2
+    return float(model.hidden_size * (2 * model.head_dim * (queries + keys) + matrices * inner))
+
+
+def layer_scores(model: ModelConfig, layer: int, queries: int, sequence_length: int) -> float:
+    """The same of q k^T and p v, which have no weights; they depend on the layer where only some have a sliding window."""
+    return 2.0 * queries * model.head_dim * attended(sequence_length, model.window(layer))
+
+
 def layer_costs(model: ModelConfig, sequence_length: int) -> tuple[float, float, float]:
-    """Forward multiply-adds per token of (embedding, one layer, head). The embedding is a lookup: bytes, no FLOPs."""
-    hidden, dim = model.hidden_size, model.head_dim
-    projections = hidden * dim * (2 * model.num_attention_heads + 2 * model.num_key_value_heads)
-    scores = model.num_attention_heads * dim * sequence_length  # q k^T and p v, causal: half of 2 * length each
-    return 0.0, projections + scores + 3.0 * hidden * model.intermediate_size, float(hidden * model.vocab_size)
+    """Forward multiply-adds per token of (embedding, one layer, head). The embedding is a lookup: bytes, no FLOPs.
+
+    A layer is the mean of all. Models with and without a sliding window in their layers alternate them every few layers, so every
+    stage gets about as many of each; what it has more or less of one sort costs less than a layer, the unit of the split, unless
+    rows are so long that scores are most of the work.
+    """
+    heads, number = model.num_attention_heads, model.num_hidden_layers
+    products = layer_products(model, heads, model.num_key_value_heads, model.intermediate_size)
+    scores = sum(layer_scores(model, layer, heads, sequence_length) for layer in range(number)) / number
+    return 0.0, products + scores, float(model.hidden_size * model.vocab_size)
 
 
 def split_layers(num_layers: int, placement: tuple[int, ...], embedding: float, layer: float, head: float) -> list[range]:

@@ -116,16 +116,19 @@ def _causal_mask(q_len: int, k_len: int, window: int | None, device: torch.devic
 
 
 def _mask(q_BNLD: Tensor, k_len: int, scores: Scores, masks: Masks) -> Tensor | None:
-    """What torch's kernels are given: None for plain causal attention, else bool, or ALiBi in the dtype of the queries."""
+    """What torch's kernels are given: None for plain causal attention, else what is added to scores, in the dtype of the queries.
+
+    Not bool: each call would make numbers of it, which backward would keep for every layer.
+    """
     q_len = q_BNLD.shape[2]
     window = scores.window if scores.window is not None and scores.window < k_len else None
     if scores.slopes_N is None and window is None and q_len in (1, k_len):
         return None
-    key = (q_len, k_len, window, scores.slopes_N is not None, scores.scale)
+    key = (q_len, k_len, window, scores.slopes_N is not None, scores.scale if scores.coarse else None)
     if key not in masks:
-        allowed = _causal_mask(q_len, k_len, window, q_BNLD.device)
         bias = scores.bias(q_len, k_len, q_BNLD.shape[3], q_BNLD.dtype)
-        masks[key] = allowed if bias is None else bias.masked_fill(~allowed, -math.inf)[None]
+        hidden = ~_causal_mask(q_len, k_len, window, q_BNLD.device)
+        masks[key] = (q_BNLD.new_zeros(1, q_len, k_len) if bias is None else bias).masked_fill(hidden, -math.inf)[None]
     return masks[key]
 
 

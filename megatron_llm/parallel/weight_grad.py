@@ -154,7 +154,7 @@ def defer_linear_weight_gradients(wanted: Sequence[tuple[Tensor, Tensor]], x: Te
 
         return finish
 
-    return _put(wanted[0][0], start)
+    return all(hasattr(weight_OI, "main_grad") for weight_OI, _ in wanted) and _put(wanted[0][0], start)
 
 
 def embedding_weight_gradient(weight_VH: Tensor, rows_T: Tensor, dy_TH: Tensor) -> Tensor | None:

@@ -73,6 +73,28 @@ def walk(schedule: Schedule) -> Iterator[tuple[int, Action]]:
         raise ValueError("the schedule deadlocks: " + ", ".join(stuck))
 
 
+def sent_after(schedule: Schedule, rank: int) -> dict[int, list[int]]:
+    """Per sender, for every message to `rank` in the order of sending: how many actions of `rank` come before it is sent.
+
+    They are those that the message depends on, through messages and through the order in which every rank acts. The next action
+    of `rank` may run beside the message, whatever it waits for.
+    """
+    before: dict[Action, int] = {}  # for an action that has been begun, as above
+    last = [0] * len(schedule.actions)  # the same for the last action of each rank
+    for actor, action in walk(schedule):
+        needed = dependencies(action, len(schedule.placement))
+        last[actor] = max([last[actor], *(before[other] for other in needed)])
+        if actor == rank:
+            last[actor] += 1
+        before[action] = last[actor]
+    stages = len(schedule.placement)
+    return {
+        sender: [before[dependencies(action, stages)[0]] for action in messages]
+        for (sender, receiver), messages in schedule.channels.items()
+        if receiver == rank
+    }
+
+
 def held(schedule: Schedule, after_forward: Sequence[float], after_backward: Sequence[float]) -> tuple[float, ...]:
     """The most that each rank holds at once. It follows from the order of actions alone, whatever they take.
 

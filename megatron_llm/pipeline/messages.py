@@ -4,6 +4,12 @@ There is a process group for messages to higher and one for messages to lower pi
 one channel. NCCL delivers it in order, whatever other channels wait for, because torch gives every pair of a group that is not
 bound to a device a communicator and a stream of its own. Both ends know the whole schedule; receives are posted in the order
 of sending, and what arrives before it is needed is kept.
+
+On a CPU receives are posted ahead of their need. On a GPU a receive is a kernel that runs until its message is there, and the
+driver loads a kernel at its first use, for which it may wait until nothing runs. A rank that had posted the receive of a gradient
+before the forward that the gradient comes of would wait in that forward for ever (seen with CUDA 13.0 on an H200, in the first
+step). So a receive is posted there when the action that needs it is next. In a V, whose ranks send and receive in both directions
+at both of their stages, it is posted while actions that need no message come before, unless the message depends on those.
 """
 
 from __future__ import annotations
@@ -22,9 +28,9 @@ from torch import Tensor
 
 from megatron_llm.parallel.grid import Axis, Grid
 from megatron_llm.pipeline.actions import Action, Schedule
-from megatron_llm.pipeline.check import dependencies, walk
+from megatron_llm.pipeline.check import dependencies, sent_after, walk
 
-_RECEIVES_AHEAD = 2  # of every channel, beyond the message that is needed: one travels while another is being used
+_RECEIVES_AHEAD = 2  # of every channel on a CPU, beyond the message that is needed: one travels while another is being used
 
 
 def most_under_way(schedule: Schedule) -> int | None:
@@ -55,6 +61,30 @@ class PeerLostError(RuntimeError):
     """A message could not be exchanged: the rank at the other end is gone, or later than the time limit."""
 
 
+def posted_early(schedule: Schedule, rank: int) -> list[tuple[int, Action] | None]:
+    """On a GPU, for every action of `rank`: (sender, consuming action) of the receive to post before it, besides its own.
+
+    In a V that trains it is that of the next action that needs one, unless its message depends on actions of `rank` in between.
+    """
+    actions, placement = schedule.actions[rank], schedule.placement
+    if not schedule.split or placement[0] != placement[-1] or len(schedule.actions) == 1:
+        return [None] * len(actions)
+    after = sent_after(schedule, rank)
+    ends = {
+        action: (sender, count)
+        for sender, counts in after.items()
+        for action, count in zip(schedule.channels[sender, rank], counts, strict=True)
+    }
+    early: list[tuple[int, Action] | None] = []
+    needing: Action | None = None
+    for index in reversed(range(len(actions))):
+        if actions[index] in ends:
+            needing = actions[index]
+        sender, count = ends[needing] if needing else (0, 0)
+        early.append((sender, needing) if needing and count <= index else None)
+    return early[::-1]
+
+
 def axis_of_channel(grid: Grid, sender: int, receiver: int) -> Axis:
     """The axis whose group carries the messages from one pipeline rank to another."""
     return grid.pp_forward if sender < receiver else grid.pp_backward
@@ -76,14 +106,16 @@ class Inbox:
         sender: pipeline rank at the other end; axis: the channel's.
         messages: the actions that consume the messages of a step, in the order of sending.
         buffer: makes the memory of one message.
+        on_host: the messages are in a CPU's memory, and receives are posted ahead.
     """
 
-    def __init__(self, sender: int, axis: Axis, messages: list[Action], buffer: Callable[[], Tensor]):
+    def __init__(self, sender: int, axis: Axis, messages: list[Action], buffer: Callable[[], Tensor], on_host: bool):
         self._sender, self._axis, self._messages, self._buffer = sender, axis, messages, buffer
+        self._ahead = _RECEIVES_AHEAD if on_host else 0
         self._place = {action: place for place, action in enumerate(messages)}
         self._posted = 0
         self._here: dict[Action, tuple[dist.Work, Tensor]] = {}  # posted and not yet taken
-        self._post(_RECEIVES_AHEAD)
+        self._post(self._ahead)
 
     def _post(self, count: int) -> None:
         """Have the first `count` receives of the step posted."""
@@ -95,9 +127,13 @@ class Inbox:
             self._here[action] = work, buffer
             self._posted += 1
 
+    def ask(self, action: Action) -> None:
+        """Post the receive of the message that `action` needs, and of those sent before."""
+        self._post(self._place[action] + 1 + self._ahead)
+
     def take(self, action: Action) -> Tensor:
         """Wait for the message that `action` needs: on a GPU the stream waits, not the host."""
-        self._post(self._place[action] + 1 + _RECEIVES_AHEAD)
+        self.ask(action)
         work, buffer = self._here.pop(action)
         with _lost(self._sender, "receiving from"):
             work.wait()

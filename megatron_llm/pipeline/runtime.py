@@ -1,7 +1,7 @@
 """The one runtime: executes any checked schedule, on gloo and NCCL. Called by `training/step.py`.
 
 It sees stages only as a callable, and messages of one static shape (`pipeline/messages.py`). Nothing here makes the host wait
-for a GPU: a receive, posted ahead of the action that needs it, is waited for by the stream; sends are asynchronous.
+for a GPU: a receive is waited for by the stream; sends are asynchronous.
 
 What is held of a micro-batch: from F to B the input of the stage and what its operations saved, but not its output, of
 which only the place in the autograd graph is kept; from B to W what `parallel/weight_grad.py` queued.
@@ -22,7 +22,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.parallel.weight_grad import WeightGradients
 from megatron_llm.pipeline.actions import Action, Schedule
-from megatron_llm.pipeline.messages import Inbox, Outbox, PeerLostError, axis_of_channel, most_under_way
+from megatron_llm.pipeline.messages import Inbox, Outbox, PeerLostError, axis_of_channel, most_under_way, posted_early
 from megatron_llm.pipeline.recorder import EventKind, Recorder
 from megatron_llm.pipeline.timeline import Event
 
@@ -66,6 +66,7 @@ class PipelineRuntime:
         self.timeout_seconds = timeout_seconds
         self.before_layer: Callable[[int], None] | None = None
         self.after_action: Callable[[], None] = _nothing
+        self._early: tuple[Schedule, list[tuple[int, Action] | None]] | None = None  # of the last schedule
         self._open_channels()
 
     def _open_channels(self) -> None:
@@ -84,6 +85,14 @@ class PipelineRuntime:
                 dist.send(token, axis.ranks[receiver], group=axis.group)
             elif me == receiver:
                 dist.recv(token, axis.ranks[sender], group=axis.group)
+
+    def posted_early(self, schedule: Schedule) -> list[tuple[int, Action] | None]:
+        """The receives that are posted before every action, besides its own: `messages.posted_early`; none on a CPU."""
+        if self._early is None or self._early[0] is not schedule:
+            me = self.grid.pp.rank
+            nothing: list[tuple[int, Action] | None] = [None] * len(schedule.actions[me])
+            self._early = schedule, nothing if self.device.type == "cpu" else posted_early(schedule, me)
+        return self._early[1]
 
     def run(self, schedule: Schedule, forward: Forward, trace: list[Event] | None = None) -> None:
         """Execute one step of `schedule`.
@@ -124,8 +133,11 @@ class _Execution:
         with self._naming("at the start of the step"):
             self._open_boxes()
         act = {"F": self._forward, "B": self._backward, "W": self._weight_gradients}
-        for action in self.actions:
+        for action, early in zip(self.actions, self.runtime.posted_early(self.schedule), strict=True):
             with self._naming(f"in {action}"):
+                if early is not None:
+                    sender, consumer = early
+                    self.inboxes[sender].ask(consumer)
                 act[action.kind](action)
                 for outbox in self.outboxes.values():
                     outbox.release()
@@ -143,7 +155,7 @@ class _Execution:
         for (sender, receiver), messages in self.schedule.channels.items():
             axis = axis_of_channel(self.grid, sender, receiver)
             if receiver == self.rank:
-                self.inboxes[sender] = Inbox(sender, axis, messages, buffer)
+                self.inboxes[sender] = Inbox(sender, axis, messages, buffer, self.runtime.device.type == "cpu")
             elif sender == self.rank:
                 self.outboxes[receiver] = Outbox(receiver, axis, self.runtime.timeout_seconds, limit)
 

@@ -1,42 +1,65 @@
 """Bytes of activations that a pipeline stage holds for one micro-batch. Called by `planning/stages.py`.
 
 From F to B, per layer, what autograd saves (tensors that several operations save count once; weights do not count), and the
-setting of recompute_modules with which it is made again instead. Full recomputation keeps the input of the layer only.
+setting of recompute_modules with which it is made again instead. Full recomputation keeps the input of the layer only, and
+that of a norm behind the MLP.
 
     tensor                                    elements of the compute dtype        of at least float32     made again
-    input of the layer and of the MLP norm    2 * S * H
-    reciprocal norms                                                               2 * S                   norms
-    outputs of both norms                     2 * S * H                                                    norms
+    input of the layer; of the MLP's part     2 * S * H, side by side S * H
+    norms before attention and MLP            S * H each                           S, or 2 S, each         norms
+    norms behind attention and MLP            S * H each                           S, or 2 S, each
     q, k, v as projected (v is a view)        T * (N + 2 K) * D
-    q and k, rotated                          T * (N + K) * D                                              attention
+    the same, clipped                         T * (N + 2 K) * D                                            attention
+    norms of q and k                                                               T * (N + K), twice that, attention
+                                                                                   or of all heads 2 T
+    q and k, normalized or rotated            T * (N + K) * D                                              attention
     attention output, log-sum-exp             T * N * D                            T * N                   attention
     the same output with documents joined     T * N * D, only if several documents attend on their own     attention
-    gate and up                               T * 2 F
-    their product                             T * F                                                        activation
+    inputs of a gated MLP's product           T * 2 F
+    input of a plain MLP's activation         T * F, unless that is relu
+    what either makes of them                 T * F                                                        activation
 
-What is made again comes back in B: one layer at a time with full recomputation, else one norm, one attention or one product.
+A norm keeps the reciprocal deviation of a token, LayerNorm its mean too; a norm before keeps its output (its input is the
+layer's), one behind its input. relu is the one activation whose backward reads its result: recomputing it exchanges the result
+for the input. With `attn_logit_softcapping` attention is explicit, and keeps instead, from "q and k" down to "documents joined":
 
-Besides, per stage: the rotary tables; on the first the ids; on the last what the final norm, the head and the loss save. It holds
-for attention kernels that keep no score matrix, and for devices that compute in the compute dtype itself.
+    q, k and v for every query head                                                3 T * N * D             attention
+    tanh and softmax of the scores                                                 2 T * N * L             attention
+    the mask                                  L * L bytes                                                  attention
+    attention output                          T * N * D                                                    attention
+
+What is made again comes back in B: one layer at a time with full recomputation, else one norm, one attention or one product;
+attention and product at once where they are side by side.
+
+Besides, per stage: the rotary tables, also those of layers with a window where they differ; what is added to the scores of ALiBi
+(N * L * L) or of a sliding window shorter than rows (L * L), once for all layers that are alike. On the first stage the ids, the
+positions if they are learned, and the input of a norm behind the embedding; on the last what the final norm, the head, a
+soft-cap of logits (T * V more) and the loss save.
+
+It holds for devices that compute in the compute dtype itself, and for attention kernels that keep no score matrix and no copy of
+what is added to scores (torch's memory-efficient one keeps one if L is no multiple of 16).
 
 From B to W, per layer and however recomputed, the inputs and the output gradients of its four products:
 
-    inputs                                    2 * S * H + T * N * D + T * F
-    output gradients                          2 * T * H + T * (N + 2 K) * D + T * 2 F
-    gradients of both norms                                                        2 * H
+    inputs                                    2 * S * H (one norm side by side: S * H) + T * N * D + T * F
+    output gradients                          2 * T * H (side by side T * H) + T * (N + 2 K) * D + T * 2 F (plain: T * F)
+    gradients of norms and biases                                                  as many as they have here
 
 and those of the head and of the final norm on the last stage, the ids and the gradient of the embedding on the first.
 
-T tokens of a micro-batch, S = T / t with sequence parallelism and else T; on one of t tensor-parallel ranks: N query heads,
-K key/value heads of D channels, F intermediate size, V vocabulary; H hidden size.
+T tokens of a micro-batch in rows of L, S = T / t with sequence parallelism and else T; on one of t tensor-parallel ranks: N query
+heads, K key/value heads of D channels, F intermediate size, V vocabulary; H hidden size.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import NamedTuple
 
 from megatron_llm.config import Config
+from megatron_llm.models.names import norm_names
 from megatron_llm.models.recompute import Recompute
+from megatron_llm.planning.share import Share
 
 IDS = 8  # bytes of an int64
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -61,37 +84,179 @@ class StageBytes(NamedTuple):
     again: float
 
 
-def stage_bytes(config: Config, layers: range, first: bool, last: bool) -> StageBytes:
+def stage_bytes(config: Config, layers: range, first: bool, last: bool, rank: int = 0) -> StageBytes:
     """What a stage of those layers holds; which layers are recomputed depends on their index in the whole model.
 
-    Documents are taken to attend on their own wherever the configuration isolates them, which holds the most.
+    Documents are taken to attend on their own wherever the configuration isolates them, and to be as long as a row where length
+    matters: both hold the most. rank: of the tensor-parallel ones; none needs more than the first.
     """
-    model, training, tp = config.model, config.training, config.parallel.tensor_parallel
-    size = compute_bytes(config)
-    wide = max(size, 4)
-    t = training.micro_batch_size * training.sequence_length
-    s = t / tp if config.parallel.sequence_parallel else t
-    h, d, f = model.hidden_size, model.head_dim, model.intermediate_size / tp
-    n, k = model.num_attention_heads / tp, max(1.0, model.num_key_value_heads / tp)
-    v = -(-model.vocab_size // tp)
-    qkv, outputs = t * (n + 2 * k) * d, t * n * d * (1 + training.document_isolation)
+    return _Stage(config, rank).bytes(layers, first, last)
 
-    norm = size * s * h + wide * s
-    parts = {"norms": 2 * norm, "attention": size * (t * (n + k) * d + outputs) + wide * t * n, "activation": size * t * f}
-    whole = size * (2 * s * h + qkv + 2 * t * f) + sum(parts.values())
-    saved = again = 0.0
-    for layer in layers:
-        chosen = Recompute.of(training).at(layer)
-        dropped = whole - size * s * h if "layer" in chosen else sum(parts[name] for name in chosen)
-        saved += whole - dropped
-        at_once = [dropped] if "layer" in chosen else [norm if name == "norms" else parts[name] for name in chosen]
-        again = max(again, *at_once, 0.0)
-    saved += wide * t * d if layers else 0
-    deferred = len(layers) * (size * (2 * s * h + 2 * t * h + qkv + t * n * d + 3 * t * f) + wide * 2 * h)
-    if first:
-        saved += (IDS + (tp > 1)) * t  # over tp also which ids are not held here
-        deferred += IDS * t + size * t * h
-    if last:
-        saved += size * (2 * s * h + t * v) + wide * (s + 2 * t) + IDS * t
-        deferred += size * (s * h + t * v) + wide * h
-    return StageBytes(saved, deferred, again)
+
+class _Stage:
+    """The sizes that the table at the top of this file is written in."""
+
+    def __init__(self, config: Config, rank: int):
+        self.model, self.training, tp = config.model, config.training, config.parallel.tensor_parallel
+        self.size = compute_bytes(config)
+        self.wide = max(self.size, 4)
+        self.several = tp > 1
+        self.t = self.training.micro_batch_size * self.training.sequence_length
+        self.s = self.t / tp if config.parallel.sequence_parallel else self.t
+        self.h, self.d = self.model.hidden_size, self.model.head_dim
+        self.n, self.k, self.f, self.v = Share.of(config, rank)
+        self.qkv = self.t * (self.n + 2 * self.k) * self.d
+        self.center = self.model.norm == "layer_norm"
+        self.side_by_side = self.model.parallel_block != "none"
+        self.explicit = self.model.attn_logit_softcapping is not None
+        self.before, self.after = (len(names) for names in norm_names(self.model))
+        self.normalized = self.size * self.s * self.h + self.wide * self.s * (
+            1 + self.center
+        )  # a tensor that a norm keeps, and statistics
+
+    def bytes(self, layers: range, first: bool, last: bool) -> StageBytes:
+        recompute = Recompute.of(self.training)
+        parts = [recompute.at(layer) for layer in layers]
+        saved = sum(self._kept(layer, chosen) for layer, chosen in zip(layers, parts, strict=True))
+        again = max((self._again(layer, chosen) for layer, chosen in zip(layers, parts, strict=True)), default=0.0)
+        saved += self._tables(layers, any(chosen & {"layer", "attention"} for chosen in parts)) + self._masks(layers)
+        deferred = len(layers) * self._operands
+        if first:
+            saved += self._embedding_kept()
+            deferred += self._embedding_operands()
+        if last:
+            saved += self._head_kept()
+            if not (layers or self.model.final_norm) and self.model.logit_multiplier != 1.0:
+                saved += self.size * self.s * self.h  # the stage's input, which nothing else keeps
+            deferred += self._head_operands()
+        return StageBytes(saved, deferred, again)
+
+    # From F to B
+
+    def _kept(self, layer: int, recomputed: frozenset[str]) -> float:
+        """By a layer."""
+        stream = self.size * self.s * self.h
+        if "layer" in recomputed:
+            return stream + (self.normalized if self.after else 0.0)
+        kept = stream * (1 if self.side_by_side else 2) + self.after * self.normalized
+        if "norms" not in recomputed:
+            kept += self.before * self.normalized
+        if "attention" in recomputed or self.model.clip_qkv is not None or self._viewed(layer):
+            kept += self.size * self.qkv
+        if "attention" not in recomputed:
+            kept += self._attention(layer)
+        matrices = 2 if self.model.mlp_gated else 0 if self._reads_result and "activation" not in recomputed else 1
+        return kept + self.size * self.t * self.f * (matrices + ("activation" not in recomputed))
+
+    def _again(self, layer: int, recomputed: frozenset[str]) -> float:
+        """What recomputation of a layer brings back at once, at most."""
+        if "layer" in recomputed:
+            return self._kept(layer, frozenset()) - self._kept(layer, recomputed)
+        attention = self._attention(layer) if "attention" in recomputed else 0.0
+        product = self.size * self.t * self.f if "activation" in recomputed else 0.0
+        norm = self.normalized if "norms" in recomputed and self.before else 0.0
+        return max(norm, attention + product if self.side_by_side else max(attention, product))
+
+    @cached_property
+    def _reads_result(self) -> bool:
+        """Whether the activation keeps its result and not its input."""
+        return self.model.hidden_act == "relu" and not self.model.mlp_gated
+
+    def _rotates(self, layer: int) -> bool:
+        return self.model.position_embedding == "rope" and layer not in self.model.nope_layers
+
+    def _viewed(self, layer: int) -> bool:
+        """Whether a view of q, k, v as they come into the layer's attention is kept: mostly v is."""
+        return not self.explicit or self.model.qk_norm != "none" or not self._rotates(layer)
+
+    def _attention(self, layer: int) -> float:
+        """Between the projections on either side."""
+        t, n, k, d, size, wide = self.t, self.n, self.k, self.d, self.size, self.wide
+        model, length = self.model, self.training.sequence_length
+        isolated = self.training.document_isolation
+        kept = 0.0
+        if model.clip_qkv is not None and self._viewed(layer):
+            kept += size * self.qkv
+        if model.qk_norm != "none":
+            kept += wide * t * (2 if model.qk_norm == "full" else (n + k) * (1 + self.center))
+        if self.explicit:
+            return kept + wide * (3 * t * n * d + 2 * t * n * length) + self._square() + size * t * n * d
+        if self._rotates(layer) or model.qk_norm != "none":
+            kept += size * t * (n + k) * d
+        return kept + size * t * n * d * (1 + isolated) + wide * t * n
+
+    def _square(self) -> int:
+        """Elements of the masks of all lengths of documents."""
+        length = self.training.sequence_length
+        return length * (self.t if self.training.document_isolation else length)
+
+    def _tables(self, layers: range, context: bool) -> float:
+        """Rotary ones. context: whether recomputation keeps all that there are."""
+        model = self.model
+        if model.position_embedding != "rope":
+            return 0.0
+        local = model.rope_local_theta is not None
+        used = {local and model.window(layer) is not None for layer in layers if self._rotates(layer)}
+        if context:
+            used = {False, local}
+        return len(used) * self.wide * self.t * model.rotary_dim
+
+    def _masks(self, layers: range) -> float:
+        """What is added to scores."""
+        model, length = self.model, self.training.sequence_length
+        alibi = model.position_embedding == "alibi"
+        windows = [model.window(layer) for layer in layers]
+        scales = [model.scale(layer) if model.alibi_scaled and alibi else None for layer in layers]
+        kinds = {
+            (window if window is not None and window < length else None, scale)
+            for window, scale in zip(windows, scales, strict=True)
+        }
+        if self.explicit:
+            return 0.0
+        count = sum(alibi or window is not None for window, _ in kinds)
+        return count * self.size * self._square() * (self.n if alibi else 1)
+
+    def _embedding_kept(self) -> float:
+        kept: float = (IDS + self.several) * self.t  # over tp also which ids are not held here
+        if self.model.position_embedding == "learned":
+            kept += IDS * self.s
+        return kept + (self.normalized if self.model.embedding_norm else 0.0)
+
+    def _head_kept(self) -> float:
+        logits = self.t * self.v * (1 if self.model.final_logit_softcapping is None else 2)
+        kept = self.size * (self.s * self.h + logits) + (2 * self.wide + IDS) * self.t
+        return kept + (self.normalized if self.model.final_norm else 0.0)
+
+    # From B to W
+
+    @cached_property
+    def _operands(self) -> float:
+        """Of a layer's weight gradients."""
+        model, t, s, h, n, k, d, f = self.model, self.t, self.s, self.h, self.n, self.k, self.d, self.f
+        matrices = 2 if model.mlp_gated else 1
+        inputs = s * h * (1 if model.parallel_block == "one_norm" else 2) + t * n * d + t * f
+        gradients = t * h * (1 if self.side_by_side else 2) + self.qkv + t * matrices * f
+        vectors = (self.before + self.after) * self._norm
+        biases = model.qkv_bias * (n + 2 * k) * d + model.attention_output_bias * h + model.mlp_bias * (matrices * f + h)
+        if model.qk_norm != "none" and model.norm_weight:
+            vectors += (2 * d if model.qk_norm == "head" else (n + k) * d) * (1 + model.qk_norm_bias)
+        return self.size * (inputs + gradients) + self.wide * (vectors + biases)
+
+    @cached_property
+    def _norm(self) -> int:
+        """Elements of the parameters of a norm of hidden states."""
+        return self.h * (1 + self.model.norm_bias) if self.model.norm_weight else 0
+
+    def _embedding_operands(self) -> float:
+        model, stream = self.model, self.size * self.s * self.h
+        waiting: float = IDS * self.t + self.size * self.t * self.h
+        if model.position_embedding == "learned":
+            waiting += IDS * self.s
+            if self.several or model.embedding_multiplier != 1.0:  # else it is the gradient of the embedding itself
+                waiting += stream
+        return waiting + (self.wide * self._norm if model.embedding_norm else 0.0)
+
+    def _head_operands(self) -> float:
+        waiting = self.size * (self.s * self.h + self.t * self.v)
+        vectors = (self._norm if self.model.final_norm else 0) + (self.v if self.model.head_bias else 0)
+        return waiting + self.wide * vectors

@@ -1,23 +1,23 @@
 """FLOPs of training, the number that throughput is divided by. Called by `training/metrics.py`.
 
-Counted causally: a query attends on average to half of a row. Recomputation is not counted (model FLOPs, not hardware
-FLOPs), nor are norms, rotary embeddings and softmax, which are below 1 %.
+Counted causally: in a row of L tokens a query sees (L + 1) / 2 on average, and fewer in layers with a sliding window. Not counted
+are recomputation (model FLOPs, not hardware FLOPs), norms, rotary embeddings, biases, activations and softmax, which are below
+1 %, and copies of key/value heads where there are more tensor-parallel ranks.
 """
 
 from __future__ import annotations
 
 from megatron_llm.config import ModelConfig
+from megatron_llm.models.split import layer_costs
 
 
 def model_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
-    """FLOPs of forward and backward per token: 6 per weight of every matrix product, and the attention scores."""
-    hidden, dim = model.hidden_size, model.head_dim
-    attention = hidden * dim * (2 * model.num_attention_heads + 2 * model.num_key_value_heads)
-    layer = attention + 3 * hidden * model.intermediate_size
-    weights = model.num_hidden_layers * layer + hidden * model.vocab_size
-    # q k^T and p v: 2 * 2 * length * heads * dim FLOPs forward without the causal mask, half of it with; x3 for training.
-    scores = 6 * model.num_hidden_layers * model.num_attention_heads * dim * sequence_length
-    return 6.0 * weights + scores
+    """FLOPs of forward and backward per token: 6 per multiply-add of every matrix product and of the attention scores.
+
+    Forward takes 2 FLOPs a multiply-add, and backward twice the forward: for both factors of a product.
+    """
+    embedding, layer, head = layer_costs(model, sequence_length)
+    return 6.0 * (embedding + model.num_hidden_layers * layer + head)
 
 
 # Dense bfloat16 peaks in FLOP/s from the vendors' data sheets, by a part of the device name, most specific first.

@@ -2,17 +2,19 @@
 
 Time is FLOPs over an assumed rate: forward, input gradient and weight gradient of a matrix product cost the same; attention
 scores have no weights, and their gradient costs twice their forward. The embedding costs nothing, the head what its product
-costs. Recomputation adds to the backward what it runs again: of a whole layer the forward without its last product, of attention
-its scores. Norms, rotary embeddings, the loss, tensor-parallel communication and the optimizer are left out.
+costs. Recomputation adds to the backward what it runs again: of a whole layer the forward without its last product (two in a
+parallel block), of attention its scores. Of tensor-parallel ranks the first counts, which has the most heads and channels. Norms,
+rotary embeddings, the loss, tensor-parallel communication and the optimizer are left out.
 """
 
 from __future__ import annotations
 
 from megatron_llm.config import Config
 from megatron_llm.models.recompute import Recompute
-from megatron_llm.models.split import layer_costs, split_layers
+from megatron_llm.models.split import layer_costs, layer_products, layer_scores, split_layers
 from megatron_llm.pipeline.simulate import Costs
 from megatron_llm.planning.activations import compute_bytes, stage_bytes
+from megatron_llm.planning.share import Share
 
 
 def stage_layers(config: Config, placement: tuple[int, ...]) -> list[range]:
@@ -28,17 +30,21 @@ def stage_costs(config: Config, placement: tuple[int, ...], flops: float, bandwi
     """
     model, training, parallel = config.model, config.training, config.parallel
     tokens = training.micro_batch_size * training.sequence_length
-    _, linear, head = layer_costs(model, 0)  # at length 0 a layer has no attention scores
-    scores = layer_costs(model, training.sequence_length)[1] - linear
+    share = Share.of(config)
+    linear = layer_products(model, share.queries, share.keys, share.inner)
+    numbers = range(model.num_hidden_layers)
+    scores = [layer_scores(model, layer, share.queries, training.sequence_length) for layer in numbers]
     layers = stage_layers(config, placement)
     products = [len(held) * linear for held in layers]
-    products[-1] += head
-    attention = [len(held) * scores for held in layers]
-    down = float(model.hidden_size * model.intermediate_size)
-    costs = {"layer": linear - down + scores, "attention": scores, "norms": 0.0, "activation": 0.0}
+    products[-1] += model.hidden_size * share.vocabulary
+    attention = [sum(scores[layer] for layer in held) for held in layers]
+    last = share.inner  # inputs of the layer's last product, which is that of attention too where they are side by side
+    if model.parallel_block != "none":
+        last += share.queries * model.head_dim
+    first_products = linear - model.hidden_size * last
     recompute = Recompute.of(training)
-    again = [sum(costs[part] for layer in held for part in recompute.at(layer)) for held in layers]
-    seconds = 2.0 * tokens / parallel.tensor_parallel / flops  # of one multiply-add per token
+    again = [sum(_again(recompute.at(layer), first_products, scores[layer]) for layer in held) for held in layers]
+    seconds = 2.0 * tokens / flops  # of one multiply-add per token
     messages = tokens // (parallel.tensor_parallel if parallel.sequence_parallel else 1)
     held_bytes = [stage_bytes(config, held, stage == 0, stage == len(layers) - 1) for stage, held in enumerate(layers)]
     return Costs(
@@ -49,3 +55,8 @@ def stage_costs(config: Config, placement: tuple[int, ...], flops: float, bandwi
         held_after_forward=tuple(stage.forward for stage in held_bytes),
         held_after_backward=tuple(stage.backward for stage in held_bytes),
     )
+
+
+def _again(parts: frozenset[str], products: float, scores: float) -> float:
+    """What backward runs again of a layer."""
+    return products + scores if "layer" in parts else scores if "attention" in parts else 0.0

@@ -1,6 +1,7 @@
 """Assembly: from a resolved config to an engine that can step, in one function, in one order.
 
-Called by `training/loop.py`, `benchmarks/` and the tests.
+Called by `training/loop.py`, `benchmarks/` and the tests; what only infers has functions of its own: `cli/generate.py` and
+`training/verify.py` call those.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from megatron_llm.parallel.shard import TensorSource, fill, pieces
 from megatron_llm.parallel.weight_grad import WeightGradients
 from megatron_llm.pipeline.check import check
 from megatron_llm.pipeline.runtime import PipelineRuntime
-from megatron_llm.pipeline.schedules import Schedule, make_schedule
+from megatron_llm.pipeline.schedules import Schedule, make_schedule, placement
 from megatron_llm.training.sources import FreshWeights
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -70,12 +71,42 @@ def _needed(stages: Iterable[DecoderStage]) -> dict[int, list[nn.Parameter]]:
 def build_model(model: ModelConfig, weights: TensorSource, dtype: torch.dtype, device: torch.device) -> DecoderStage:
     """A whole model on one process, for inference: no optimizer, no buffers."""
     stage = whole_model(model, dtype, device)
+    _load(stage.parameters(), weights)
+    return stage.eval()
+
+
+def build_pipeline(
+    config: Config, grid: Grid, device: torch.device, weights: TensorSource
+) -> tuple[dict[int, DecoderStage], PipelineRuntime]:
+    """This rank's stages and what sends micro-batches through them, for inference. Collective over the grid."""
+    parallel = config.parallel
+    owners = placement(parallel.pipeline_schedule, grid.pp.size, parallel.virtual_stages)
+    stages = build_stages(config, grid, owners, compute_dtype(config, device), device)
+    _load(parameters(stages), weights)
+    return stages, _runtime(config, grid, device, owners)
+
+
+def _load(parameters: Iterable[nn.Parameter], weights: TensorSource) -> None:
+    """Fill parameters in place, each rank with its own part of the weights."""
     with torch.no_grad():
-        for parameter in stage.parameters():
+        for parameter in parameters:
             for piece in pieces(parameter.shard, tuple(parameter.shape)):  # type: ignore[attr-defined]
                 for _ in fill(piece.view(parameter.data.view(-1)), piece.part, piece.box, weights):
                     pass
-    return stage.eval()
+
+
+def _runtime(
+    config: Config,
+    grid: Grid,
+    device: torch.device,
+    owners: tuple[int, ...],
+    gradients: WeightGradients | None = None,
+) -> PipelineRuntime:
+    """The runtime of a layout, whose messages are the hidden states of one micro-batch."""
+    parallel, training = config.parallel, config.training
+    shards = grid.tp.size if parallel.sequence_parallel else 1
+    shape = (training.micro_batch_size * training.sequence_length // shards, config.model.hidden_size)
+    return PipelineRuntime(grid, shape, compute_dtype(config, device), device, owners, gradients, parallel.timeout_seconds)
 
 
 def build_engine(
@@ -103,18 +134,16 @@ def build_engine(
     }
     for schedule in schedules.values():
         check(schedule)
-    placement = schedules[training.global_batch_size].placement
-    dtype, timeout = compute_dtype(config, device), parallel.timeout_seconds
-    stages = build_stages(config, grid, placement, dtype, device)
+    owners = schedules[training.global_batch_size].placement
+    stages = build_stages(config, grid, owners, compute_dtype(config, device), device)
     freeze(parameters(stages), config.optimizer)
     optimizer = ZeroOptimizer(
         parameters(stages), grid, config.optimizer, parallel.bucket_size, config.precision, parallel.zero_stage
     )
-    optimizer.load("weights", weights or FreshWeights(training.seed, config.model.initializer_range), progress)
-    shards = grid.tp.size if parallel.sequence_parallel else 1
-    shape = (training.micro_batch_size * training.sequence_length // shards, config.model.hidden_size)
+    fresh = FreshWeights(training.seed, config.model.initializer_range, device)
+    optimizer.load("weights", weights or fresh, progress)
     gradients = WeightGradients(stages.values())
-    runtime = PipelineRuntime(grid, shape, dtype, device, placement, gradients, timeout)
+    runtime = _runtime(config, grid, device, owners, gradients)
     if parallel.overlap:
         runtime.before_layer = optimizer.overlap(gradients, _needed(stages.values()))
     return Engine(config, grid, device, stages, optimizer, runtime, schedules)

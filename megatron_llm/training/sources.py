@@ -16,20 +16,21 @@ _CHUNK_ELEMENTS = 1 << 20
 class FreshWeights:
     """Normal weights, ones for norms, zeros for biases; a function of (seed, standard deviation, name, logical index) alone.
 
-    So a model starts from the same weights in every layout, and no rank makes more than it holds.
+    So a model starts from the same weights in every layout, and no rank makes more than it holds. They are made on `device`: a
+    processor makes some ten million a second. Kinds of devices round the last bits of their float64 differently.
     """
 
-    def __init__(self, seed: int, standard_deviation: float):
-        self.seed, self.standard_deviation = seed, standard_deviation
+    def __init__(self, seed: int, standard_deviation: float, device: torch.device | None = None):
+        self.seed, self.standard_deviation, self.device = seed, standard_deviation, device
 
     def read(self, part: Part, box: Box) -> Tensor:
         """float64 values of a box of the logical tensor."""
         if part.init != "normal":
-            return torch.full(box.shape, float(part.init == "ones"), dtype=torch.float64)
+            return torch.full(box.shape, float(part.init == "ones"), dtype=torch.float64, device=self.device)
         key = stream_key(self.seed, "init", part.name)
-        values = torch.empty(box.numel, dtype=torch.float64)
+        values = torch.empty(box.numel, dtype=torch.float64, device=self.device)
         for start in range(0, box.numel, _CHUNK_ELEMENTS):
-            flat = torch.arange(start, min(start + _CHUNK_ELEMENTS, box.numel))
+            flat = torch.arange(start, min(start + _CHUNK_ELEMENTS, box.numel), device=self.device)
             values[start : start + flat.numel()] = normal(key, _logical_index(flat, box, part.shape))
         return values.mul_(self.standard_deviation).view(box.shape)
 

@@ -7,6 +7,7 @@ in another.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -26,12 +27,18 @@ class Case:
         respell: rewrites the folder that transformers wrote into a spelling found elsewhere: older names of fields, tensors
             without a prefix, buffers, .bin files. Gets the folder.
         layouts: whether to try it under tensor and pipeline parallelism (one case of each sort is enough).
+        dtype: of the folder's tensors, unless a test asks for another.
+        attention: transformers' implementation that is the oracle.
+        adjust: makes a model of transformers compute what the architecture means where transformers overlooks a field.
     """
 
     architecture: str
     config: dict[str, Any] = field(default_factory=dict)
     respell: Callable[[Path], None] | None = None
     layouts: bool = True
+    dtype: torch.dtype = torch.float32
+    attention: str = "eager"
+    adjust: Callable[[Any], None] | None = None
 
 
 LLAMA: dict[str, Any] = {
@@ -61,7 +68,8 @@ def make_model(case: Case) -> Any:
 
     architecture = getattr(transformers, case.architecture)
     torch.manual_seed(0)
-    model = architecture._from_config(architecture.config_class(**case.config), attn_implementation="eager", dtype=torch.float32)
+    config = architecture.config_class(**copy.deepcopy(case.config))  # it changes what it is given
+    model = architecture._from_config(config, attn_implementation=case.attention, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or "ln_" in name:
@@ -71,13 +79,22 @@ def make_model(case: Case) -> Any:
             else:
                 parameter.copy_(torch.randn_like(parameter) * 0.2)
     model.tie_weights()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.padding_idx = None  # a row of OPT's without gradient, which is a choice of training and not of the model
+    if case.adjust is not None:
+        case.adjust(model)
     return model.eval()
 
 
-def make_folder(case: Case, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+def make_folder(case: Case, folder: Path, dtype: torch.dtype | None = None) -> Any:
     """Write the model's folder, in the case's spelling; returns the model, with the values that the folder has."""
-    model = make_model(case).to(dtype)
-    model.save_pretrained(folder)
+    dtype = dtype or case.dtype
+    model = make_model(case)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(dtype))
+    copy.deepcopy(model).to(dtype).save_pretrained(folder)  # a copy: rotary frequencies are never rounded
     if case.respell is not None:
         case.respell(folder)
-    return model.float()
+    return model

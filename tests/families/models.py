@@ -42,6 +42,7 @@ def reference(hf: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 def logical_gradients(hf: Any, folder: HFFolder, model: ModelConfig) -> dict[str, Tensor]:
     """transformers' gradients by our names, put together from the folder's tensors."""
     gradients = {name: parameter.grad for name, parameter in hf.named_parameters()}
+    gradients.setdefault(folder.family.hf_name("head.weight"), gradients.get("lm_head.weight"))  # GPT-NeoX: embed_out in files
     found: dict[str, Tensor] = {}
     for stored in folder.family.stored_tensors(model):
         gradient = gradients[stored.name]
@@ -66,7 +67,7 @@ def gradients_of_stage(stage: DecoderStage) -> dict[str, Tensor]:
     for parameter in stage.parameters():
         assert parameter.grad is not None
         for piece in pieces(parameter.shard, tuple(parameter.shape)):  # type: ignore[attr-defined]
-            whole = found.setdefault(piece.part.name, torch.zeros(piece.part.shape, dtype=parameter.dtype))
+            whole = found.setdefault(piece.part.name, parameter.new_zeros(piece.part.shape))
             whole[piece.box.slices] = piece.view(parameter.grad.reshape(-1))
     return found
 
@@ -77,7 +78,7 @@ def gradients_of_layout(
     """(loss sum, pieces of the summed gradients) of one batch, with the weights of a folder, on this rank."""
     folder = HFFolder(path)
     config = config_of(
-        model=folder.model_fields(), parallel=parallel, precision={"compute": compute},
+        model=ModelConfig(**folder.model_fields()).model_dump(), parallel=parallel, precision={"compute": compute},
         training={"sequence_length": sum(DOCUMENTS), "micro_batch_size": 1, "global_batch_size": 1, **(training or {})},
     )  # fmt: skip
     grid = Grid.build(config.parallel, config.model.num_key_value_heads)

@@ -38,9 +38,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-def _close(actual: torch.Tensor, expected: torch.Tensor, name: str, limit: float = 1e-3) -> None:
-    scale = expected.norm() + 1e-6 * expected.numel() ** 0.5
-    assert (actual - expected).norm() <= limit * scale, (name, float((actual - expected).norm()), float(expected.norm()))
+def _assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Within 1e-3 of each tensor's norm; some true gradients are zero, as of key biases without rotation, hence the floor."""
+    assert actual.keys() == expected.keys()
+    floor = 1e-3 * max(float(gradient.norm()) for gradient in expected.values())
+    for name, gradient in expected.items():
+        error = float((actual[name] - gradient).norm())
+        assert error <= 1e-3 * max(float(gradient.norm()), floor), (name, error, float(gradient.norm()))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -52,17 +56,13 @@ def test_logits_and_gradients_equal_transformers(tmp_path: Path, name: str) -> N
     assert held == dict(logical_tensors(stage.model))
     batch = packed_batch(stage.model.vocab_size)
     expected_logits, expected_loss = reference(hf, batch)
-    assert expected_logits.std() > 0.1  # a model that says something
+    assert expected_logits.std() > 0.05  # a model that says something
     expected_loss.backward()
     torch.testing.assert_close(stage.logits(stage(None, batch)), expected_logits, atol=1e-4, rtol=1e-4)
     loss = stage.loss(stage(None, batch), batch)
     loss.backward()
     torch.testing.assert_close(loss, expected_loss, atol=0, rtol=1e-4)
-    expected = logical_gradients(hf, folder, stage.model)
-    actual = gradients_of_stage(stage)
-    assert actual.keys() == expected.keys()
-    for tensor, gradient in expected.items():
-        _close(actual[tensor], gradient, tensor)
+    _assert_close(gradients_of_stage(stage), logical_gradients(hf, folder, stage.model))
 
 
 @pytest.mark.slow
@@ -77,15 +77,13 @@ def test_layouts_equal_transformers(tmp_path: Path, name: str, layout: str) -> N
     world, parallel = LAYOUTS[layout]
     results = run_ranks(world, gradients_of_layout, str(tmp_path), parallel)
     assert sum(loss for loss, _ in results) == pytest.approx(expected_loss.item(), rel=1e-4)
-    actual, expected = assembled(results), logical_gradients(hf, folder, model)
-    assert actual.keys() == expected.keys()
-    for tensor, gradient in expected.items():
-        _close(actual[tensor], gradient, tensor)
+    _assert_close(assembled(results), logical_gradients(hf, folder, model))
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("name", IN_LAYOUTS)
 def test_greedy_generation_in_a_batch_equals_transformers(tmp_path: Path, name: str) -> None:
-    """Prompts of different lengths, which transformers pads on the left and we pack; longer than windows and contexts."""
+    """Prompts of different lengths, packed; with what follows longer than windows and contexts. transformers has no cache."""
     hf = make_folder(CASES[name], tmp_path)
     stage = our_model(HFFolder(tmp_path))
     generator = torch.Generator().manual_seed(2)
@@ -94,7 +92,9 @@ def test_greedy_generation_in_a_batch_equals_transformers(tmp_path: Path, name: 
     ours = generate(stage, prompts, max_new_tokens=new, sampling=Sampling())
     for prompt, ids in zip(prompts, ours, strict=True):
         assert len(ids) == new
-        logits = hf(torch.tensor([prompt + ids[:-1]]), use_cache=False).logits[0, len(prompt) - 1 :]
+        # Step by step: some rotary frequencies depend on the length so far.
+        texts = [torch.tensor([prompt + ids[:count]]) for count in range(new)]
+        logits = torch.stack([hf(text, use_cache=False).logits[0, -1] for text in texts])
         best = logits.max(-1).values
         chosen = logits.gather(-1, torch.tensor(ids)[:, None])[:, 0]
         assert (best - chosen).max() < 1e-3  # near ties may fall either way

@@ -10,6 +10,7 @@ from megatron_llm.data.stream import build_train_stream
 from megatron_llm.generation.generate import Sampling, generate
 from megatron_llm.ops.attention import attention
 from megatron_llm.parallel.grid import Grid
+from megatron_llm.parallel.shard import Box, Part
 from megatron_llm.training.build import build_engine, build_model
 from megatron_llm.training.sources import FreshWeights
 from megatron_llm.training.step import RunState, train_step
@@ -52,3 +53,12 @@ def test_greedy_generation_equals_the_cpu() -> None:
         for device in ("cpu", "cuda")
     ]
     assert outputs[0] == outputs[1]
+
+
+def test_fresh_weights_are_those_of_the_cpu() -> None:
+    """But for the last bits of float64, so also where a rank makes a piece of them."""
+    part = Part("layers.3.mlp.up.weight", (50, 70), ())
+    box = Box((7, 11), (40, 50))
+    expected, actual = (FreshWeights(3, 0.3, torch.device(kind)).read(part, box) for kind in ("cpu", "cuda"))
+    assert actual.is_cuda
+    torch.testing.assert_close(actual.cpu(), expected, rtol=1e-12, atol=1e-14)

@@ -19,9 +19,11 @@ from megatron_llm.models.recompute import recomputed
 from megatron_llm.models.stages import parameters
 from megatron_llm.ops.batch import Batch
 from megatron_llm.parallel.grid import Grid
+from megatron_llm.parallel.shard import TensorSource
 from megatron_llm.parallel.weight_grad import WeightGradients
 from megatron_llm.training.build import build_engine
 from megatron_llm.training.step import _run_microbatches
+from tests.decoders import DECODERS, AllRandom
 from tests.ranks import run_ranks
 from tests.runs import RECOMPUTE, config_of, stage_of, train
 
@@ -133,9 +135,11 @@ class _Counted(TorchDispatchMode):
         ("activation", 0, 0),
     ],
 )
-def test_backward_repeats_no_more_than_it_must(setting: str, products: int, attention: int) -> None:
+def test_backward_repeats_no_more_than_it_must(
+    setting: str, products: int, attention: int, model: dict[str, Any] | None = None
+) -> None:
     """Beyond an input gradient of each of four products, and what attention's backward takes; and W repeats nothing."""
-    stage, queue, x, batch = _stage(config_of(training=RECOMPUTE[setting]))
+    stage, queue, x, batch = _stage(config_of(model=model or {}, training=RECOMPUTE[setting]))
     with _Counted() as forward:
         y = stage(x, batch)
     with _Counted() as backward, queue.deferred("B"):
@@ -149,19 +153,31 @@ def test_backward_repeats_no_more_than_it_must(setting: str, products: int, atte
     assert weights.calls == {"products": 3 * 4}
 
 
+@pytest.mark.parametrize(
+    ("setting", "products", "attention"),
+    [("full", 3 * 2, 3 * 2), ("selective", 0, 3 * 2), ("attention", 0, 3 * 2), ("norms", 0, 0)],
+)
+@pytest.mark.parametrize("name", ["falcon", "neox"])
+def test_backward_of_a_parallel_block_repeats_no_more(name: str, setting: str, products: int, attention: int) -> None:
+    """The products behind attention and MLP are the last of the layer, so two of four are never run again."""
+    test_backward_repeats_no_more_than_it_must(setting, products, attention, DECODERS[name])
+
+
+@pytest.mark.parametrize("decoder", [None, "falcon", "neox", "gemma2", "gpt"])
 @pytest.mark.parametrize("setting", RECOMPUTE)
-def test_parameters_without_a_buffer_and_frozen_ones(setting: str) -> None:
+def test_parameters_without_a_buffer_and_frozen_ones(setting: str, decoder: str | None) -> None:
     """Gradients that autograd accumulates are the same too; what asks for none gets none."""
     results = []
     for training in ({}, RECOMPUTE[setting]):
-        stage, _, x, batch = _stage(config_of(training=training))
+        stage, _, x, batch = _stage(config_of(model=DECODERS[decoder] if decoder else {}, training=training))
         for parameter in stage.parameters():
             del parameter.main_grad, parameter.weight_gradients
-        stage.layers[1].requires_grad_(False)
-        stage.layers[2].mlp_norm.requires_grad_(False)
+        frozen = [*stage.layers[1].parameters(), *stage.layers[2].mlp.up.parameters()]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
         stage(x.requires_grad_(False), batch).square().sum().backward()
         results.append([parameter.grad for parameter in stage.parameters()])
-    assert sum(gradient is None for gradient in results[0]) == 6 + 1
+    assert sum(gradient is None for gradient in results[0]) == len(frozen)
     for expected, gradient in zip(*results, strict=True):
         assert (expected is None) == (gradient is None)
         assert expected is None or torch.equal(expected, gradient)
@@ -170,22 +186,25 @@ def test_parameters_without_a_buffer_and_frozen_ones(setting: str) -> None:
 # A run
 
 
-def _numbers(config: Config) -> list[Tensor]:
+def _numbers(config: Config, weights: TensorSource | None) -> list[Tensor]:
     """What a rank has to show: sums and gradients of a global batch, then losses, norms and weights of two steps."""
     grid = Grid.build(config.parallel, config.model.num_key_value_heads)
-    engine = build_engine(config, grid, torch.device("cpu"))
+    engine = build_engine(config, grid, torch.device("cpu"), weights)
     sums = _run_microbatches(engine, engine.schedule, build_train_stream(config), range(config.training.global_batch_size))
     gradients = [parameter.main_grad.clone() for parameter in parameters(engine.stages)]  # type: ignore[attr-defined]
-    history, pieces = train(config, 2)
+    history, pieces = train(config, 2, weights)
     assert not any(skipped for *_, skipped in history)
     return [sums, *gradients, torch.tensor([line[:2] for line in history], dtype=torch.float64), *(piece[3] for piece in pieces)]
 
 
-def _differences(compute: str, parallel: dict[str, Any], settings: list[str]) -> list[str]:
-    """Those of the settings that change any bit on this rank."""
+def _differences(compute: str, parallel: dict[str, Any], settings: list[str], decoder: str | None = None) -> list[str]:
+    """Those of the settings that change any bit on this rank. decoder: one of the others; a Llama by default."""
+    model, weights = (DECODERS[decoder], AllRandom(5)) if decoder else ({}, None)
 
     def numbers(training: dict[str, Any]) -> list[Tensor]:
-        return _numbers(config_of(training=training, parallel=parallel, precision={"compute": compute}))
+        training = {"sequence_length": 12 if decoder else 16, **training}
+        config = config_of(model=model, training=training, parallel=parallel, precision={"compute": compute})
+        return _numbers(config, weights)
 
     expected = numbers({})
     assert all(tensor.isfinite().all() and tensor.any() for tensor in expected[1:])
@@ -222,6 +241,36 @@ def test_not_one_bit_changes(compute: str) -> None:
 def test_not_one_bit_changes_on_many_ranks(layout: str, compute: str) -> None:
     world, parallel = LAYOUTS[layout]
     assert run_ranks(world, _differences, compute, parallel, SOME) == [[]] * world
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_not_one_bit_of_other_decoders_changes(decoder: str) -> None:
+    assert run_ranks(1, _differences, "float32", {}, list(RECOMPUTE), decoder) == [[]]
+
+
+@pytest.mark.parametrize(
+    ("decoder", "layout", "compute"),
+    [
+        ("falcon", "tp2 pp2 zb_v", "float32"),
+        ("neox", "tp2 pp2 zb_v", "float64"),
+        ("gemma2", "tp2", "bfloat16"),
+        ("gpt", "pp2 zb_h1", "bfloat16"),
+        ("cohere2", "tp2", "float64"),
+        ("olmo2", "tp2 pp2 zb_v", "float32"),
+    ],
+)
+def test_not_one_bit_of_other_decoders_changes_on_many_ranks(decoder: str, layout: str, compute: str) -> None:
+    world, parallel = LAYOUTS[layout]
+    assert run_ranks(world, _differences, compute, parallel, ["full", *SOME, "norms", "activation"], decoder) == [[]] * world
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compute", ["bfloat16", "float64"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_not_one_bit_of_other_decoders_changes_in_any_layout_and_setting(decoder: str, layout: str, compute: str) -> None:
+    world, parallel = LAYOUTS[layout]
+    assert run_ranks(world, _differences, compute, parallel, list(RECOMPUTE), decoder) == [[]] * world
 
 
 @pytest.mark.slow

@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_llm.config import ModelConfig
-from megatron_llm.models.split import layer_costs, split_layers
+from megatron_llm.models.split import attended, layer_costs, layer_scores, split_layers
+from megatron_llm.ops.attention import _causal_mask
 
 
 def _costs(
@@ -95,5 +97,33 @@ def test_costs_of_a_layer_by_hand() -> None:
         head_dim=4,
     )
     projections = 4 * 8 + 2 * 4 * 4 + 8 * 4  # q, k and v, o
-    scores = 2 * (2 * 4 * 10 / 2)  # q k^T and p v see half of the row on average
+    scores = 2 * (2 * 4 * 11 / 2)  # q k^T and p v: of 10 tokens the first sees 1 key, the last 10
     assert layer_costs(model, 10) == (0.0, projections + scores + 3 * 4 * 5, 4 * 7)
+
+
+def test_costs_of_layers_with_windows_and_a_plain_mlp_by_hand() -> None:
+    """The same, with windows of 3 tokens in two of three layers: 1, 2, and 3 for the other eight."""
+    model = ModelConfig(
+        vocab_size=7,
+        hidden_size=4,
+        intermediate_size=5,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+        mlp_gated=False,
+        sliding_window=3,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    )
+    products = 4 * 8 + 2 * 4 * 4 + 8 * 4 + 2 * 4 * 5
+    narrow, full = 2 * 2 * 4 * (1 + 2 + 3 * 8) / 10, 2 * 2 * 4 * 11 / 2
+    assert layer_scores(model, 0, 2, 10) == narrow and layer_scores(model, 1, 2, 10) == full
+    assert layer_costs(model, 10) == (0.0, pytest.approx(products + (2 * narrow + full) / 3), 4 * 7)
+    assert layer_scores(model, 0, 2, 2) == 2 * 2 * 4 * 3 / 2  # rows within the window
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 30])
+@pytest.mark.parametrize("window", [None, 1, 2, 7, 29, 30, 31])
+def test_attended_keys_are_those_of_the_mask(length: int, window: int | None) -> None:
+    seen = _causal_mask(length, length, window, torch.device("cpu")).sum() / length
+    assert attended(length, window) == pytest.approx(seen.item())

@@ -16,9 +16,19 @@ from megatron_llm.config import ModelConfig, ParallelConfig
 from megatron_llm.models.heads import Heads
 from megatron_llm.parallel.embedding import VocabParallelEmbedding
 from megatron_llm.parallel.grid import Grid
-from megatron_llm.parallel.linear import ColumnParallelLinear, OutputShard, RowParallelLinear, sharded_weight
+from megatron_llm.parallel.linear import (
+    ColumnParallelLinear,
+    OutputShard,
+    RowParallelLinear,
+    balanced,
+    column_parallel,
+    row_parallel,
+    sharded_bias,
+    sharded_weight,
+)
 from megatron_llm.parallel.loss import vocab_parallel_cross_entropy
 from megatron_llm.parallel.shard import ShardSpec
+from megatron_llm.parallel.weight_grad import WeightGradients
 from tests.ranks import run_ranks
 
 TOKENS, HIDDEN, HEADS, KV_HEADS, DIM = 8, 6, 4, 2, 3
@@ -170,6 +180,80 @@ def test_gradients_that_nobody_needs_are_left_out() -> None:
     x = _random(10, TOKENS, HIDDEN)
     assert_equal(torch.cat(dxs), WEIGHTS["q"].sum(0).expand(TOKENS, HIDDEN))
     assert_equal(torch.cat(dws), x.sum(0).expand(HEADS * DIM, HIDDEN))
+
+
+# Several linear layers at once, as in a parallel block
+
+SIDES = {"a": 7, "b": 5}  # features that no number of ranks divides
+ROWS = 12
+BLOCK = {
+    f"{side}.{name}": _random(number * 4 + place, *shape)
+    for number, (side, size) in enumerate(SIDES.items())
+    for place, (name, shape) in enumerate(
+        {"up.weight": (size, HIDDEN), "up.bias": (size,), "down.weight": (HIDDEN, size), "down.bias": (HIDDEN,)}.items()
+    )
+}
+
+
+def _side_by_side(world: int, sequence_parallel: bool, mode: str) -> dict[str, Any]:
+    """x -> both sides' up, a function of each, the sum of both sides' down; all with biases."""
+    tp = _grid(world).tp
+    partial = sequence_parallel and world > 1
+    ups, downs = [], []
+    for side, size in SIDES.items():
+        shards = [OutputShard.of(f"{side}.up.weight", size, balanced(size, tp))]
+        weight, bias = sharded_weight(HIDDEN, shards, torch.float64, CPU), sharded_bias(shards, torch.float64, CPU)
+        ups.append(ColumnParallelLinear(weight, tp, bias))
+        downs.append(RowParallelLinear(f"{side}.down.weight", size, HIDDEN, tp, torch.float64, CPU, bias=True, partial=partial))
+    parameters = [*nn.ModuleList([*ups, *downs]).parameters()]
+    for parameter in parameters:
+        _fill(parameter, BLOCK, mode != "autograd")
+    queue = WeightGradients([*ups, *downs]) if mode == "split" else None
+    x, dy = _random(10, ROWS, HIDDEN), _random(11, ROWS, HIDDEN)
+    if sequence_parallel:
+        x, dy = _shard_of(x, tp.rank, world), _shard_of(dy, tp.rank, world)
+    x.requires_grad_()
+    a, b = column_parallel(x, ups, sequence_parallel)
+    y = row_parallel([a.sin(), b.cos()], downs, sequence_parallel)
+    if queue is None:
+        y.backward(dy)
+    else:
+        queue.begin_step(1)
+        with queue.deferred(0):
+            y.backward(dy)
+        assert all((parameter.main_grad == 1).all() for parameter in parameters)  # type: ignore[attr-defined]
+        queue.run(0)
+        queue.end_step()
+    return {"y": y.detach(), "dx": x.grad, "grads": [(p.shard.parts[0].gradient_sum is None, _gradients(p)) for p in parameters]}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["plain", "sequence parallel"])
+@pytest.mark.parametrize("mode", ["autograd", "main_grad", "split"])
+def test_layers_of_one_input_and_layers_whose_outputs_are_added(world: int, sequence_parallel: bool, mode: str) -> None:
+    results = run_ranks(world, _side_by_side, world, sequence_parallel, mode)
+    x = _random(10, ROWS, HIDDEN).requires_grad_()
+    whole = {name: tensor.clone().requires_grad_() for name, tensor in BLOCK.items()}
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return functional.linear(x, whole[f"{name}.weight"], whole[f"{name}.bias"])
+
+    expected = linear(linear(x, "a.up").sin(), "a.down") + linear(linear(x, "b.up").cos(), "b.down")
+    expected.backward(_random(11, ROWS, HIDDEN))
+    assert x.grad is not None
+    for rank, result in enumerate(results):
+        assert_equal(result["y"], _shard_of(expected.detach(), rank, world) if sequence_parallel else expected.detach())
+        assert_equal(result["dx"], _shard_of(x.grad, rank, world) if sequence_parallel else x.grad)
+    for name, tensor in whole.items():
+        assert tensor.grad is not None
+        held = [(complete, grads) for result in results for complete, grads in result["grads"] if name in grads]
+        replicated = name.endswith("down.bias")
+        if replicated and all(complete for complete, _ in held):  # each rank has all of it
+            for _, grads in held:
+                assert_equal(_assemble(name, tensor.shape, [grads]), tensor.grad)
+        else:
+            assert replicated == (not all(complete for complete, _ in held))
+            assert_equal(_assemble(name, tensor.shape, [grads for _, grads in held]), tensor.grad)
 
 
 # Embedding

@@ -22,8 +22,9 @@ from megatron_llm.ops import matmul as matmul_module
 from megatron_llm.ops.batch import Batch
 from megatron_llm.parallel import linear, weight_grad
 from megatron_llm.parallel.grid import Axis, Grid
-from megatron_llm.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megatron_llm.parallel.linear import ColumnParallelLinear, RowParallelLinear, column_parallel
 from megatron_llm.parallel.weight_grad import WeightGradients
+from tests.decoders import DECODERS
 from tests.ranks import run_ranks
 
 T, V, H, F, LAYERS, HEADS, KV, D = 12, 22, 8, 12, 2, 4, 2, 4
@@ -50,14 +51,20 @@ def _batch(seed: int) -> Batch:
 
 
 def _stage(
-    grid: Grid, first: bool, last: bool, tied: bool = False, dtype: torch.dtype = torch.float64, sequence_parallel: bool = True
+    grid: Grid,
+    first: bool,
+    last: bool,
+    tied: bool = False,
+    dtype: torch.dtype = torch.float64,
+    sequence_parallel: bool = True,
+    model: ModelConfig = MODEL,
 ) -> DecoderStage:
     """Some stage of the model with random weights and empty gradient buffers."""
-    model = MODEL.model_copy(update={"tie_word_embeddings": tied})
+    model = model.model_copy(update={"tie_word_embeddings": tied})
     stage = DecoderStage(
         model,
         grid,
-        range(LAYERS),
+        range(model.num_hidden_layers),
         first=first,
         last=last,
         sequence_parallel=sequence_parallel,
@@ -73,11 +80,12 @@ def _stage(
 def _forward(stage: DecoderStage, microbatch: int) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """(input, output, gradient of the output); the loss and None on a last stage."""
     tokens = T // (stage.tp.size if stage.sequence_parallel else 1)
-    x = None if stage.first else (_random(50 + microbatch, tokens, H) + stage.tp.rank).to(stage.dtype).requires_grad_()
+    width = stage.model.hidden_size
+    x = None if stage.first else (_random(50 + microbatch, tokens, width) + stage.tp.rank).to(stage.dtype).requires_grad_()
     y = stage(x, _batch(microbatch))
     if stage.last:
         return x, stage.loss(y, _batch(microbatch)), None
-    return x, y, _random(70 + microbatch, tokens, H).to(stage.dtype)
+    return x, y, _random(70 + microbatch, tokens, width).to(stage.dtype)
 
 
 def _main_grads(stage: DecoderStage) -> dict[str, Tensor]:
@@ -87,13 +95,15 @@ def _main_grads(stage: DecoderStage) -> dict[str, Tensor]:
 # Equal to unsplit
 
 
-def _both_ways(tp: int, first: bool, last: bool, tied: bool, dtype: torch.dtype, sequence_parallel: bool) -> dict[str, Any]:
+def _both_ways(
+    tp: int, first: bool, last: bool, tied: bool, dtype: torch.dtype, sequence_parallel: bool, model: ModelConfig = MODEL
+) -> dict[str, Any]:
     """Two micro-batches, first unsplit, then all B and all W: gradients and FLOPs of both ways."""
-    grid = Grid.build(ParallelConfig(tensor_parallel=tp), KV)
+    grid = Grid.build(ParallelConfig(tensor_parallel=tp), model.num_key_value_heads)
     found: dict[str, Any] = {}
     for way in ("unsplit", "split"):
         torch.manual_seed(0)
-        stage = _stage(grid, first, last, tied, dtype, sequence_parallel)
+        stage = _stage(grid, first, last, tied, dtype, sequence_parallel, model)
         gradients = WeightGradients([stage])
         gradients.begin_step(2)
         inputs, flops = [], {"B": 0, "W": 0}
@@ -144,6 +154,15 @@ def test_b_and_w_are_the_unsplit_backward_to_the_bit_and_to_the_flop(first: bool
 def test_tensor_parallel(tp: int, sequence_parallel: bool) -> None:
     """With 4 ranks the key/value heads are copied, and the vocabulary is padded in the next test."""
     for found in run_ranks(tp, _both_ways, tp, True, True, False, torch.float64, sequence_parallel):
+        assert_same_bits(found)
+        assert sum(found["split"]["flops"].values()) == found["unsplit"]["flops"]["B"]
+
+
+@pytest.mark.parametrize(("name", "tp"), [*((name, 2) for name in DECODERS), ("falcon", 3), ("neox", 3)])
+def test_other_decoders(name: str, tp: int) -> None:
+    """Products of several weights at once, biases, and every kind of norm."""
+    model = ModelConfig(**DECODERS[name] | {"vocab_size": V})
+    for found in run_ranks(tp, _both_ways, tp, True, True, False, torch.float64, True, model):
         assert_same_bits(found)
         assert sum(found["split"]["flops"].values()) == found["unsplit"]["flops"]["B"]
 
@@ -324,6 +343,20 @@ def test_a_weight_without_a_buffer_gets_its_gradient_in_b() -> None:
     with gradients.deferred(0):
         layer(x, False).backward(_random(2, 5, 3))
     torch.testing.assert_close(layer.weight.grad, _random(2, 5, 3).t() @ x)
+
+
+def test_layers_of_one_input_wait_only_if_all_have_buffers() -> None:
+    layers = [ColumnParallelLinear(nn.Parameter(_random(seed, 3, 4)), Axis("tp")) for seed in range(2)]
+    layers[0].weight.main_grad = torch.zeros(3, 4, dtype=torch.float64)  # type: ignore[attr-defined]
+    gradients = WeightGradients(layers)
+    gradients.begin_step(1)
+    x = _random(5, 6, 4).requires_grad_()
+    with gradients.deferred(0):
+        sum(column_parallel(x, layers, False)).sum().backward()  # type: ignore[union-attr]
+    gradients.run(0)
+    for gradient in (layers[0].weight.main_grad, layers[1].weight.grad):
+        assert gradient is not None
+        torch.testing.assert_close(gradient, x.detach().sum(0).expand(3, 4))
 
 
 def test_a_failed_backward_ends_the_deferral() -> None:

@@ -20,16 +20,19 @@ from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from megatron_llm.config import Config
 from megatron_llm.models.decoder import DecoderStage
+from megatron_llm.models.heads import head_problem
 from megatron_llm.models.recompute import Recompute, _Recomputation
 from megatron_llm.ops.batch import Batch
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.parallel.weight_grad import WeightGradients
 from megatron_llm.planning.activations import StageBytes, stage_bytes
 from megatron_llm.planning.stages import stage_costs
+from tests.decoders import DECODERS
 from tests.ranks import run_ranks
 from tests.runs import RECOMPUTE, config_of
 
 MEMORY = Path(__file__).parents[2] / "docs/memory.md"
+LENGTH = 24
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 STAGES = {  # layers, first, last
     "one layer": (range(1), False, False),
@@ -42,11 +45,13 @@ STAGES = {  # layers, first, last
 }
 
 
-def _config(tp: int, dtype: str, isolated: bool, sequence_parallel: bool, **training: Any) -> Config:
+def _config(
+    tp: int, dtype: str, isolated: bool, sequence_parallel: bool, model: dict[str, Any] | None = None, **training: Any
+) -> Config:
     return config_of(
-        model={"num_hidden_layers": 3},
+        model=model or {"num_hidden_layers": 3},
         parallel={"tensor_parallel": tp, "sequence_parallel": sequence_parallel},
-        training={"sequence_length": 24, "micro_batch_size": 2, "document_isolation": isolated, **training},
+        training={"sequence_length": LENGTH, "micro_batch_size": 2, "document_isolation": isolated, **training},
         precision={"compute": dtype},
     )
 
@@ -95,7 +100,7 @@ def _measured(config: Config, layers: range, first: bool, last: bool) -> StageBy
         parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
     queue = WeightGradients([stage])
     queue.begin_step(1)
-    bounds = (0, 11, tokens) if config.training.document_isolation else (0, tokens)
+    bounds = (0, 11, LENGTH, tokens) if config.training.document_isolation else tuple(range(0, tokens + 1, LENGTH))
     positions = torch.cat([torch.arange(stop - start) for start, stop in zip(bounds, bounds[1:], strict=False)])
     rows = tokens // (grid.tp.size if stage.sequence_parallel else 1)
 
@@ -166,6 +171,72 @@ def test_bytes_with_recomputation(setting: str, tp: int, dtype: str, isolated: b
     names = ["one layer", "three layers", "layers and head"]
     for measured in run_ranks(tp, _measured_stages, config, names):
         assert measured == [stage_bytes(config, *STAGES[name]) for name in names]
+
+
+def _variant(decoder: str, **fields: Any) -> dict[str, Any]:
+    return {**DECODERS[decoder], "max_position_embeddings": LENGTH, **fields}
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    **{name: _variant(name) for name in DECODERS},
+    "falcon, ALiBi": _variant("falcon", position_embedding="alibi", alibi_scaled=True, parallel_block="none"),
+    "neox, gated": _variant("neox", mlp_gated=True, norm_bias=False, embedding_norm=True),
+    "olmo2, post-norms, windows in all layers": _variant("olmo2", norm_placement="residual", sliding_window=LENGTH // 2),
+    "olmo2, both norms, nowhere rotated": _variant("olmo2", norm_placement="both", nope_layers=[0, 1, 2], qk_norm="head"),
+    "opt, multiplied, no final norm": _variant("opt", embedding_multiplier=2.0, final_norm=False, logit_multiplier=0.5),
+    "opt, gated": _variant("opt", mlp_gated=True, qk_norm="head", qk_norm_bias=True),
+    "gemma2, normalized heads": _variant("gemma2", qk_norm="head", final_logit_softcapping=None),
+    "gemma3": _variant("gemma2", attn_logit_softcapping=None, rope_local_theta=100.0, qk_norm="head"),
+    "windows as long as rows": _variant("gemma2", attn_logit_softcapping=None, sliding_window=LENGTH),
+    "cohere2, plain relu": _variant("cohere2", mlp_gated=False, hidden_act="relu", norm_weight=False, qk_norm="none"),
+    "gpt, scaled by layer, windows": _variant("gpt", sliding_window=4, clip_qkv=None),
+}
+BY_LENGTH = {  # what they keep depends on how long documents are
+    name for name, model in VARIANTS.items() if {"sliding_window", "attn_logit_softcapping"} & model.keys()
+    or model.get("position_embedding") == "alibi"
+}  # fmt: skip
+
+
+def _assert_bytes(tp: int, config: Config, names: list[str], exact: bool = True) -> None:
+    for rank, measured in enumerate(run_ranks(tp, _measured_stages, config, names)):
+        for name, held in zip(names, measured, strict=True):
+            said = stage_bytes(config, *STAGES[name], rank=rank)
+            if exact:
+                assert held == said, (rank, name)
+            else:
+                assert all(a <= b for a, b in zip(held, said, strict=True)), (rank, name)
+            assert all(a <= b for a, b in zip(said, stage_bytes(config, *STAGES[name]), strict=True)), (rank, name)
+
+
+@pytest.mark.parametrize("isolated", [False, True], ids=["rows", "documents"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_bytes_of_other_decoders(variant: str, isolated: bool) -> None:
+    config = _config(1, "float64" if isolated else "float32", isolated, True, VARIANTS[variant])
+    names = ["one layer", "embedding and layers", "layers and head", "embedding", "head"]
+    _assert_bytes(1, config, names, exact=not (isolated and variant in BY_LENGTH))
+
+
+@pytest.mark.parametrize(("tp", "sequence_parallel"), [(2, True), (2, False), (3, True)])
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_bytes_of_other_decoders_on_uneven_ranks(decoder: str, tp: int, sequence_parallel: bool) -> None:
+    config = _config(tp, "float32", False, sequence_parallel, VARIANTS[decoder])
+    if head_problem(config.model, tp) is None:
+        _assert_bytes(tp, config, ["embedding and layers", "layers and head"])
+
+
+@pytest.mark.parametrize(
+    "setting", [pytest.param(name, marks=() if name in ("full", "selective") else pytest.mark.slow) for name in RECOMPUTE]
+)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_bytes_of_other_decoders_with_recomputation(variant: str, setting: str) -> None:
+    config = _config(1, "float32", False, True, VARIANTS[variant], **RECOMPUTE[setting])
+    _assert_bytes(1, config, ["one layer", "three layers"])
+
+
+@pytest.mark.parametrize("decoder", ["falcon", "neox", "olmo2", "gemma2"])
+def test_bytes_of_other_decoders_with_recomputation_on_two_ranks(decoder: str) -> None:
+    for setting in ("full", "selective"):
+        _assert_bytes(2, _config(2, "float64", False, True, VARIANTS[decoder], **RECOMPUTE[setting]), ["three layers"])
 
 
 def test_the_documented_bytes_are_those_of_the_formulas() -> None:

@@ -10,40 +10,62 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_llm.config import Config
 from megatron_llm.models.recompute import Recompute
+from megatron_llm.models.stages import build_stages
 from megatron_llm.ops.batch import Batch
+from megatron_llm.parallel.grid import Grid
 from megatron_llm.parallel.weight_grad import WeightGradients
 from megatron_llm.pipeline.schedules import placement
 from megatron_llm.planning.flops import model_flops_per_token
 from megatron_llm.planning.stages import stage_costs, stage_layers
+from tests.decoders import DECODERS
 from tests.runs import config_of, stage_of
 
+META = torch.float32, torch.device("meta")
 
-def _config(tp: int = 1, pp: int = 4, name: str = "zb_v", **training: Any) -> Config:
+
+def _config(tp: int = 1, pp: int = 4, name: str = "zb_v", decoder: str | None = None, **training: Any) -> Config:
+    model = DECODERS[decoder] | {"max_position_embeddings": 64} if decoder else {"num_hidden_layers": 7}
     return config_of(
-        model={"num_hidden_layers": 7},
+        model=model,
         parallel={"tensor_parallel": tp, "pipeline_parallel": pp, "pipeline_schedule": name},
         training={"sequence_length": 64, "micro_batch_size": 2, **training},
         precision={"compute": "float32"},
     )
 
 
+@pytest.mark.parametrize("decoder", [None, "gemma2"])
 @pytest.mark.parametrize("name", ["1f1b", "zb_v"])
 @pytest.mark.parametrize("tp", [1, 2])
-def test_all_stages_together_do_the_model_flops(tp: int, name: str) -> None:
-    config = _config(tp, name=name)
+def test_all_stages_together_do_the_model_flops(tp: int, name: str, decoder: str | None) -> None:
+    """What tp divides."""
+    config = _config(tp, name=name, decoder=decoder)
+    model = config.model.model_copy(update={"vocab_size": 96, "intermediate_size": 32})
+    config = config.model_copy(update={"model": model})
     costs = stage_costs(config, placement(name, 4), flops=1.0, bandwidth=1.0)
     total = sum(costs.forward) + sum(costs.backward) + sum(costs.weight)
     assert total == pytest.approx(model_flops_per_token(config.model, 64) * 2 * 64 / tp, rel=1e-12)
 
 
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_the_first_of_uneven_ranks_counts(decoder: str) -> None:
+    """Multiply-adds of a layer's weights and of the head, on rank 0, are the elements that it has."""
+    config = _config(2, 1, name="1f1b", decoder=decoder)
+    stage = build_stages(config, Grid.imagined(config.parallel, config.model.num_key_value_heads, 2, 0), (0,), *META)[0]
+    elements = sum(weight.numel() for layer in stage.layers for name, weight in layer.named_parameters() if weight.dim() == 2
+                   and "norm" not in name)  # fmt: skip
+    costs = stage_costs(config, (0,), flops=1.0, bandwidth=1.0)
+    assert costs.weight[0] == 2 * 128 * (elements + stage.head.weight.numel())
+
+
+@pytest.mark.parametrize("decoder", [None, *DECODERS])
 @pytest.mark.parametrize(
     "training",
     [{}, {"recompute": "full"}, {"recompute": "full", "recompute_every": 2}, {"recompute": "selective"}],
     ids=["none", "full", "every second layer", "selective"],
 )
-def test_products_of_a_stage_are_those_that_torch_counts(training: dict[str, Any]) -> None:
+def test_products_of_a_stage_are_those_that_torch_counts(training: dict[str, Any], decoder: str | None) -> None:
     """Forward, input gradients and weight gradients of the last stage, without attention, whose causal half torch ignores."""
-    config = _config(pp=2, name="1f1b", **training)
+    config = _config(pp=2, name="1f1b", decoder=decoder, **training)
     owners = placement("1f1b", 2)
     layers = stage_layers(config, owners)[-1]
     stage = stage_of(config, layers, last=True)
@@ -51,6 +73,7 @@ def test_products_of_a_stage_are_those_that_torch_counts(training: dict[str, Any
         parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
     queue = WeightGradients([stage])
     queue.begin_step(1)
+    assert len(layers)
     tokens = torch.zeros(128, dtype=torch.int64)
     batch = Batch(tokens, tokens, torch.ones(128), torch.arange(64).repeat(2), (0, 64, 128))
     x = torch.randn(128, config.model.hidden_size, requires_grad=True)
@@ -59,7 +82,7 @@ def test_products_of_a_stage_are_those_that_torch_counts(training: dict[str, Any
 
         def products() -> int:
             counts = flops.get_flop_counts()["Global"]
-            return sum(count for op, count in counts.items() if "mm" in str(op))
+            return sum(count for op, count in counts.items() if str(op) in ("aten.mm", "aten.addmm"))
 
         loss = stage.loss(stage(x, batch), batch)
         counted.append(products())
@@ -69,11 +92,13 @@ def test_products_of_a_stage_are_those_that_torch_counts(training: dict[str, Any
         queue.run("B")
         counted.append(products() - sum(counted))
     costs = stage_costs(config, owners, flops=1.0, bandwidth=1.0)
-    scores = config.model.num_attention_heads * config.model.head_dim * 64 * 2 * 128
-    again = sum(bool(Recompute.of(config.training).at(layer)) for layer in layers)
+    model = config.model
+    seen = [sum(min(query + 1, model.window(layer) or 64) for query in range(64)) for layer in range(model.num_hidden_layers)]
+    scores = [2 * 2 * 2 * model.num_attention_heads * model.head_dim * keys for keys in seen]  # 2 products, 2 rows, 2 FLOPs
+    again = [layer for layer in layers if Recompute.of(config.training).at(layer)]
     assert counted[0] == counted[2] == costs.weight[-1]
-    assert costs.forward[-1] - counted[0] == pytest.approx(len(layers) * scores)
-    assert costs.backward[-1] - counted[1] == pytest.approx((2 * len(layers) + again) * scores)
+    assert costs.forward[-1] - counted[0] == pytest.approx(sum(scores[layer] for layer in layers))
+    assert costs.backward[-1] - counted[1] == pytest.approx(sum(scores[layer] for layer in [*layers, *layers, *again]))
     assert (counted[1] > counted[0]) == (training.get("recompute") == "full")
 
 

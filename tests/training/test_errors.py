@@ -50,16 +50,20 @@ def test_only_rank_0_speaks(message: Any) -> None:
     assert message(world=6, rank=3, parallel={"tensor_parallel": 4}) == ""
 
 
-def test_heads_that_tp_does_not_divide(message: Any) -> None:
-    text = message(world=3, parallel={"tensor_parallel": 3})
-    assert "num_attention_heads: 8 is not divisible by parallel.tensor_parallel 3; possible: 1, 2, 4, 8" in text
+def test_more_ranks_than_heads(message: Any) -> None:
+    text = message(world=16, parallel={"tensor_parallel": 16}, model={"intermediate_size": 12})
+    assert "num_attention_heads: 8 are fewer than parallel.tensor_parallel 16; lower it to at most 8" in text
+    assert "intermediate_size: 12 is less than parallel.tensor_parallel 16" in text
 
 
 def test_kv_heads_that_do_not_fit(message: Any) -> None:
-    model = {"num_attention_heads": 12, "num_key_value_heads": 3, "head_dim": 4, "intermediate_size": 48}
-    assert "num_key_value_heads: 3 neither divides nor is divisible by parallel.tensor_parallel 2" in message(
-        world=2, model=model, parallel={"tensor_parallel": 2}
-    )
+    text = message(world=3, parallel={"tensor_parallel": 3})
+    assert "num_key_value_heads: parallel.tensor_parallel 3 is more than 2 and no multiple of it; possible: 1, 2, 4, 6, 8" in text
+
+
+def test_rows_beyond_the_table_of_positions(message: Any) -> None:
+    text = message(model={"position_embedding": "learned", "max_position_embeddings": 15})
+    assert "training.sequence_length: 16 positions, but model.max_position_embeddings" in text and "has 15" in text
 
 
 def test_sequence_that_sequence_parallelism_cannot_cut(message: Any) -> None:
@@ -95,7 +99,7 @@ def test_everything_wrong_is_said_at_once(message: Any) -> None:
         lr_schedule={"min_lr": 1.0},
         data={"kind": "pretrain", "train": [{"path": "gone"}]},
     )
-    for part in ("5 problems", "num_attention_heads: 8", "num_key_value_heads: 2", "= 32 tokens", "min_lr: 1.0", "gone.idx"):
+    for part in ("4 problems", "num_key_value_heads: parallel", "= 32 tokens", "min_lr: 1.0", "gone.idx"):
         assert part in text
 
 

@@ -1,0 +1,36 @@
+"""The FLOPs that throughput is divided by are those that torch counts in a forward and backward of the whole model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_llm.config import ModelConfig
+from megatron_llm.models.stages import whole_model
+from megatron_llm.ops.attention import _causal_mask
+from megatron_llm.ops.batch import Batch
+from megatron_llm.planning.flops import model_flops_per_token
+from tests.decoders import DECODERS
+from tests.runs import TINY
+
+LENGTH = 24
+
+
+@pytest.mark.parametrize("decoder", ["llama", *DECODERS])
+def test_flops_are_those_that_torch_counts(decoder: str) -> None:
+    """Attention by explicit matrices, of which the part counts that a mask leaves."""
+    model = ModelConfig(**({"llama": TINY["model"]} | DECODERS)[decoder] | {"max_position_embeddings": LENGTH})
+    stage = whole_model(model, torch.float32, torch.device("cpu"))
+    stage.attention_backend = "reference"
+    ids = torch.arange(LENGTH)
+    batch = Batch(ids, ids, torch.ones(LENGTH), ids, (0, LENGTH))
+    with FlopCounterMode(display=False) as flops:
+        stage.loss(stage(None, batch), batch).backward()
+    counts = {str(op): count for op, count in flops.get_flop_counts()["Global"].items()}
+    scores = counts.pop("aten.bmm") / model.num_hidden_layers
+    masks = [_causal_mask(LENGTH, LENGTH, model.window(layer), ids.device) for layer in range(model.num_hidden_layers)]
+    assert counts.keys() <= {"aten.mm", "aten.addmm"}
+    products = sum(counts.values())
+    expected = products + sum(scores * mask.float().mean().item() for mask in masks)
+    assert model_flops_per_token(model, LENGTH) * LENGTH == pytest.approx(expected, rel=1e-7)
