@@ -194,6 +194,8 @@ class ModelConfig(Section):
             problems.append("layer_types has sliding_attention, but sliding_window is not set")
         if any(not 0 <= layer < self.num_hidden_layers for layer in self.nope_layers):
             problems.append(f"nope_layers {self.nope_layers} are not all among {self.num_hidden_layers} layers")
+        if not self.norm_weight and (self.norm_bias or self.qk_norm_bias or self.qk_norm in ("per_head", "full")):
+            problems.append("norm_weight false goes without norm_bias and qk_norm_bias, and with qk_norm none or head")
         if self.norm == "rms_norm" and (self.norm_bias or self.qk_norm_bias):
             problems.append("norm_bias and qk_norm_bias belong to norm: layer_norm")
         if self.norm == "layer_norm" and self.qk_norm == "full":
