@@ -177,6 +177,14 @@ def test_hf_folder_that_contradicts_the_config(message: Any, tmp_path: Path) -> 
     assert "model.hidden_size: 64 contradicts 32" in text
 
 
+def test_a_folder_beside_settings_in_other_words(message: Any, tmp_path: Path) -> None:
+    """The former name of a setting, and 0 where it stands for what is derived."""
+    llama(tmp_path / "llama")
+    model = {"hf": str(tmp_path / "llama"), "rms_norm_eps": 0.5, "rotary_dim": 0, "head_dim": 0}
+    text = message(replace={"model": model})
+    assert "model.norm_eps: 0.5 contradicts" in text and "rotary_dim" not in text and "rms_norm_eps" not in text
+
+
 def test_hf_folder_with_missing_weights(message: Any, tmp_path: Path) -> None:
     folder = llama(tmp_path / "llama")
     config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 7}
