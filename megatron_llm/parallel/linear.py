@@ -20,7 +20,7 @@ In a split backward the weight gradients, and with them the second gather of x_s
 reduction of dx then overlaps nothing. Biases of columns are cut with their rows; one of a row-parallel layer is added after the
 reduction, so its gradient is a partial sum where tokens are sharded.
 
-Sizes that tp does not divide are cut unevenly: nothing is padded, so there is no padding to keep dead. Only the vocabulary is,
+Sizes that tp does not divide are cut unevenly: no weight is padded, so there is no padding to keep dead. Only the vocabulary is,
 because its ranks exchange statistics of equal shape.
 
 A weight is an attribute of `ctx` and not a saved tensor: hooks on those (`models/recompute.py`) would give it back without its
