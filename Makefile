@@ -60,6 +60,7 @@ bench: $(STAMP)
 	$(PY) benchmarks/data_parallel.py
 	$(PY) benchmarks/overlap.py
 	$(PY) benchmarks/checkpoint.py
+	$(PY) benchmarks/hf_folders.py
 
 clean:
 	rm -rf .venv build runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

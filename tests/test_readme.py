@@ -121,7 +121,10 @@ def test_the_readmes_configuration_is_valid() -> None:
 @pytest.mark.slow
 def test_every_command_of_the_page_on_hugging_face_runs(tmp_path: Path) -> None:
     prepare(tmp_path)
-    run_commands("docs/hugging_face.md", tmp_path, at_least=8)
+    run_commands("docs/hugging_face.md", tmp_path, at_least=12)
+    again, larger = ((tmp_path / "hf" / name / "model.safetensors").read_bytes() for name in ("again", "larger"))
+    assert again == larger == (tmp_path / "hf/demo/model.safetensors").read_bytes()
+    assert (tmp_path / "checkpoints/together/manifest.json").is_file()
 
 
 def test_the_page_on_hugging_face_lists_every_architecture() -> None:

@@ -74,13 +74,17 @@ class Contents:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
+StoredAs = tuple[str, str, tuple[int, ...], str, StoredBox]
+"""(kind, name, shape, dtype, where) of a rectangle in a file."""
+
+
 @dataclass(frozen=True)
 class RankFile:
-    """What one rank wrote: the file's name and proof, and what it holds as (kind, name, shape, dtype, where)."""
+    """What one rank wrote: the file's name and proof, and what it holds."""
 
     name: str
     written: WrittenFile
-    tensors: list[tuple[str, str, tuple[int, ...], str, StoredBox]]
+    tensors: list[StoredAs]
 
 
 def save_checkpoint(folder: str | Path | Folder, tensors: Iterable[TensorToSave], contents: Contents, world: Axis) -> None:
@@ -139,9 +143,19 @@ def write_rank_file(
     folder: Folder, rank: int, tensors: Iterable[TensorToSave], progress: Callable[[int], object] | None = None
 ) -> RankFile | None:
     """Write one rank's tensors, return what the manifest needs to know; None, and no file, if there are none."""
+    name, entries, stored = rank_file(rank, tensors)
+    if not entries:
+        return None
+    with folder.create(name) as sink:
+        written = write_safetensors(sink, entries, {"format": "pt"}, progress)
+    return RankFile(name, written, stored)
+
+
+def rank_file(rank: int, tensors: Iterable[TensorToSave]) -> tuple[str, list[Entry], list[StoredAs]]:
+    """The name of one rank's file, the tensors in it, and what they are in the whole model."""
     name = f"rank-{rank:05d}.safetensors"
-    entries = []
-    stored = []
+    entries: list[Entry] = []
+    stored: list[StoredAs] = []
     for item in tensors:
         if tuple(item.tensor.shape) != item.box.shape:
             raise ValueError(f"{item.kind} of {item.name}: a tensor of shape {tuple(item.tensor.shape)} for the box {item.box}")
@@ -151,11 +165,7 @@ def write_rank_file(
         info = TensorInfo(dtype_name(item.tensor.dtype), item.box.shape)
         entries.append(Entry(key, info, item.load or item.tensor.detach))
         stored.append((item.kind, item.name, tuple(item.shape), info.dtype, StoredBox(item.box, name, key)))
-    if not entries:
-        return None
-    with folder.create(name) as sink:
-        written = write_safetensors(sink, entries, {"format": "pt"}, progress)
-    return RankFile(name, written, stored)
+    return name, entries, stored
 
 
 def commit(folder: Folder, rank_files: list[RankFile | None], contents: Contents) -> None:

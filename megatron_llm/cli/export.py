@@ -1,6 +1,6 @@
 """`megatron-llm export`: a checkpoint as a Hugging Face folder or a Megatron checkpoint.
 
-One process, one tensor in memory at a time, no GPU.
+One tensor in memory at a time, no GPU; one process, or several tasks that write a folder together.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import re
 from typing import Any
+
+from megatron_llm.cli.shards import add_shard, share_of, unfinished
 
 HELP = "write a checkpoint as a Hugging Face folder or a Megatron checkpoint"
 
@@ -29,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--ema", action="store_true", help="the average of the weights that optimizer.ema_decay kept")
     parser.add_argument("--shard-size", type=parse_size, default="5GB", metavar="SIZE", help="largest file (default: 5GB)")
+    add_shard(parser)
     parser.add_argument("--no-verify", action="store_true", help="do not compare the checkpoint's checksums first")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.add_argument(
@@ -56,10 +59,15 @@ def run(args: argparse.Namespace) -> int:
     from megatron_llm.exchange import export_megatron
     from megatron_llm.hf import export_hf
 
-    checkpoint = find_checkpoint(args.checkpoint)
+    checkpoint, share = find_checkpoint(args.checkpoint), share_of(args)
+    if args.to == "megatron" and share.count > 1:
+        raise ValueError("a Megatron checkpoint is written by one process; leave out --shard and torchrun")
     if not args.no_verify:
-        with tqdm(total=checkpoint.nbytes, desc="Verifying", unit="B", unit_scale=True, delay=2) as bar:
-            checkpoint.verify(bar.update)
+        total = checkpoint.nbytes // share.count
+        with tqdm(total=total, desc="Verifying", unit="B", unit_scale=True, delay=2, disable=share.index > 0) as bar:
+            problems = checkpoint.damaged(share.index, share.count, bar.update)  # whatever is exported, some task has read it
+        if problems:
+            raise ValueError("\n".join(problems))
     if args.ema and "ema" not in checkpoint.kinds:
         raise ValueError(
             f"{checkpoint.folder} has no average of the weights: it was trained without optimizer.ema_decay; leave out --ema"
@@ -69,15 +77,17 @@ def run(args: argparse.Namespace) -> int:
         "default_dtype": checkpoint.export_dtype,
         "shard_size": args.shard_size,
         "overwrite": args.overwrite,
-        "progress": True,
+        "progress": share.index == 0,
     }
     multiple = args.make_vocab_size_divisible_by
     if args.to == "megatron":
         options |= {"vocab_multiple": multiple} if multiple is not None else {}
     elif multiple is not None:
         raise ValueError("--make-vocab-size-divisible-by belongs to --to megatron; a Hugging Face folder has no padding")
+    else:
+        options |= {"share": share, "origin": f"{checkpoint.checksum} {args.ema}"}
     source, model = checkpoint.source("ema" if args.ema else "weights"), checkpoint.model
     export = export_megatron if args.to == "megatron" else export_hf
     files = export(source, model, checkpoint.assets, args.output, **options)
-    print(f"{checkpoint.folder} -> {args.output}: {', '.join(files)}")
+    print(f"{checkpoint.folder} -> {args.output}: {', '.join(files)}" if files else unfinished(args.output, share))
     return 0

@@ -1,8 +1,11 @@
-"""`megatron-llm import`: weights from elsewhere as a native checkpoint. One process, no GPU."""
+"""`megatron-llm import`: weights from elsewhere as a native checkpoint. No GPU; one process, or several tasks."""
 
 from __future__ import annotations
 
 import argparse
+from typing import Any
+
+from megatron_llm.cli.shards import add_shard, share_of, unfinished
 
 HELP = "make a checkpoint from a Hugging Face folder or a Megatron checkpoint"
 
@@ -19,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N|tokenizer",
         help="from hf: tokens that the model is to have, or as many as the tokenizer; new rows are the mean of the others",
     )
+    add_shard(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
     megatron = parser.add_argument_group("from megatron")
     megatron.add_argument(
@@ -39,7 +43,9 @@ def run(args: argparse.Namespace) -> int:
     """Import and say what was done. Raises ValueError if the source cannot be used or the output is in the way."""
     from megatron_llm.exchange import import_hf, import_megatron
 
-    options = {"tokenizer": args.tokenizer, "overwrite": args.overwrite, "progress": True}
+    share = share_of(args)
+    options: dict[str, Any] = {"tokenizer": args.tokenizer, "share": share, "overwrite": args.overwrite}
+    options["progress"] = share.index == 0
     if args.origin == "megatron":
         if args.resize_vocab is not None:
             raise ValueError(
@@ -51,5 +57,5 @@ def run(args: argparse.Namespace) -> int:
         if wrong:
             raise ValueError(f"--{wrong[0].replace('_', '-')} belongs to --from megatron; a Hugging Face folder says it itself")
         said = import_hf(args.source, args.output, resize_vocab=args.resize_vocab, **options)
-    print("\n".join(said))
+    print("\n".join(said) or unfinished(args.output, share))
     return 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from megatron_llm.cli.shards import parse_shard
+
 HELP = "tokenize text files for pretraining"
 
 
@@ -45,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shuffle-documents", type=int, metavar="SEED", help="bring the documents into random order, on disk")
     parser.add_argument(
         "--shard",
-        type=_shard,
+        type=parse_shard,
         metavar="I/N",
         help="take part I of N (from 0) of the input, for jobs side by side; `merge` joins them",
     )
@@ -62,14 +64,6 @@ def _split(text: str) -> list[float]:
         return [float(share) for share in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not shares like 0.99,0.01") from None
-
-
-def _shard(text: str) -> tuple[int, int]:
-    try:
-        number, count = text.split("/")
-        return int(number), int(count)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not like 0/16") from None
 
 
 def run(args: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ settings from the `Config` object that is passed to it; nothing reads environmen
 """
 
 from megatron_llm.config.load import ConfigError, parse_config, read_raw_config, sentences
-from megatron_llm.config.model import ModelConfig, RopeScalingConfig
+from megatron_llm.config.model import ModelConfig, RopeScalingConfig, with_present_names
 from megatron_llm.config.optimization import LrScheduleConfig, OptimizerConfig, ParameterRuleConfig, PrecisionConfig
 from megatron_llm.config.schema import (
     BatchSizeRampupConfig,
@@ -41,4 +41,5 @@ __all__ = [
     "parse_config",
     "read_raw_config",
     "sentences",
+    "with_present_names",
 ]

@@ -7,7 +7,7 @@ Names follow Hugging Face where most families agree on one. The defaults are Lla
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -54,6 +54,13 @@ class RopeScalingConfig(Section):
     def by_length(self) -> bool:
         """Whether the frequencies of a document depend on its length."""
         return self.rope_type in ("dynamic", "longrope")
+
+
+def with_present_names(fields: dict[str, Any]) -> dict[str, Any]:
+    """`norm_eps` was `rms_norm_eps` before there were other norms; checkpoints and configs of then still say so."""
+    if "rms_norm_eps" not in fields or "norm_eps" in fields:
+        return fields
+    return {"norm_eps" if name == "rms_norm_eps" else name: value for name, value in fields.items()}
 
 
 class ModelConfig(Section):
@@ -143,12 +150,8 @@ class ModelConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _former_name(cls, fields: object) -> object:
-        """`norm_eps` was `rms_norm_eps` before there were other norms; checkpoints and configs of then still say so."""
-        if isinstance(fields, dict) and "rms_norm_eps" in fields and "norm_eps" not in fields:
-            fields = dict(fields)
-            fields["norm_eps"] = fields.pop("rms_norm_eps")
-        return fields
+    def _present_names(cls, fields: object) -> object:
+        return with_present_names(fields) if isinstance(fields, dict) else fields
 
     @model_validator(mode="after")
     def _fill_derived(self) -> ModelConfig:
@@ -194,6 +197,8 @@ class ModelConfig(Section):
             problems.append("layer_types has sliding_attention, but sliding_window is not set")
         if any(not 0 <= layer < self.num_hidden_layers for layer in self.nope_layers):
             problems.append(f"nope_layers {self.nope_layers} are not all among {self.num_hidden_layers} layers")
+        if not self.norm_weight and (self.norm_bias or self.qk_norm_bias or self.qk_norm in ("per_head", "full")):
+            problems.append("norm_weight false goes without norm_bias and qk_norm_bias, and with qk_norm none or head")
         if self.norm == "rms_norm" and (self.norm_bias or self.qk_norm_bias):
             problems.append("norm_bias and qk_norm_bias belong to norm: layer_norm")
         if self.norm == "layer_norm" and self.qk_norm == "full":

@@ -1,6 +1,6 @@
 """`megatron-llm import`: a Hugging Face folder or a Megatron checkpoint becomes a native checkpoint, weights only.
 
-`cli/import_.py` calls this. One process, no process group, no GPU.
+`cli/import_.py` calls this. One process, or several tasks that write the checkpoint together; no process group, no GPU.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from megatron_llm.exchange.source import EMBEDDING, MegatronSource
 from megatron_llm.exchange.torch_dist import COMMON, TorchDistFolder
 from megatron_llm.hf import HFFolder, collect_assets
 from megatron_llm.hf.assets import CONFIG, TENSOR_DTYPES
+from megatron_llm.hf.together import Share
 from megatron_llm.models.vocabulary import resized
 from megatron_llm.ops.tensor_file import TORCH_NAMES
 
@@ -30,6 +31,7 @@ def import_hf(
     *,
     tokenizer: str | Path | None = None,
     resize_vocab: int | str | None = None,
+    share: Share = Share(),
     overwrite: bool = False,
     progress: bool = False,
 ) -> list[str]:
@@ -37,10 +39,11 @@ def import_hf(
 
     Args:
         tokenizer: a folder whose tokenizer files replace those of `folder`.
+        share: which task of how many this is, if several write the checkpoint together.
         resize_vocab: tokens that the model is to have, or "tokenizer": as many as the tokenizer that travels along.
 
-    Returns sentences that say what was done. Raises ValueError if the folder is not one that this engine can read, or has more
-    tokens than it is to have.
+    Returns sentences that say what was done; none while other tasks are at work. Raises ValueError if the folder is not one
+    that this engine can read, or has more tokens than it is to have.
     """
     hf = HFFolder(folder)
     stored = ModelConfig(**hf.model_fields())
@@ -49,7 +52,10 @@ def import_hf(
         size = max(stored.vocab_size, vocabulary_size(tokenizer or hf.path))  # rows beyond the tokenizer are padding of theirs
     source = resized(hf.source(stored), stored.vocab_size, size, str(hf.path))
     model, assets = stored.model_copy(update={"vocab_size": size}), collect_assets(hf.path, tokenizer)
-    write_checkpoint(source, model, assets, output, overwrite=overwrite, progress=progress)
+    origin = str(hf.path.absolute())
+    whole = write_checkpoint(source, model, assets, output, share=share, origin=origin, overwrite=overwrite, progress=progress)
+    if not whole:
+        return []
     said = [f"{hf.path} -> {output}: {hf.family.architecture}, {model.num_hidden_layers} layers", *hf.notes()]
     if size != stored.vocab_size:
         said.append(f"vocabulary: {size} tokens, {size - stored.vocab_size} of them new: the mean of the others")
@@ -63,6 +69,7 @@ def import_megatron(
     config: str | Path | None = None,
     tokenizer: str | Path | None = None,
     vocab_size: int | None = None,
+    share: Share = Share(),
     overwrite: bool = False,
     progress: bool = False,
 ) -> list[str]:
@@ -73,11 +80,12 @@ def import_megatron(
         config: a Hugging Face folder whose config.json says what the model is and travels along; needed where the
             checkpoint does not hold the run's arguments. Where both are there, they must agree.
         tokenizer: a folder whose tokenizer files travel along.
+        share: which task of how many this is, if several write the checkpoint together.
         vocab_size: rows of the embedding that belong to tokens; the others are padding. None: as the arguments, config or
             the tokenizer say.
 
-    Returns sentences that say what was done. Raises ValueError naming the file and the way out if anything is missing,
-    damaged, unknown or not a Llama.
+    Returns sentences that say what was done; none while other tasks are at work. Raises ValueError naming the file and the way
+    out if anything is missing, damaged, unknown or not a Llama.
     """
     folder = TorchDistFolder(path)
     hf = _config_folder(config)
@@ -86,7 +94,10 @@ def import_megatron(
     model = _model(folder, hf, args, size)
     source = MegatronSource(folder, model)
     assets = _assets(hf, tokenizer, folder.tensors[EMBEDDING].dtype if not source.masters else "F32")
-    write_checkpoint(source, model, assets, output, overwrite=overwrite, progress=progress)
+    origin = str(folder.path.absolute())
+    whole = write_checkpoint(source, model, assets, output, share=share, origin=origin, overwrite=overwrite, progress=progress)
+    if not whole:
+        return []
     said = [f"{folder.path} -> {output}: {model.num_hidden_layers} layers, weights only"]
     said.append(f"vocabulary: {size} tokens ({origin}); {source.padding} rows of padding left out")
     if source.masters:

@@ -6,18 +6,23 @@ An imported checkpoint's config is `{"model": ...}` alone: there is no run to de
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_llm.checkpoint import Contents, SaveError, TensorToSave, open_checkpoint, save_checkpoint
+from megatron_llm.checkpoint import Contents, TensorToSave, open_checkpoint
+from megatron_llm.checkpoint.save import RankFile, commit, rank_file, write_rank_file
 from megatron_llm.config import ModelConfig
-from megatron_llm.hf.whole import whole_folder
+from megatron_llm.hf.together import Share, write_together
 from megatron_llm.models.names import logical_tensors
+from megatron_llm.ops.safetensors import WrittenFile
+from megatron_llm.ops.storage import LocalFolder
 from megatron_llm.ops.tensor_file import TensorInfo, torch_dtype
-from megatron_llm.parallel.grid import Axis
 from megatron_llm.parallel.shard import Box, Part, TypedSource, fill
 
 _MANIFEST = "manifest.json"
@@ -29,33 +34,50 @@ def write_checkpoint(
     assets: Mapping[str, bytes],
     output: str | Path,
     *,
+    share: Share = Share(),
+    origin: str = "",
     overwrite: bool = False,
     progress: bool = False,
-) -> None:
+) -> bool:
     """Write the folder `output` as a native checkpoint of `source`'s weights, in their dtypes. It appears whole or not at all.
 
     Args:
         assets: as `collect_assets` made them.
+        share: which task of how many this is, if several write it together. origin: tells the source from others with the same
+            tensors, for tasks to agree.
         overwrite: replace a checkpoint that is there. Anything else in the way is refused all the same.
         progress: show a bar.
 
-    Raises ValueError if `output` is in the way, the source lacks a tensor, or the checkpoint could not be written.
+    Returns whether it is there: other tasks may not have ended. Raises ValueError if `output` is in the way, or the source
+    lacks a tensor.
     """
-    names = list(logical_tensors(model))
-    total = sum(TensorInfo(source.dtype(name), shape).nbytes for name, shape in names)
+    infos = {name: TensorInfo(source.dtype(name), shape) for name, shape in logical_tensors(model)}
     config = {"model": model.model_copy(update={"hf": None, "resize_vocab": 0}).model_dump(mode="json")}
-    state = {"step": 0, "updates": 0, "rows": 0, "tokens": 0}
-    with (
-        whole_folder(output, overwrite, "checkpoint", _foreign) as folder,
-        tqdm(total=total, desc=f"Writing {Path(output).name}", unit="B", unit_scale=True, disable=not progress) as bar,
-    ):
-        tensors = [_tensor(source, name, shape, bar.update) for name, shape in names]
-        try:
-            save_checkpoint(folder, tensors, Contents(state, config, dict(assets)), Axis("world"))
-        except SaveError as error:
-            if isinstance(error.__cause__, ValueError):
-                raise error.__cause__ from None  # of the source: what was to be written has nothing to do with it
-            raise
+    contents = Contents({"step": 0, "updates": 0, "rows": 0, "tokens": 0}, config, dict(assets))
+    job = {
+        "origin": origin,
+        "tensors": {name: (info.dtype, info.shape) for name, info in infos.items()},
+        "others": [config, {name: xxhash.xxh3_128_hexdigest(content) for name, content in assets.items()}],
+    }
+
+    def tensors(of: Share, done: Callable[[int], object] = lambda _: None) -> list[TensorToSave]:
+        return [_tensor(source, name, infos[name], done) for name in of.of(list(infos), lambda name: infos[name].nbytes)]
+
+    def write(folder: Path) -> dict[str, Any] | None:
+        total = sum(infos[item.name].nbytes for item in tensors(share))
+        with tqdm(total=total, desc=f"Writing {Path(output).name}", unit="B", unit_scale=True, disable=not progress) as bar:
+            file = write_rank_file(LocalFolder(folder), share.index, tensors(share, bar.update))
+        return None if file is None else asdict(file.written)
+
+    def complete(folder: Path, written: list[dict[str, Any] | None]) -> None:
+        files: list[RankFile | None] = []
+        for index, proof in enumerate(written):
+            if proof is not None:
+                name, _, stored = rank_file(index, tensors(Share(index, share.count)))
+                files.append(RankFile(name, WrittenFile(**proof), stored))
+        commit(LocalFolder(folder), files, contents)
+
+    return write_together(output, overwrite, "checkpoint", _foreign, share, job, write, complete)
 
 
 def _foreign(folder: Path) -> str | None:
@@ -64,14 +86,14 @@ def _foreign(folder: Path) -> str | None:
     return "is the checkpoint of a run" if "training" in open_checkpoint(folder).config else None
 
 
-def _tensor(source: TypedSource, name: str, shape: tuple[int, ...], done: Callable[[int], object]) -> TensorToSave:
+def _tensor(source: TypedSource, name: str, info: TensorInfo, done: Callable[[int], object]) -> TensorToSave:
     """A tensor of the model, which is read when its turn comes, a slab at a time: pieces of it need no memory beside it."""
-    part, box, dtype = Part(name, shape, ()), Box.full(shape), torch_dtype(source.dtype(name))
+    part, box, dtype = Part(name, info.shape, ()), Box.full(info.shape), torch_dtype(info.dtype)
 
     def load() -> Tensor:
-        values = torch.empty(shape, dtype=dtype)
+        values = torch.empty(info.shape, dtype=dtype)
         for count in fill(values, part, box, source):
             done(count * dtype.itemsize)
         return values
 
-    return TensorToSave("weights", name, shape, box, torch.empty(shape, dtype=dtype, device="meta"), load)
+    return TensorToSave("weights", name, info.shape, box, torch.empty(info.shape, dtype=dtype, device="meta"), load)

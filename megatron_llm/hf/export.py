@@ -1,19 +1,20 @@
 """Writes a Hugging Face folder from any source of logical tensors, one tensor in memory at a time.
 
 What came from a folder goes back as it was: same tensors, same dtypes, config.json changed only where the model was.
-`cli/export.py` calls this with a checkpoint; it needs one process and no process group.
+`cli/export.py` calls this with a checkpoint; one process writes it, or several that need no process group.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import xxhash
 from tqdm import tqdm
 
 from megatron_llm.config import ModelConfig
@@ -21,7 +22,7 @@ from megatron_llm.hf.assets import CONFIG, TENSOR_DTYPES, exported_files, specia
 from megatron_llm.hf.families import describe
 from megatron_llm.hf.family import Family, StoredTensor
 from megatron_llm.hf.reader import architecture_of
-from megatron_llm.hf.whole import whole_folder
+from megatron_llm.hf.together import Share, write_together
 from megatron_llm.ops.safetensors import Entry, write_bytes, write_safetensors
 from megatron_llm.ops.storage import LocalFolder
 from megatron_llm.ops.tensor_file import TORCH_NAMES, TensorInfo, torch_dtype
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from megatron_llm.parallel.shard import Box, Part, TensorSource
+
+
+_INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -50,10 +54,14 @@ def export_hf(
     dtype: str | None = None,
     default_dtype: str = "F32",
     shard_size: int = 5_000_000_000,
+    share: Share = Share(),
+    origin: str = "",
     overwrite: bool = False,
     progress: bool = False,
 ) -> list[str]:
     """Write the folder `output` and return the names of its files. It appears whole or not at all.
+
+    Several tasks may write it together, whole files each; the names are then returned by the last of them, and none by others.
 
     Args:
         source: the weights under their logical names.
@@ -61,19 +69,37 @@ def export_hf(
         dtype: safetensors' name of the dtype of every tensor; None: the dtype each had in the folder it came from.
         default_dtype: for models trained from scratch.
         shard_size: bytes of tensors in one file; a larger tensor has a file of its own.
+        share: which task of how many this is. origin: tells the source from others with the same tensors, for tasks to agree.
         overwrite: replace an older export. A folder that does not look like one is refused all the same.
         progress: show a bar.
 
     Raises ValueError if `output` is in the way, the source lacks a tensor, or values overflow the dtype.
     """
-    with whole_folder(output, overwrite, "export", _foreign) as folder:
-        plan = _plan(source, model, assets, dtype, default_dtype)
-        total = sum(entry.info.nbytes for entry in plan.entries)
+    plan = _plan(source, model, assets, dtype, default_dtype)
+    files = _weight_files(plan.entries, shard_size)
+    mine = share.of(list(files), lambda name: _nbytes(files[name]))
+    total = sum(_nbytes(files[name]) for name in mine)
+
+    def write(folder: Path) -> None:
         with tqdm(total=total, desc=f"Writing {Path(output).name}", unit="B", unit_scale=True, disable=not progress) as bar:
-            _write_weights(LocalFolder(folder), plan.entries, shard_size, bar.update)
-        for name, content in {"config.json": plan.config, **plan.files}.items():
+            for name in mine:
+                with LocalFolder(folder).create(name) as sink:
+                    write_safetensors(sink, files[name], {"format": "pt"}, bar.update)
+
+    def complete(folder: Path, _: list[Any]) -> None:
+        index = {_INDEX: _index(files)} if len(files) > 1 else {}
+        for name, content in {**index, "config.json": plan.config, **plan.files}.items():
             write_bytes(LocalFolder(folder), name, content)
-    return sorted(path.name for path in Path(output).iterdir())
+
+    whole = write_together(output, overwrite, "export", _foreign, share, _job(plan, files, origin), write, complete)
+    return sorted(path.name for path in Path(output).iterdir()) if whole else []
+
+
+def _job(plan: _Plan, files: Mapping[str, list[Entry]], origin: str) -> dict[str, Any]:
+    """What tells an export from any other."""
+    tensors = {name: [(entry.key, entry.info.dtype, entry.info.shape) for entry in entries] for name, entries in files.items()}
+    others = {name: xxhash.xxh3_128_hexdigest(content) for name, content in {"": plan.config, **plan.files}.items()}
+    return {"origin": origin, "tensors": tensors, "others": others}
 
 
 def _foreign(folder: Path) -> str | None:
@@ -169,8 +195,12 @@ class _Checked:
         return values
 
 
-def _write_weights(folder: LocalFolder, entries: list[Entry], shard_size: int, progress: Callable[[int], object]) -> None:
-    """model.safetensors, or numbered shards with an index if the tensors have more than `shard_size` bytes."""
+def _nbytes(entries: Sequence[Entry]) -> int:
+    return sum(entry.info.nbytes for entry in entries)
+
+
+def _weight_files(entries: list[Entry], shard_size: int) -> dict[str, list[Entry]]:
+    """model.safetensors, or numbered files if the tensors have more than `shard_size` bytes."""
     shards: list[list[Entry]] = [[]]
     room = shard_size
     for entry in entries:
@@ -180,15 +210,12 @@ def _write_weights(folder: LocalFolder, entries: list[Entry], shard_size: int, p
         shards[-1].append(entry)
         room -= entry.info.nbytes
     if len(shards) == 1:
-        with folder.create("model.safetensors") as sink:
-            write_safetensors(sink, shards[0], {"format": "pt"}, progress)
-        return
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        with folder.create(name) as sink:
-            write_safetensors(sink, shard, {"format": "pt"}, progress)
-        weight_map |= {entry.key: name for entry in shard}
-    total = sum(entry.info.nbytes for entry in entries)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_bytes(folder, "model.safetensors.index.json", _json(index))
+        return {"model.safetensors": shards[0]}
+    return {f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, start=1)}
+
+
+def _index(files: Mapping[str, list[Entry]]) -> bytes:
+    """Which file has which tensor."""
+    weight_map = {entry.key: name for name, entries in files.items() for entry in entries}
+    total = sum(_nbytes(entries) for entries in files.values())
+    return _json({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})

@@ -248,7 +248,7 @@ def _expand(row: Row, model: ModelConfig, shapes: dict[str, tuple[int, ...]], va
 def _differences(model: ModelConfig, other: ModelConfig) -> list[str]:
     """Fields in which two models differ as decoders: `name value`."""
     mine, theirs, values = _meaning(model), _meaning(other), model.model_dump()
-    return [f"{name} {json.dumps(values[name])}" for name, value in mine.items() if value != theirs[name]]
+    return [f"{name} {json.dumps(values[name])}" for name, value in mine.items() if value != theirs.get(name)]
 
 
 def _meaning(model: ModelConfig) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A folder that appears whole or not at all: written under another name, then renamed.
 
-`hf/export.py` and `exchange/` write theirs this way: an interrupted or failed export leaves an older one as it was.
+`hf/export.py` and `exchange/` write theirs this way, several tasks together by `together.py`: an interrupted or failed export
+leaves an older one as it was.
 """
 
 from __future__ import annotations
@@ -24,30 +25,44 @@ def whole_folder(output: str | Path, overwrite: bool, what: str, foreign: Callab
 
     Raises ValueError if `output` is in the way, before the block begins.
     """
-    if "://" in str(output):
-        raise ValueError(f"{output}: what this command writes is a local folder; copy it to where it belongs")
-    output = Path(output).absolute()
-    old = output.with_name(f".{output.name}.old")
-    if old.exists() and not output.exists():  # a command was killed between its two renames
-        old.rename(output)
-    _check_output(output, overwrite, what, foreign)
+    output = local_output(output)
+    check_output(output, overwrite, what, foreign)
     partial_folder = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial_folder, ignore_errors=True)  # of a command that was interrupted
     partial_folder.mkdir(parents=True)
     try:
         yield partial_folder
-        shutil.rmtree(old, ignore_errors=True)
-        if output.exists():
-            output.rename(old)
-        partial_folder.rename(output)
-        shutil.rmtree(old, ignore_errors=True)
+        replace_output(partial_folder, output)
     finally:
         shutil.rmtree(partial_folder, ignore_errors=True)
     sync_folder(output.parent)
 
 
-def _check_output(output: Path, overwrite: bool, what: str, foreign: Callable[[Path], str | None]) -> None:
-    """Refuse to mix with or delete what is not an older one of the same sort."""
+def _old(output: Path) -> Path:
+    return output.with_name(f".{output.name}.old")
+
+
+def replace_output(folder: Path, output: Path) -> None:
+    """Rename a folder to `output`, in place of what is there."""
+    old = _old(output)
+    shutil.rmtree(old, ignore_errors=True)
+    if output.exists():
+        output.rename(old)
+    folder.rename(output)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def local_output(output: str | Path) -> Path:
+    """The absolute path. Raises ValueError for a URL."""
+    if "://" in str(output):
+        raise ValueError(f"{output}: what this command writes is a local folder; copy it to where it belongs")
+    return Path(output).absolute()
+
+
+def check_output(output: Path, overwrite: bool, what: str, foreign: Callable[[Path], str | None]) -> None:
+    """Refuse to mix with or delete what is not an older one of the same sort. Raises ValueError like `whole_folder`."""
+    if _old(output).exists() and not output.exists():  # a command was killed between its two renames
+        _old(output).rename(output)
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not output.is_dir():

@@ -34,22 +34,27 @@ class SelfAttention(nn.Module):
         self.model, self.layer = model, layer
         heads = Heads.of(model, grid)
         copies = grid.kv_replica
-        shards = [OutputShard.of(f"{name}.q.weight", model.num_attention_heads * dim, heads.queries, dim)]
-        for part in ("k", "v"):
-            shards.append(OutputShard.of(f"{name}.{part}.weight", model.num_key_value_heads * dim, heads.keys, dim, copies))
-        self.heads = [len(heads.queries), len(heads.keys), len(heads.keys)]
+        queries, keys = model.num_attention_heads, model.num_key_value_heads
+        # Queries last: ranks with copies of a key head may differ in queries, and what is copied must lie at the same place.
+        shards = [
+            OutputShard.of(f"{name}.k.weight", keys * dim, heads.keys, heads.most_keys, dim, copies),
+            OutputShard.of(f"{name}.v.weight", keys * dim, heads.keys, heads.most_keys, dim, copies),
+            OutputShard.of(f"{name}.q.weight", queries * dim, heads.queries, heads.most_queries, dim),
+        ]
+        self.heads = [len(heads.keys), len(heads.keys), len(heads.queries)]
         bias = sharded_bias(shards, dtype, device) if model.qkv_bias else None
         self.qkv = ColumnParallelLinear(sharded_weight(model.hidden_size, shards, dtype, device), tp, bias)
         self.o = RowParallelLinear(
             f"{name}.o.weight", model.num_attention_heads * dim, model.hidden_size, tp, dtype, device,
-            range(heads.queries.start * dim, heads.queries.stop * dim), model.attention_output_bias, partial,
+            range(heads.queries.start * dim, heads.queries.stop * dim), heads.most_queries * dim,
+            model.attention_output_bias, partial,
         )  # fmt: skip
         self.q_norm = self.k_norm = None
         if model.qk_norm != "none":
             none = type(tp)("none")
-            queries, keys = model.num_attention_heads, model.num_key_value_heads
-            self.q_norm = head_norm(f"{name}.q_norm", queries, heads.queries, model, tp, none, dtype, device)
-            self.k_norm = head_norm(f"{name}.k_norm", keys, heads.keys, model, tp, copies, dtype, device)
+            most = heads.most_queries, heads.most_keys
+            self.q_norm = head_norm(f"{name}.q_norm", queries, heads.queries, most[0], model, tp, none, dtype, device)
+            self.k_norm = head_norm(f"{name}.k_norm", keys, heads.keys, most[1], model, tp, copies, dtype, device)
         self.scores = self._scores(heads.queries, stat_dtype(dtype), device)
         self.rotates = model.position_embedding == "rope" and layer not in model.nope_layers
 
@@ -63,11 +68,11 @@ class SelfAttention(nn.Module):
         return Scores(model.scale(self.layer), model.attn_logit_softcapping, slopes, model.alibi_scaled, window)
 
     def forward(self, qkv: Tensor, context: ForwardContext) -> Tensor:
-        """[T, (N + 2 K) D] -> [T, N D]."""
+        """[T, (2 K + N) D] -> [T, N D]."""
         model = self.model
         if model.clip_qkv is not None:
             qkv = qkv.clamp(-model.clip_qkv, model.clip_qkv)
-        q_TND, k_TKD, v_TKD = qkv.unflatten(-1, (-1, model.head_dim)).split(self.heads, dim=1)
+        k_TKD, v_TKD, q_TND = qkv.unflatten(-1, (-1, model.head_dim)).split(self.heads, dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q_TND, k_TKD = self.q_norm(q_TND), self.k_norm(k_TKD)
         if self.rotates:

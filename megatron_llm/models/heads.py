@@ -11,15 +11,17 @@ from dataclasses import dataclass
 
 from megatron_llm.config import ModelConfig
 from megatron_llm.parallel.grid import Grid
-from megatron_llm.parallel.linear import balanced
+from megatron_llm.parallel.linear import balanced, most_of
 
 
 @dataclass(frozen=True)
 class Heads:
-    """Query and key/value heads of this rank, by their numbers in the whole model."""
+    """Query and key/value heads of this rank, by their numbers in the whole model, and how many of each no rank exceeds."""
 
     queries: range
     keys: range
+    most_queries: int
+    most_keys: int
 
     @classmethod
     def of(cls, model: ModelConfig, grid: Grid) -> Heads:
@@ -27,10 +29,12 @@ class Heads:
         copies = grid.kv_replica
         if copies.size == 1:
             keys = balanced(model.num_key_value_heads, grid.tp)
-            return cls(range(keys.start * group, keys.stop * group), keys)
+            most = most_of(model.num_key_value_heads, grid.tp)
+            return cls(range(keys.start * group, keys.stop * group), keys, most * group, most)
         key = grid.tp.rank // copies.size
         share = balanced(group, copies)
-        return cls(range(key * group + share.start, key * group + share.stop), range(key, key + 1))
+        queries = range(key * group + share.start, key * group + share.stop)
+        return cls(queries, range(key, key + 1), most_of(group, copies), 1)
 
 
 def head_problem(model: ModelConfig, tensor_parallel: int) -> str | None:

@@ -13,6 +13,7 @@ from megatron_llm.parallel.linear import (
     OutputShard,
     RowParallelLinear,
     balanced,
+    most_of,
     sharded_bias,
     sharded_weight,
 )
@@ -29,11 +30,12 @@ class MLP(nn.Module):
         name, tp, inner = f"layers.{layer}.mlp", grid.tp, model.intermediate_size
         self.act, self.gated = model.hidden_act, model.mlp_gated
         held = balanced(inner, tp)
-        shards = [OutputShard.of(f"{name}.{part}.weight", inner, held) for part in (("gate", "up") if self.gated else ("up",))]
+        parts = ("gate", "up") if self.gated else ("up",)
+        shards = [OutputShard.of(f"{name}.{part}.weight", inner, held, most_of(inner, tp)) for part in parts]
         bias = sharded_bias(shards, dtype, device) if model.mlp_bias else None
         self.up = ColumnParallelLinear(sharded_weight(model.hidden_size, shards, dtype, device), tp, bias)
         self.down = RowParallelLinear(
-            f"{name}.down.weight", inner, model.hidden_size, tp, dtype, device, held, model.mlp_bias, partial
+            f"{name}.down.weight", inner, model.hidden_size, tp, dtype, device, held, bias=model.mlp_bias, partial=partial
         )
 
     def forward(self, up: Tensor) -> Tensor:

@@ -55,33 +55,41 @@ def _init(model: ModelConfig) -> Any:
 
 
 def head_norm(
-    name: str, heads: int, held: range, model: ModelConfig, tp: Axis, replica: Axis, dtype: torch.dtype, device: torch.device
+    name: str,
+    heads: int,
+    held: range,
+    most: int,
+    model: ModelConfig,
+    tp: Axis,
+    replica: Axis,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> nn.Module:
     """The norm of queries or keys, [T, heads here, D] -> the same, as ModelConfig.qk_norm says.
 
-    heads: in the whole model; held: those here; replica: the ranks that hold the same ones.
+    heads: in the whole model; held: those here; most: how many no rank exceeds; replica: the ranks that hold the same ones.
     """
     dim = model.head_dim
     if model.qk_norm == "head":  # each rank normalizes its own heads with the one weight
         return _replicated_norm(name, dim, model, model.qk_norm_bias, tp, True, dtype, device)
     per_head = model.qk_norm == "per_head"
-    whole, rows = ((heads, dim), len(held)) if per_head else ((heads * dim,), len(held) * dim)
-    offset = held.start if per_head else held.start * dim
-    weight = _of_heads(f"{name}.weight", whole, offset, rows, _init(model), replica, dtype, device)
-    bias = _of_heads(f"{name}.bias", whole, offset, rows, "zeros", replica, dtype, device) if model.qk_norm_bias else None
+    whole, unit = ((heads, dim), 1) if per_head else ((heads * dim,), dim)
+    rows, room = range(held.start * unit, held.stop * unit), most * dim
+    weight = _of_heads(f"{name}.weight", whole, rows, room, _init(model), replica, dtype, device)
+    bias = _of_heads(f"{name}.bias", whole, rows, room, "zeros", replica, dtype, device) if model.qk_norm_bias else None
     return Norm(model, weight, bias) if per_head else FullNorm(model, weight, heads * dim, tp, replica.size)
 
 
 def _of_heads(
-    name: str, whole: tuple[int, ...], offset: int, rows: int, init: Any, replica: Axis, dtype: torch.dtype, device: torch.device
+    name: str, whole: tuple[int, ...], rows: range, room: int, init: Any, replica: Axis, dtype: torch.dtype, device: torch.device
 ) -> nn.Parameter:
     """Some rows of a parameter that has rows for every head."""
-    size = (rows, *whole[1:])
+    size = (len(rows), *whole[1:])
     parameter = nn.Parameter((torch.ones if init == "ones" else torch.zeros)(size, dtype=dtype, device=device))
-    held = ((Box.full(size), Box((offset, *(0 for _ in whole[1:])), size)),)
+    held = ((Box.full(size), Box((rows.start, *(0 for _ in whole[1:])), size)),)
     summed = replica if replica.size > 1 else None
     part = Part(name, whole, held, init, replica.size, replica.rank, summed)
-    parameter.shard = ShardSpec((part,), decay=False)  # type: ignore[attr-defined]
+    parameter.shard = ShardSpec((part,), False, room)  # type: ignore[attr-defined]
     return parameter
 
 

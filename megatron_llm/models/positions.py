@@ -35,7 +35,6 @@ class Rotary:
         self.used = model.position_embedding == "rope"
         scaling = model.rope_scaling
         self.factor = 1.0 if scaling is None else scaling.attention_factor or 1.0
-        self._by_length: dict[int, Tensor] = {}
         if self.used:
             self.frequencies_P = self._frequencies(0)
             local = model.rope_local_theta
@@ -43,7 +42,8 @@ class Rotary:
 
     def _frequencies(self, length: int) -> Tensor:
         model = self.model
-        return rope_frequencies(model.rotary_dim, model.rope_theta, model.rope_scaling, self.dtype, length).to(self.device)
+        made = rope_frequencies(model.rotary_dim, model.rope_theta, model.rope_scaling, self.dtype, length)
+        return made.to(self.device, non_blocking=True)  # documents of new lengths must not make the host wait
 
     def length_class(self, length: int) -> int:
         """Documents with the same number have the same frequencies: the length that counts for them."""
@@ -69,7 +69,7 @@ class Rotary:
         if len(found) == 1:
             return next(iter(found.values()))
         rows = torch.stack([found[number] for number in classes])
-        return rows.repeat_interleave(torch.tensor(lengths, device=self.device), dim=0, output_size=sum(lengths))
+        return rows.repeat_interleave(torch.tensor(lengths).to(self.device, non_blocking=True), dim=0, output_size=sum(lengths))
 
 
 class PositionEmbedding(nn.Module):

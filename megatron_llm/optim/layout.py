@@ -63,6 +63,9 @@ def bucket_layout(
 ) -> list[BucketLayout]:
     """Buckets of at least `bucket_size` elements, in reverse order of the parameters: about that in which backward ends.
 
+    All ranks of a model replica that hold parts of the same parameters lay them out alike, with room for the largest share of
+    any: what they hold copies of, and add up slice by slice, lies at the same place on all of them.
+
     Those that are frozen are left out. The last bucket may be smaller. A parameter shared with another pipeline stage gets a
     bucket of its own: the two stages hold different layers, and only so do their slices of the shared one coincide.
 
@@ -70,7 +73,7 @@ def bucket_layout(
     """
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     if bucket_size is None:
-        bucket_size = default_bucket_size(sum(parameter.numel() for parameter in trainable), ranks)
+        bucket_size = default_bucket_size(sum(map(_room, trainable)), ranks)
     layouts: list[BucketLayout] = []
     pending: list[nn.Parameter] = []
 
@@ -85,10 +88,14 @@ def bucket_layout(
         if alone or (pending and pending[0].dtype is not parameter.dtype):
             close()
         pending.append(parameter)
-        if alone or sum(p.numel() for p in pending) >= bucket_size:
+        if alone or sum(map(_room, pending)) >= bucket_size:
             close()
     close()
     return layouts
+
+
+def _room(parameter: nn.Parameter) -> int:
+    return max(shard_of(parameter).room, parameter.numel())
 
 
 def _lay_out(parameters: Sequence[nn.Parameter], ranks: int) -> BucketLayout:
@@ -96,6 +103,6 @@ def _lay_out(parameters: Sequence[nn.Parameter], ranks: int) -> BucketLayout:
     end = 0
     for parameter in parameters:
         start = -(-end // ALIGNMENT) * ALIGNMENT
-        end = start + parameter.numel()
-        spans.append(Span(parameter, start, end))
+        end = start + _room(parameter)
+        spans.append(Span(parameter, start, start + parameter.numel()))
     return BucketLayout(tuple(spans), -(-end // (ranks * ALIGNMENT)) * ALIGNMENT)

@@ -20,7 +20,7 @@ In a split backward the weight gradients, and with them the second gather of x_s
 reduction of dx then overlaps nothing. Biases of columns are cut with their rows; one of a row-parallel layer is added after the
 reduction, so its gradient is a partial sum where tokens are sharded.
 
-Sizes that tp does not divide are cut unevenly: nothing is padded, so there is no padding to keep dead. Only the vocabulary is,
+Sizes that tp does not divide are cut unevenly: no weight is padded, so there is no padding to keep dead. Only the vocabulary is,
 because its ranks exchange statistics of equal shape.
 
 A weight is an attribute of `ctx` and not a saved tensor: hooks on those (`models/recompute.py`) would give it back without its
@@ -31,6 +31,7 @@ Shape suffixes: T tokens, S tokens of this rank's sequence shard (T / tp), I inp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -60,6 +61,7 @@ class OutputShard:
     Attributes:
         name: logical name of the weight; rows: how many it has in the whole model.
         start, stop: the logical rows held here; local_rows: rows reserved, more than stop - start where padded.
+        most_rows: local_rows of the rank that has the most.
         replica: the ranks that hold the same rows and partial gradients: KV heads when tp exceeds them, a tied embedding.
     """
 
@@ -68,18 +70,19 @@ class OutputShard:
     start: int
     stop: int
     local_rows: int
+    most_rows: int
     replica: Axis = Axis("none")
 
     @classmethod
     def even(cls, name: str, rows: int, tp: Axis, replica: Axis = Axis("none")) -> OutputShard:
         """Rows cut in equal blocks; the last ranks are padded where tp does not divide them."""
         local = -(-rows // tp.size)
-        return cls(name, rows, min(tp.rank * local, rows), min((tp.rank + 1) * local, rows), local, replica)
+        return cls(name, rows, min(tp.rank * local, rows), min((tp.rank + 1) * local, rows), local, local, replica)
 
     @classmethod
-    def of(cls, name: str, rows: int, held: range, unit: int = 1, replica: Axis = Axis("none")) -> OutputShard:
-        """The rows of the units in `held`, such as heads of `unit` rows."""
-        return cls(name, rows, held.start * unit, held.stop * unit, len(held) * unit, replica)
+    def of(cls, name: str, rows: int, held: range, most: int, unit: int = 1, replica: Axis = Axis("none")) -> OutputShard:
+        """The rows of the units in `held`, such as heads of `unit` rows; no rank has more than `most` units."""
+        return cls(name, rows, held.start * unit, held.stop * unit, len(held) * unit, most * unit, replica)
 
 
 def balanced(size: int, tp: Axis) -> range:
@@ -87,6 +90,11 @@ def balanced(size: int, tp: Axis) -> range:
     each, more = divmod(size, tp.size)
     start = tp.rank * each + min(tp.rank, more)
     return range(start, start + each + (tp.rank < more))
+
+
+def most_of(size: int, tp: Axis) -> int:
+    """The length of the longest block that `balanced` gives a rank."""
+    return -(-size // tp.size)
 
 
 def sharded_weight(in_features: int, shards: list[OutputShard], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
@@ -116,7 +124,8 @@ def _sharded(
         summed = shard.replica if shard.replica.size > 1 else None
         parts.append(Part(shard.name, (shard.rows, *inner), held, init, shard.replica.size, shard.replica.rank, summed))
         row += shard.local_rows
-    parameter.shard = ShardSpec(tuple(parts), decay)  # type: ignore[attr-defined]
+    room = sum(shard.most_rows for shard in shards) * math.prod(inner)
+    parameter.shard = ShardSpec(tuple(parts), decay, room)  # type: ignore[attr-defined]
     return parameter
 
 
@@ -142,6 +151,7 @@ class RowParallelLinear(nn.Module):
 
     Args:
         held: the input features of this rank; None: an equal share.
+        most: how many no rank has more than; None: of equal shares.
         bias: whether there is one; its gradient is a partial sum with `partial`, as under sequence parallelism.
     """
 
@@ -154,6 +164,7 @@ class RowParallelLinear(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
         held: range | None = None,
+        most: int | None = None,
         bias: bool = False,
         partial: bool = False,
     ):
@@ -163,7 +174,9 @@ class RowParallelLinear(nn.Module):
         self.weight = nn.Parameter(torch.zeros(out_features, len(held), dtype=dtype, device=device))
         size = (out_features, len(held))
         boxes = ((Box.full(size), Box((0, held.start), size)),) if len(held) else ()
-        self.weight.shard = ShardSpec((Part(name, (out_features, in_features), boxes),))  # type: ignore[attr-defined]
+        room = out_features * (most_of(in_features, tp) if most is None else most)
+        part = Part(name, (out_features, in_features), boxes)
+        self.weight.shard = ShardSpec((part,), room=room)  # type: ignore[attr-defined]
         self.bias: nn.Parameter | None = None
         if bias:
             name = name.removesuffix("weight") + "bias"

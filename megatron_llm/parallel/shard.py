@@ -86,10 +86,16 @@ class Part:
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """What a parameter holds, and whether weight decay applies to it."""
+    """What a parameter holds.
+
+    Attributes:
+        decay: whether weight decay applies to it.
+        room: elements that it has on the rank with the most of it, where ranks have different shares; 0: as many everywhere.
+    """
 
     parts: tuple[Part, ...]
     decay: bool = True
+    room: int = 0
 
 
 class TensorSource(Protocol):

@@ -6,7 +6,12 @@ stale. What comes and goes is the peak of the simulated schedule (`planning/acti
     backward of a layer                   T * 4 F + T * H        gradients of its product, of gate and up and of its input,
                                                                  and what they are made of; less what the head has let go
     the same where it is split            T * 5 F + T * H        the product and what the head saved wait for W
-    loss                                  a chunk of logits of at least float32 (`ops/cross_entropy.py`), two in other dtypes
+    the same of a plain MLP               T * F + T * H          gradients of product and input, less the product, which is gone;
+                                          T * 2 F + T * H        if it is not: relu reads it, or it waits for W
+    attention and MLP side by side, split T * N * D more         the gradient of attention's output is there too
+    explicit attention (soft-capped)      2 * T * N * L          of at least float32, less what the MLP saved, if nothing waits
+    loss                                  a chunk of logits of at least float32 (`ops/cross_entropy.py`), two in other dtypes;
+                                          or the logits once more if they are soft-capped
     recomputation                         what it brings back at once
     messages                              two ahead and one on its way out for every channel of the rank
 
@@ -29,6 +34,7 @@ from megatron_llm.optim.rules import MOMENTS, freeze, rules_of
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.pipeline.schedules import Schedule
 from megatron_llm.planning.activations import compute_bytes, stage_bytes
+from megatron_llm.planning.share import Share
 from megatron_llm.planning.stages import stage_layers
 
 _RECEIVED_AHEAD, _SENT = 2, 1  # messages of a channel beyond the one that is in use: `pipeline/messages.py`
@@ -132,8 +138,9 @@ class _Rank:
 
     def _working(self) -> float:
         """The most over the stages; an action of one of them is at work when activations are at their peak."""
-        model, tp, size, wide = self.config.model, self.config.parallel.tensor_parallel, self.size, self.wide
-        t, s, h, f = self.tokens, self.shard, model.hidden_size, model.intermediate_size / tp
+        model, size, wide = self.config.model, self.size, self.wide
+        t, s, h = self.tokens, self.shard, model.hidden_size
+        vocabulary = Share.of(self.config).vocabulary
         layers = stage_layers(self.config, self.schedule.placement)
         most = 0.0
         for number, stage in self.stages.items():
@@ -141,13 +148,31 @@ class _Rank:
             if stage.layers:
                 norm = 5 * wide * s * h if size < wide else 0.0
                 again = stage_bytes(self.config, layers[number], stage.first, stage.last).again
-                product, gone = (t * f, 0.0) if self.schedule.split else (0.0, head)  # what waits for W, and what does not
-                most = max(most, again + max(size * (4 * t * f + product + t * h), norm) - gone)
+                gone = 0.0 if self.schedule.split else head
+                most = max(most, again + max(self._layer_backward(), norm) - gone)
             if stage.last:
-                vocabulary = -(-model.vocab_size // tp)
                 chunk = min(t * vocabulary, max(vocabulary, CHUNK_ELEMENTS["cpu" if self.config.device == "cpu" else "cuda"]))
                 most = max(most, wide * chunk * (1 if size == wide else 2))
+                if model.final_logit_softcapping is not None:
+                    most = max(most, size * t * vocabulary)
         return most
+
+    def _layer_backward(self) -> float:
+        """The most of MLP and attention, one after the other."""
+        model, split, t, share = self.config.model, self.schedule.split, self.tokens, Share.of(self.config)
+        product = t * share.inner
+        if model.mlp_gated:
+            mlp, saved = (5 if split else 4) * product, 3 * product
+        else:
+            reads_result = model.hidden_act == "relu"
+            mlp, saved = (2 if split or reads_result else 1) * product, (1 if reads_result else 2) * product
+        mlp += t * model.hidden_size
+        if split and model.parallel_block != "none":
+            mlp += t * share.queries * model.head_dim
+        if model.attn_logit_softcapping is None:
+            return self.size * mlp
+        scores = 2.0 * t * share.queries * self.config.training.sequence_length
+        return max(self.size * mlp, self.wide * scores - (0.0 if split else self.size * saved))
 
     def _messages(self) -> float:
         channels = [ends for ends in self.schedule.channels if self.rank in ends]

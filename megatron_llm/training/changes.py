@@ -80,6 +80,8 @@ def find_changes(saved: Config, saved_facts: dict[str, Any], config: Config, fac
         if old == new:
             continue
         kind = class_of(name)
+        if name == "model.max_position_embeddings" and config.model.position_embedding == "learned":
+            kind = "of_another_run"  # the rows of a weight
         if name == "training.steps" and _depends_on_steps(config):
             kind = "decides_numbers"
         if fnmatchcase(name, "data.train.*.path") and saved_facts and facts:

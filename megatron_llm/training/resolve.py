@@ -18,7 +18,16 @@ import torch
 
 from megatron_llm.checkpoint.folders import find_checkpoint, latest_checkpoint
 from megatron_llm.checkpoint.load import Checkpoint
-from megatron_llm.config import Config, ConfigError, LoggingConfig, LrScheduleConfig, ModelConfig, parse_config, read_raw_config
+from megatron_llm.config import (
+    Config,
+    ConfigError,
+    LoggingConfig,
+    LrScheduleConfig,
+    ModelConfig,
+    parse_config,
+    read_raw_config,
+    with_present_names,
+)
 from megatron_llm.data.stream import build_train_stream, check_data, steps_of_epochs, tokenizer_sizes
 from megatron_llm.data.tokenizer import fingerprint, vocabulary_size
 from megatron_llm.hf.assets import collect_assets, with_tokenizer
@@ -172,6 +181,7 @@ def _complete_model(raw: dict[str, Any]) -> HFFolder | Checkpoint | None:
     section = raw.get("model")
     if not isinstance(section, dict):
         return None
+    section = raw["model"] = with_present_names(section)
     key, *more = [name for name in ("hf", "checkpoint") if section.get(name) is not None] or [""]
     if not key:
         if section.get("resize_vocab"):
@@ -235,7 +245,7 @@ def _own_checkpoint(raw: dict[str, Any]) -> Checkpoint | None:
         return None
 
 
-_ZERO_MEANS_DEFAULT = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+_ZERO_MEANS_DEFAULT = ("num_key_value_heads", "head_dim", "rotary_dim", "max_position_embeddings")
 
 
 def layout_problems(config: Config, world_size: int) -> list[str]:

@@ -19,7 +19,7 @@ WANTED = {  # arguments that cannot work, and all that is then said
     "preprocess_chat": (PREPROCESS, f"megatron-llm preprocess-chat: error: {NO_FILE}"),
     "merge_datasets": (("no-*", "--output", "o"), "megatron-llm merge: error: no data set matches no-*\n"),
     "convert_checkpoint": (
-        ("absent", "out"),
+        ("export", "absent", "out"),
         "megatron-llm export: error: absent is not a folder; expected a checkpoint, a folder of checkpoints or a run folder\n",
     ),
 }

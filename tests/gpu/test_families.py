@@ -12,7 +12,9 @@ from megatron_llm.config import ModelConfig
 from megatron_llm.generation.generate import Sampling, generate
 from megatron_llm.hf.reader import HFFolder
 from megatron_llm.models.decoder import DecoderStage
+from megatron_llm.ops.batch import Batch
 from megatron_llm.training.build import build_model
+from tests.decoders import DECODERS, AllRandom
 from tests.families.cases import cases, make_folder
 from tests.families.models import gradients_of_stage, logical_gradients, packed_batch, reference
 
@@ -70,3 +72,19 @@ def test_greedy_generation_equals_the_cpu(tmp_path: Path, name: str) -> None:
         stage = build_model(model, folder.source(), torch.float64, device)
         outputs.append(generate(stage, [[5, 6, 7], [8], list(range(3, 14))], max_new_tokens=8, sampling=Sampling()))
     assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize("name", ["by length", *DECODERS])
+def test_the_host_never_waits_in_forward_and_backward(name: str) -> None:
+    """Documents of several lengths, as of frequencies that go by it."""
+    by_length = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 4}
+    model = ModelConfig(**DECODERS["olmo2"], rope_scaling=by_length) if name == "by length" else ModelConfig(**DECODERS[name])
+    stage = build_model(model, AllRandom(5), torch.bfloat16, GPU)
+    tokens = torch.arange(12, device=GPU)
+    batch = Batch(tokens, tokens, torch.ones(12, device=GPU), torch.cat([torch.arange(3), torch.arange(9)]).to(GPU), (0, 3, 12))
+    stage.loss(stage(None, batch), batch).backward()  # the first one loads kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        stage.loss(stage(None, batch), batch).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -22,6 +22,7 @@ from megatron_llm.parallel.linear import (
     RowParallelLinear,
     balanced,
     column_parallel,
+    most_of,
     row_parallel,
     sharded_bias,
     sharded_weight,
@@ -121,8 +122,8 @@ def _linear(world: int, sequence_parallel: bool, main_grad: bool) -> dict[str, A
     )
     shards = [
         OutputShard.even("q", HEADS * DIM, tp),
-        OutputShard.of("k", KV_HEADS * DIM, heads.keys, DIM, grid.kv_replica),
-        OutputShard.of("v", KV_HEADS * DIM, heads.keys, DIM, grid.kv_replica),
+        OutputShard.of("k", KV_HEADS * DIM, heads.keys, heads.most_keys, DIM, grid.kv_replica),
+        OutputShard.of("v", KV_HEADS * DIM, heads.keys, heads.most_keys, DIM, grid.kv_replica),
     ]
     qkv = ColumnParallelLinear(sharded_weight(HIDDEN, shards, torch.float64, CPU), tp)
     o = RowParallelLinear("o", HEADS * DIM, 5, tp, torch.float64, CPU)
@@ -201,7 +202,7 @@ def _side_by_side(world: int, sequence_parallel: bool, mode: str) -> dict[str, A
     partial = sequence_parallel and world > 1
     ups, downs = [], []
     for side, size in SIDES.items():
-        shards = [OutputShard.of(f"{side}.up.weight", size, balanced(size, tp))]
+        shards = [OutputShard.of(f"{side}.up.weight", size, balanced(size, tp), most_of(size, tp))]
         weight, bias = sharded_weight(HIDDEN, shards, torch.float64, CPU), sharded_bias(shards, torch.float64, CPU)
         ups.append(ColumnParallelLinear(weight, tp, bias))
         downs.append(RowParallelLinear(f"{side}.down.weight", size, HIDDEN, tp, torch.float64, CPU, bias=True, partial=partial))

@@ -130,7 +130,7 @@ def test_spec_of_a_fused_weight_by_hand() -> None:
     shards = [
         OutputShard.even("q", 8, tp),
         OutputShard.even("x", 5, tp),
-        OutputShard.of("k", 4, range(1, 2), 2, replica),
+        OutputShard.of("k", 4, range(1, 2), 1, 2, replica),
     ]
     weight = sharded_weight(7, shards, torch.float64, torch.device("cpu"))
     assert weight.shape == (6, 7) and weight.dtype is torch.float64 and not weight.any()

@@ -15,6 +15,7 @@ from megatron_llm.data.stream import build_train_stream
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.planning.compare import chosen
 from megatron_llm.planning.memory import BytesPerParameter, RankMemory
+from megatron_llm.planning.share import Share
 from megatron_llm.training.build import Engine, build_engine
 from megatron_llm.training.step import RunState, train_step
 from tests.planning.live import LiveBytes
@@ -43,8 +44,8 @@ def _kept(engine: Engine) -> Iterator[Tensor]:
             yield values
 
 
-def _measure(config: Config) -> tuple[int, int, int]:
-    """(pipeline rank, bytes that stay, peak) of this rank in its second step."""
+def _measure(config: Config) -> tuple[int, int, int, int]:
+    """(pipeline rank, tensor-parallel rank, bytes that stay, peak) of this rank in its second step."""
     grid = Grid.build(config.parallel, config.model.num_key_value_heads)
     engine = build_engine(config, grid, torch.device("cpu"))
     stream, state = build_train_stream(config), RunState()
@@ -54,15 +55,18 @@ def _measure(config: Config) -> tuple[int, int, int]:
         start = live.now
         train_step(engine, stream, state)
         engine.optimizer.wait_weights()
-    return grid.pp.rank, start, live.peak
+    return grid.pp.rank, grid.tp.rank, start, live.peak
 
 
 def _assert_predicted(world: int, config: Config, peak_too: bool = True) -> None:
+    """Of tensor-parallel ranks with less than the first, that they need no more."""
     predicted: list[RankMemory] = chosen(config, world).memory
-    for rank, start, peak in run_ranks(world, _measure, config):
-        assert start == predicted[rank].persistent, rank
-        if peak_too:
-            assert peak == pytest.approx(predicted[rank].total, rel=0.1), rank
+    for rank, tp_rank, start, peak in run_ranks(world, _measure, config):
+        if Share.of(config, tp_rank) == Share.of(config):
+            assert start == predicted[rank].persistent, rank
+            assert not peak_too or peak == pytest.approx(predicted[rank].total, rel=0.1), rank
+        else:
+            assert start < predicted[rank].persistent and peak < predicted[rank].total, (rank, tp_rank)
 
 
 V = {"pipeline_parallel": 2, "pipeline_schedule": "zb_v"}
@@ -86,6 +90,51 @@ CASES: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
 }
 
 
+_GPT: dict[str, Any] = {
+    "norm": "layer_norm", "norm_bias": True, "qkv_bias": True, "attention_output_bias": True, "mlp_bias": True,
+    "mlp_gated": False, "hidden_act": "gelu", "intermediate_size": 512, "num_key_value_heads": 8,
+}  # fmt: skip
+_FALCON = _GPT | {"parallel_block": "one_norm", "num_attention_heads": 7, "num_key_value_heads": 1, "head_dim": 18}
+_GEMMA: dict[str, Any] = {
+    "norm_placement": "both", "attn_logit_softcapping": 5.0, "final_logit_softcapping": 5.0, "sliding_window": 100,
+    "layer_types": ["full_attention", "sliding_attention"] * 2 + ["full_attention"], "tie_word_embeddings": True,
+}  # fmt: skip
+
+_ROWS = {"document_isolation": False}  # scores are predicted for documents as long as rows
+
+CASES |= {
+    "falcon": (1, {"model": _FALCON}),
+    "falcon, uneven tp2": (2, {"model": _FALCON, "parallel": {"tensor_parallel": 2}}),
+    "neox zb_h1": (
+        2,
+        {"model": _GPT | {"parallel_block": "two_norms"}, "parallel": {"pipeline_parallel": 2, "pipeline_schedule": "zb_h1"}},
+    ),
+    "opt, full recomputation": (
+        1,
+        {
+            "model": _GPT | {"hidden_act": "relu", "position_embedding": "learned", "max_position_embeddings": 256},
+            "training": {"recompute": "full"},
+        },
+    ),
+    "bloom pp2": (
+        2,
+        {
+            "model": _GPT | {"position_embedding": "alibi", "embedding_norm": True},
+            "parallel": {"pipeline_parallel": 2},
+            "training": _ROWS,
+        },
+    ),
+    "gemma2": (1, {"model": _GEMMA, "training": _ROWS}),
+    "gemma2, full recomputation": (1, {"model": _GEMMA, "training": {"recompute": "full"} | _ROWS}),
+    "gemma2, selective recomputation": (1, {"model": _GEMMA, "training": {"recompute": "selective"} | _ROWS}),
+    "gemma2 zb_v": (2, {"model": _GEMMA, "parallel": V, "training": _ROWS}),
+    "olmo2 tp2": (
+        2,
+        {"model": {"norm_placement": "output", "qk_norm": "full", "intermediate_size": 351}, "parallel": {"tensor_parallel": 2}},
+    ),
+}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_what_stays_is_exact_and_the_peak_is_near(case: str) -> None:
     world, sections = CASES[case]
@@ -98,7 +147,7 @@ def test_few_tokens_leave_the_exchange_as_the_peak(zero_stage: int) -> None:
     config = _config(parallel={"zero_stage": zero_stage}, precision={"gradient_reduction": "bfloat16"}, training=training)
     (predicted,) = chosen(config, 2).memory
     assert predicted.exchange > predicted.activations + predicted.working
-    for _, start, peak in run_ranks(2, _measure, config):
+    for _, _, start, peak in run_ranks(2, _measure, config):
         assert peak - start == pytest.approx(predicted.exchange, rel=0.03)
 
 

@@ -15,9 +15,9 @@ from pydantic import BaseModel
 from megatron_llm.cli.main import main
 from megatron_llm.config import Config
 from megatron_llm.training import recovery
-from megatron_llm.training.changes import DECIDES_NUMBERS, FREE, OF_ANOTHER_RUN, class_of
+from megatron_llm.training.changes import DECIDES_NUMBERS, FREE, OF_ANOTHER_RUN, class_of, find_changes
 from tests.data.sources import write_pretrain
-from tests.runs import TINY
+from tests.runs import TINY, config_of
 from tests.training.commands import read_status, write_config
 
 
@@ -48,6 +48,13 @@ def test_every_setting_is_classified_and_every_pattern_means_one() -> None:
         assert any(fnmatchcase(name, pattern) for name in names), f"{pattern} means no setting"
     with pytest.raises(ValueError, match="training.brand_new is not classified"):
         class_of("training.brand_new")
+
+
+def test_the_rows_of_a_table_of_positions_are_part_of_the_model() -> None:
+    for positions, expected in (("learned", "of_another_run"), ("rope", "free")):
+        one, two = (config_of(model={"position_embedding": positions, "max_position_embeddings": n}) for n in (16, 32))
+        changes = find_changes(one, {}, two, {})
+        assert getattr(changes, expected) == ["model.max_position_embeddings: 16 -> 32"]
 
 
 @pytest.fixture

@@ -58,6 +58,8 @@ LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
         4, 2, {"tensor_parallel": 2, "pipeline_parallel": 2, "pipeline_schedule": "zb_h1", "sequence_parallel": False},
     ),
     "tp2 dp2 in small buckets": (4, 2, {"tensor_parallel": 2, "bucket_size": 700}),
+    # Shares of the ranks differ, and slices of data parallelism end anywhere: in the middle of copied key heads, too.
+    "tp2 dp2, each parameter a bucket": (4, 2, {"tensor_parallel": 2, "bucket_size": 1}),
     "pp3": (3, 1, {"pipeline_parallel": 3}),
 }  # fmt: skip
 
@@ -70,6 +72,7 @@ FAST = {
     "zb_v, tp2 pp2": ("falcon", "opt"),
     "zb_h1, tp2 pp2 without sequence parallel": ("cohere2",),
     "tp2 dp2 in small buckets": ("bloom", "olmo2"),
+    "tp2 dp2, each parameter a bucket": ("falcon",),
 }
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_llm.cli.main import main
 from megatron_llm.data.indexed import token_dtype
@@ -159,9 +159,10 @@ def llama(folder: Path) -> Path:
 
 
 def test_unsupported_architecture(message: Any, tmp_path: Path) -> None:
-    GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=32, n_layer=1, n_head=2)).save_pretrained(tmp_path / "gpt2")
-    text = message(replace={"model": {"hf": str(tmp_path / "gpt2")}})
-    assert "GPT2LMHeadModel" in text and "LlamaForCausalLM" in text
+    (tmp_path / "t5").mkdir()
+    (tmp_path / "t5" / "config.json").write_text('{"architectures": ["T5ForConditionalGeneration"], "model_type": "t5"}')
+    text = message(replace={"model": {"hf": str(tmp_path / "t5")}})
+    assert "T5ForConditionalGeneration is not supported" in text and "LlamaForCausalLM" in text
 
 
 def test_truncated_safetensors(message: Any, tmp_path: Path) -> None:
@@ -175,6 +176,14 @@ def test_hf_folder_that_contradicts_the_config(message: Any, tmp_path: Path) -> 
     llama(tmp_path / "llama")
     text = message(replace={"model": {"hf": str(tmp_path / "llama"), "hidden_size": 64}})
     assert "model.hidden_size: 64 contradicts 32" in text
+
+
+def test_a_folder_beside_settings_in_other_words(message: Any, tmp_path: Path) -> None:
+    """The former name of a setting, and 0 where it stands for what is derived."""
+    llama(tmp_path / "llama")
+    model = {"hf": str(tmp_path / "llama"), "rms_norm_eps": 0.5, "rotary_dim": 0, "head_dim": 0}
+    text = message(replace={"model": model})
+    assert "model.norm_eps: 0.5 contradicts" in text and "rotary_dim" not in text and "rms_norm_eps" not in text
 
 
 def test_hf_folder_with_missing_weights(message: Any, tmp_path: Path) -> None:

@@ -40,9 +40,16 @@ Place = tuple[int, int]  # pipeline and tensor-parallel rank
 
 
 def _config(
-    size: int = 2, tied: bool = False, compute: str = "bfloat16", sent: str = "auto", recompute: str = "none", **parallel: Any
+    size: int = 2,
+    tied: bool = False,
+    compute: str = "bfloat16",
+    sent: str = "auto",
+    recompute: str = "none",
+    block: dict[str, Any] | None = None,
+    **parallel: Any,
 ) -> Config:
-    model, precision = {**MODEL, "tie_word_embeddings": tied}, {"compute": compute, "gradient_reduction": sent}
+    model = {**MODEL, "tie_word_embeddings": tied, **(block or {})}
+    precision = {"compute": compute, "gradient_reduction": sent}
     training = {"micro_batch_size": size, "recompute": recompute}
     return config_of(TINY, model=model, parallel=parallel, training=training, precision=precision)
 
@@ -242,6 +249,32 @@ def test_step_exchanges_what_its_layout_needs(layout: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_schedules_exchange_one_message_a_boundary_and_direction(name: str, ranks: int) -> None:
     _assert_minimal(_config(tied=name in ("1f1b", "interleaved", "zb_v"), **_pipeline(name, ranks)), ranks)
+
+
+BLOCKS: dict[str, tuple[dict[str, Any], tuple[int, int, int, int], int]] = {
+    # model; gathers, again with full recomputation, reductions, again, of activations along tp by a layer; norms of hidden states
+    "one after the other": ({}, (6, 2, 4, 1), 2),
+    "side by side, one norm": ({"parallel_block": "one_norm"}, (3, 1, 2, 0), 1),
+    "side by side, two norms": ({"parallel_block": "two_norms"}, (5, 2, 3, 0), 2),
+    "norms behind": ({"norm_placement": "output"}, (6, 2, 4, 1), 2),
+    "norm of all heads": ({"qk_norm": "full"}, (6, 2, 4, 1), 2),
+}
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_layers_of_other_decoders_exchange(block: str, recompute: str) -> None:
+    model, (gathers, gathers_again, scatters, scatters_again), norms = BLOCKS[block]
+    config = _config(tensor_parallel=2, block=model, recompute=recompute)
+    tokens, again = ROWS * LENGTH, recompute == "full"
+    activations = tokens * HIDDEN * 2
+    statistics = tokens * 4 * (3 + (model.get("qk_norm") == "full") * LAYERS * (4 + 2 * again))
+    for _, _, added, _ in run_ranks(2, _step, config):
+        assert added["tp"].payload == Counter(
+            all_gather=activations * (LAYERS * (gathers + again * gathers_again) + 3),
+            reduce_scatter=activations * (LAYERS * (scatters + again * scatters_again) + 2),
+            all_reduce=statistics + (LAYERS * norms + 1) * HIDDEN * 4,
+        )
 
 
 @pytest.mark.slow
