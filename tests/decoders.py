@@ -51,6 +51,7 @@ DECODERS: dict[str, dict[str, Any]] = {
         6, 3, 4, norm="layer_norm", norm_weight=False, clip_qkv=0.5, qk_norm="head", head_bias=True, mlp_bias=True,
         hidden_act="gelu",
     ),
+    "qwen3": _sized(6, 3, 4, qk_norm="head", nope_layers=[2]),
     "gpt": _sized(
         4, 4, 5, **_LAYER_NORM, **_BIASES, **_PLAIN, norm_placement="residual", final_norm=False, position_embedding="none",
         clip_qkv=1.0, attention_scale_by_layer=True,

@@ -69,7 +69,12 @@ class ConfigReader:
 
     def notes(self) -> list[str]:
         """What holds for training with this config.json and may surprise, a sentence each."""
-        rates = {key: value for key, value in self.config.items() if "drop" in key and isinstance(value, float) and value > 0}
+        others = ("classifier_dropout", "summary_first_dropout")  # of other heads than a language model's
+        rates = {
+            key: value
+            for key, value in self.config.items()
+            if "drop" in key and key not in others and isinstance(value, float) and value > 0
+        }
         if not rates:
             return []
         listed = ", ".join(f"{key} {value:g}" for key, value in rates.items())

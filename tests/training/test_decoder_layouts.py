@@ -65,12 +65,12 @@ LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
 
 FAST = {
     "tp2": ("gemma2", "opt"),
-    "tp3": ("falcon", "neox", "cohere2", "olmo"),
+    "tp3": ("falcon", "neox", "cohere2", "olmo", "qwen3"),
     "tp4": ("olmo2", "gpt"),
     "tp4 without sequence parallel": ("bloom",),
     "zb_h1, tp2 pp2": ("neox", "gemma2", "starcoder"),
     "zb_v, tp2 pp2": ("falcon", "opt"),
-    "zb_h1, tp2 pp2 without sequence parallel": ("cohere2",),
+    "zb_h1, tp2 pp2 without sequence parallel": ("cohere2", "qwen3"),
     "tp2 dp2 in small buckets": ("bloom", "olmo2"),
     "tp2 dp2, each parameter a bucket": ("falcon",),
 }
