@@ -1,4 +1,4 @@
-"""Writes the list of architectures into docs/hugging_face.md, from the families themselves: python tools/list_families.py"""
+"""Writes the list of architectures into docs/hugging_face.md, from the families themselves: python docs/list_families.py"""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 from megatron_llm.hf.families import families  # noqa: E402
 
 PAGE = ROOT / "docs" / "hugging_face.md"
-BEGIN, END = "<!-- families: written by tools/list_families.py -->\n", "<!-- end of families -->\n"
+BEGIN, END = "<!-- families: written by docs/list_families.py -->\n", "<!-- end of families -->\n"
 
 
 def table() -> str:
