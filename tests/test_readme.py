@@ -128,8 +128,8 @@ def test_every_command_of_the_page_on_hugging_face_runs(tmp_path: Path) -> None:
 
 
 def test_the_page_on_hugging_face_lists_every_architecture() -> None:
-    from megatron_llm.hf.families import families
     from docs.list_families import BEGIN, END, table
+    from megatron_llm.hf.families import families
 
     shown = (ROOT / "docs/hugging_face.md").read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0]
     assert shown == table(), "run python docs/list_families.py"
