@@ -48,7 +48,7 @@ class TensorToSave:
         name, shape: logical name, and shape of the whole logical tensor.
         box: which rectangle of it.
         tensor: the values, of `box.shape`, on any device; a view will do. On the meta device if `load` makes them.
-        load: called when their turn comes, so that they need not all be in memory.
+        load: called when their turn comes, so that they need not all be in memory; as of `Entry`.
     """
 
     kind: str
@@ -56,7 +56,7 @@ class TensorToSave:
     shape: tuple[int, ...]
     box: Box
     tensor: Tensor
-    load: Callable[[], Tensor] | None = None
+    load: Callable[[], Tensor | Iterable[Tensor]] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """`megatron-llm export`: a checkpoint as a Hugging Face folder or a Megatron checkpoint.
 
-One tensor in memory at a time, no GPU; one process, or several tasks that write a folder together.
+Small parts of tensors in memory, no GPU; one process, or several tasks that write a folder together.
 """
 
 from __future__ import annotations

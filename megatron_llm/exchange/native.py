@@ -5,7 +5,7 @@ An imported checkpoint's config is `{"model": ...}` alone: there is no run to de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from megatron_llm.models.names import logical_tensors
 from megatron_llm.ops.safetensors import WrittenFile
 from megatron_llm.ops.storage import LocalFolder
 from megatron_llm.ops.tensor_file import TensorInfo, torch_dtype
-from megatron_llm.parallel.shard import Box, Part, TypedSource, fill
+from megatron_llm.parallel.shard import Box, Part, TypedSource, slabs
 
 _MANIFEST = "manifest.json"
 
@@ -87,13 +87,14 @@ def _foreign(folder: Path) -> str | None:
 
 
 def _tensor(source: TypedSource, name: str, info: TensorInfo, done: Callable[[int], object]) -> TensorToSave:
-    """A tensor of the model, which is read when its turn comes, a slab at a time: pieces of it need no memory beside it."""
-    part, box, dtype = Part(name, info.shape, ()), Box.full(info.shape), torch_dtype(info.dtype)
+    """A tensor of the model, which is read when its turn comes, a slab at a time."""
+    part, box = Part(name, info.shape, ()), Box.full(info.shape)
 
-    def load() -> Tensor:
-        values = torch.empty(info.shape, dtype=dtype)
-        for count in fill(values, part, box, source):
-            done(count * dtype.itemsize)
-        return values
+    def load() -> Iterator[Tensor]:
+        for slab in slabs(box):
+            values = source.read(part, slab)
+            done(values.nbytes)
+            yield values
 
-    return TensorToSave("weights", name, info.shape, box, torch.empty(info.shape, dtype=dtype, device="meta"), load)
+    like = torch.empty(info.shape, dtype=torch_dtype(info.dtype), device="meta")
+    return TensorToSave("weights", name, info.shape, box, like, load)

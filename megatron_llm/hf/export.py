@@ -1,4 +1,4 @@
-"""Writes a Hugging Face folder from any source of logical tensors, one tensor in memory at a time.
+"""Writes a Hugging Face folder from any source of logical tensors, a small part of a tensor in memory at a time.
 
 What came from a folder goes back as it was: same tensors, same dtypes, config.json changed only where the model was.
 `cli/export.py` calls this with a checkpoint; one process writes it, or several that need no process group.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -135,7 +136,7 @@ def _plan(source: TensorSource, model: ModelConfig, assets: Mapping[str, bytes],
     """What to write; nothing is read from the source yet."""
     family = family_of(assets, model)
     entries = [
-        Entry(tensor.name, info, partial(load_tensor, source, tensor, info.dtype))
+        Entry(tensor.name, info, partial(tensor_parts, source, tensor, info.dtype))
         for tensor, info in exported_tensors(family, model, assets, dtype, default_dtype)
     ]
     if CONFIG in assets:
@@ -159,18 +160,33 @@ def load_tensor(source: TensorSource, tensor: StoredTensor, dtype: str) -> Tenso
     """One whole tensor of the folder in the dtype of the export. Raises ValueError if a value is beyond float16's range."""
     import torch
 
-    from megatron_llm.parallel.shard import Box, Part, fill
+    flat, done = torch.empty(math.prod(tensor.shape), dtype=torch_dtype(dtype)), 0
+    for part in tensor_parts(source, tensor, dtype):
+        flat[done : done + part.numel()] = part.reshape(-1)
+        done += part.numel()
+    return flat.view(tensor.shape)
 
-    whole = torch.empty(tensor.shape, dtype=torch_dtype(dtype))
-    one_row = len(tensor.shape) < len(tensor.pieces[0].shape)
-    rows_first = whole[None] if one_row else whole.t() if tensor.transposed else whole
-    for piece in tensor.pieces:
-        part = Part(piece.name, piece.shape, ())
-        for rows in piece.rows:
-            box = Box((rows.logical, *(0 for _ in piece.shape[1:])), (rows.count, *piece.shape[1:]))
-            for _ in fill(rows_first[rows.stored : rows.stored + rows.count], part, box, _Checked(source, tensor.name, dtype)):
-                pass
-    return whole
+
+def tensor_parts(source: TensorSource, tensor: StoredTensor, dtype: str) -> Iterator[Tensor]:
+    """The same in small parts, whose elements follow each other as the folder has them."""
+    import torch
+
+    from megatron_llm.parallel.shard import Box, Part, slabs
+
+    checked, to = _Checked(source, tensor.name, dtype), torch_dtype(dtype)
+    runs = sorted(((rows, piece) for piece in tensor.pieces for rows in piece.rows), key=lambda run: run[0].stored)
+    boxes = [
+        (Part(piece.name, piece.shape, ()), Box((rows.logical, *(0 for _ in piece.shape[1:])), (rows.count, *piece.shape[1:])))
+        for rows, piece in runs
+    ]
+    if not tensor.transposed:
+        for part, box in boxes:
+            for slab in slabs(box):
+                yield checked.read(part, slab).to(to)
+        return
+    for slab in slabs(Box.full(tensor.shape)):  # some inputs of all outputs
+        columns = [Box((box.offset[0], slab.offset[0]), (box.shape[0], slab.shape[0])) for _, box in boxes]
+        yield torch.cat([checked.read(part, box).to(to) for (part, _), box in zip(boxes, columns, strict=True)]).t()
 
 
 @dataclass(frozen=True)

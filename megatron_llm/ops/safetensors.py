@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,11 +32,14 @@ _MAX_HEADER = 100_000_000  # bytes; the library's own limit
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to write: where it goes in the header, and how to get it (on any device) when its turn comes."""
+    """A tensor to write: where it goes in the header, and how to get it (on any device) when its turn comes.
+
+    load: the tensor, or parts of it whose elements follow each other in row-major order: then one part is in memory at a time.
+    """
 
     key: str
     info: TensorInfo
-    load: Callable[[], Tensor]
+    load: Callable[[], Tensor | Iterable[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def write_safetensors(
     metadata: Mapping[str, str] | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> WrittenFile:
-    """Write a safetensors file, holding one tensor in host memory at a time.
+    """Write a safetensors file, holding one tensor, or one part of it, in host memory at a time.
 
     Args:
         sink: where it goes, empty.
@@ -133,26 +136,32 @@ def write_safetensors(
         sink.write(chunk)
         digest.update(chunk)
     for entry in entries:
-        data = _bytes_of(entry)
-        for start in range(0, len(data), BLOCK_BYTES):
-            block = data[start : start + BLOCK_BYTES]
-            sink.write(block)
-            digest.update(block)
-            if progress is not None:
-                progress(len(block))
+        for data in _parts(entry):
+            for start in range(0, len(data), BLOCK_BYTES):
+                block = data[start : start + BLOCK_BYTES]
+                sink.write(block)
+                digest.update(block)
+                if progress is not None:
+                    progress(len(block))
     return WrittenFile(8 + len(raw) + offset, digest.hexdigest())
 
 
-def _bytes_of(entry: Entry) -> memoryview:
+def _parts(entry: Entry) -> Iterator[memoryview]:
     """The entry's tensor in row-major order as bytes; little-endian, as is every machine that torch supports."""
     import torch
 
-    tensor = entry.load().detach()
-    if dtype_name(tensor.dtype) != entry.info.dtype or tuple(tensor.shape) != entry.info.shape:
-        raise ValueError(
-            f"tensor {entry.key} is {tensor.dtype} {tuple(tensor.shape)}, announced were {entry.info.dtype} {entry.info.shape}"
-        )
-    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    loaded = entry.load()
+    whole, found = isinstance(loaded, torch.Tensor), 0
+    for part in [loaded] if isinstance(loaded, torch.Tensor) else loaded:
+        if dtype_name(part.dtype) != entry.info.dtype or (whole and tuple(part.shape) != entry.info.shape):
+            raise ValueError(
+                f"tensor {entry.key} is {part.dtype} {tuple(part.shape)}, announced were {entry.info.dtype} {entry.info.shape}"
+            )
+        data = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        found += len(data)
+        yield data
+    if found != entry.info.nbytes:
+        raise ValueError(f"tensor {entry.key} has {found} bytes, announced were {entry.info.nbytes}")
 
 
 def write_bytes(folder: Folder, name: str, data: bytes) -> WrittenFile:

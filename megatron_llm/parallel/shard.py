@@ -120,20 +120,23 @@ class TypedSource(TensorSource, Protocol):
 _SLAB_ELEMENTS = 1 << 22  # an allocator hands out memory of this size again; larger pieces come new from the system each time
 
 
+def slabs(box: Box) -> Iterator[Box]:
+    """A box as boxes of whole rows that follow each other and are small whatever the tensor."""
+    if not box.shape:
+        yield box
+        return
+    rows = max(1, _SLAB_ELEMENTS // max(1, math.prod(box.shape[1:])))
+    for first in range(0, box.shape[0], rows):
+        yield Box((box.offset[0] + first, *box.offset[1:]), (min(rows, box.shape[0] - first), *box.shape[1:]))
+
+
 def fill(values: Tensor, part: Part, box: Box, source: TensorSource) -> Iterator[int]:
     """Copy `box` of the logical tensor `part` from a source into `values`, of the same shape, a slab of rows at a time.
 
     So the memory beside `values` is small whatever the tensor. Yields the number of elements of each slab when it is there.
     """
-    if not box.shape:
-        values.copy_(source.read(part, box))
-        yield 1
-        return
-    rows = max(1, _SLAB_ELEMENTS // max(1, math.prod(box.shape[1:])))
-    for first in range(0, box.shape[0], rows):
-        count = min(rows, box.shape[0] - first)
-        slab = Box((box.offset[0] + first, *box.offset[1:]), (count, *box.shape[1:]))
-        values[first : first + count].copy_(source.read(part, slab))
+    for slab in slabs(box):
+        values[slab.relative_to(box).slices].copy_(source.read(part, slab))
         yield slab.numel
 
 

@@ -65,3 +65,14 @@ def test_a_model_without_a_folder_gets_one(tmp_path: Path, name: str) -> None:
         (architecture,) = json.loads((out / "config.json").read_text())["architectures"]
         assert architecture == hf.family.architecture or not assets
         torch.testing.assert_close(logits(out, architecture), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bloom", "falcon-40b", "phi3", "cohere-norms", "codegen", "stablelm-norms"])
+def test_parts_of_any_size_make_the_same_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Transposed, fused by group, fused one after the other, a tensor for each head."""
+    make_folder(CASES[name], tmp_path / "hf")
+    expected = stored_tensors(tmp_path / "hf")
+    monkeypatch.setattr("megatron_llm.parallel.shard._SLAB_ELEMENTS", 100)
+    assert main(["import", str(tmp_path / "hf"), str(tmp_path / "native")]) == 0
+    assert main(["export", str(tmp_path / "native"), str(tmp_path / "out")]) == 0
+    assert_same_tensors(stored_tensors(tmp_path / "out"), expected)

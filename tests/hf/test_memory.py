@@ -1,4 +1,4 @@
-"""Peak memory of import and export: the largest tensor and a constant, however large the model and however it is stored."""
+"""Peak memory of import and export: small parts of tensors, however large the model and its matrices and however it is stored."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def peak(*arguments: str) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["model.safetensors", "pytorch_model.bin"])
-def test_import_and_export_hold_little_more_than_the_largest_tensor(tmp_path: Path, form: str) -> None:
+def test_import_and_export_hold_less_than_the_largest_tensor(tmp_path: Path, form: str) -> None:
     model = ModelConfig(**MODEL)
     llama = find_family("LlamaForCausalLM")
     (tmp_path / "hf").mkdir()
@@ -63,5 +63,5 @@ def test_import_and_export_hold_little_more_than_the_largest_tensor(tmp_path: Pa
     }
     for name, command in commands.items():
         found = peak(*command)
-        assert found < largest + 256, (name, found)
+        assert found < largest, (name, found)
     shutil.rmtree(tmp_path)  # gigabytes, which pytest would keep
