@@ -69,7 +69,7 @@ class HFFolder:
             raise ValueError(f"{self.path} {what}; expected a Hugging Face model folder")
         try:
             config = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file} is not JSON: {error}") from error
         if not isinstance(config, dict):
             raise ValueError(f"{file} must hold a JSON object, got {type(config).__name__}")

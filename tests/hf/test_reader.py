@@ -181,6 +181,7 @@ def test_folders_that_are_none(tmp_path: Path, folder: Path) -> None:
         (folder / "config.json").write_text(json.dumps({**config, "architectures": architectures}))
         with pytest.raises(ValueError, match=message):
             HFFolder(folder)
-    (folder / "config.json").write_text('{"a": ')
-    with pytest.raises(ValueError, match="config.json is not JSON"):
-        HFFolder(folder)
+    for damaged in ('{"a": ', "[" * 100_000):
+        (folder / "config.json").write_text(damaged)
+        with pytest.raises(ValueError, match="config.json is not JSON"):
+            HFFolder(folder)
