@@ -203,8 +203,6 @@ class ModelConfig(Section):
             problems.append("norm_bias and qk_norm_bias belong to norm: layer_norm")
         if self.norm == "layer_norm" and self.qk_norm == "full":
             problems.append("qk_norm full goes with norm rms_norm")
-        if self.qk_norm in ("per_head", "full") and not self.norm_weight:
-            problems.append(f"qk_norm {self.qk_norm} has weights; with norm_weight: false only qk_norm head goes")
         if self.head_bias and self.logit_multiplier != 1.0:
             problems.append("logit_multiplier goes with a head without bias")
         if self.parallel_block != "none" and self.norm_placement != "input":

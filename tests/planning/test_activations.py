@@ -188,7 +188,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gemma2, normalized heads": _variant("gemma2", qk_norm="head", final_logit_softcapping=None),
     "gemma3": _variant("gemma2", attn_logit_softcapping=None, rope_local_theta=100.0, qk_norm="head"),
     "windows as long as rows": _variant("gemma2", attn_logit_softcapping=None, sliding_window=LENGTH),
-    "cohere2, plain relu": _variant("cohere2", mlp_gated=False, hidden_act="relu", norm_weight=False, qk_norm="none"),
+    "cohere2, plain relu": _variant(
+        "cohere2", mlp_gated=False, hidden_act="relu", norm_weight=False, qk_norm="none", qk_norm_bias=False
+    ),
     "gpt, scaled by layer, windows": _variant("gpt", sliding_window=4, clip_qkv=None),
 }
 BY_LENGTH = {  # what they keep depends on how long documents are
