@@ -59,14 +59,14 @@ def _measure(config: Config) -> tuple[int, int, int, int]:
 
 
 def _assert_predicted(world: int, config: Config, peak_too: bool = True) -> None:
-    """Of tensor-parallel ranks with less than the first, that they need no more."""
+    """Of tensor-parallel ranks with less than the first, that they need less at the peak: buckets have room for the largest share."""
     predicted: list[RankMemory] = chosen(config, world).memory
     for rank, tp_rank, start, peak in run_ranks(world, _measure, config):
         if Share.of(config, tp_rank) == Share.of(config):
             assert start == predicted[rank].persistent, rank
             assert not peak_too or peak == pytest.approx(predicted[rank].total, rel=0.1), rank
         else:
-            assert start < predicted[rank].persistent and peak < predicted[rank].total, (rank, tp_rank)
+            assert start == predicted[rank].persistent and peak < predicted[rank].total, (rank, tp_rank)
 
 
 V = {"pipeline_parallel": 2, "pipeline_schedule": "zb_v"}
