@@ -59,7 +59,7 @@ def _measure(config: Config) -> tuple[int, int, int, int]:
 
 
 def _assert_predicted(world: int, config: Config, peak_too: bool = True) -> None:
-    """Of tensor-parallel ranks with less than the first, that they need less at the peak: buckets have room for the largest share."""
+    """Of tensor-parallel ranks with less than the first, that their peak is lower: buckets have room for the largest share."""
     predicted: list[RankMemory] = chosen(config, world).memory
     for rank, tp_rank, start, peak in run_ranks(world, _measure, config):
         if Share.of(config, tp_rank) == Share.of(config):
