@@ -118,6 +118,12 @@ def _stop_ids(tokenizer: Any, files: Mapping[str, bytes]) -> frozenset[int]:
     """The ids that end a text, by the tokenizer and by the model's configs."""
     found = {tokenizer.eos_token_id}
     for name in ("config.json", "generation_config.json"):
-        ids = json.loads(files.get(name, b"{}")).get("eos_token_id")
-        found.update(ids if isinstance(ids, list) else [ids])
+        try:
+            ids = json.loads(files.get(name, b"{}")).get("eos_token_id")
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{name} that comes with the model is no JSON object: {error}") from error
+        ids = ids if isinstance(ids, list) else [ids]
+        if not all(one is None or type(one) is int for one in ids):
+            raise ValueError(f"{name} that comes with the model: eos_token_id {ids!r} must be token ids")
+        found.update(ids)
     return frozenset(found - {None})

@@ -85,7 +85,8 @@ class ConfigReader:
         value = self.config.get(self._spelling(key))
         if value is None or any(value == one and type(value) is type(one) for one in supported):
             return
-        self.problems.append(f"{key} {value!r} is not supported, only {' or '.join(repr(one) for one in supported)}")
+        only = f", only {' or '.join(repr(one) for one in supported)}" if supported else ""
+        self.problems.append(f"{key} {value!r} is not supported{only}")
 
     def activation(self, key: str) -> str:
         """ModelConfig.hidden_act of an activation by transformers' name."""

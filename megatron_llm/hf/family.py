@@ -142,7 +142,13 @@ class Family:
         reader = ConfigReader(config, self.defaults, self.aliases, self.rope_names)
         try:
             fields = self.from_hf(reader)
-        except (TypeError, AttributeError, KeyError, IndexError, ArithmeticError) as error:  # of what is no number, or no mapping
+        except (
+            TypeError,
+            ValueError,
+            AttributeError,
+            LookupError,
+            ArithmeticError,
+        ) as error:  # of what is no number, or no mapping
             raise ValueError(f"config.json of {self.architecture}: a value is not what it should be ({error})") from error
         reader.refuse_general(self.architectures)
         if reader.problems:

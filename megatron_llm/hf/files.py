@@ -46,7 +46,7 @@ def _open_indexed(index: Path, opener: Callable[[Path], TensorFile]) -> tuple[di
     """The tensors of a folder whose files are listed in `index`."""
     try:
         weight_map = {str(key): str(name) for key, name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return {}, [f"{index} is damaged: {type(error).__name__}: {error}"]
     outside = sorted({name for name in weight_map.values() if Path(name).name != name})
     if outside:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from megatron_llm.cli.generate import _stop_ids
 from megatron_llm.cli.main import main
 from tests.test_readme import prepare
 
@@ -59,3 +61,12 @@ def test_what_cannot_work_is_said(folder: Path, tmp_path: Path, capsys: pytest.C
         prompt = [] if "--prompt" in arguments else ["--prompt", "x"]
         assert main(["generate", *arguments, *prompt]) == 1
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"{bad", "is no JSON object"), (b"[1]", "is no JSON object"), (b'{"eos_token_id": "x"}', "must be token ids")],
+)
+def test_a_damaged_generation_config_is_named(content: bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=f"generation_config.json that comes with the model.*{message}"):
+        _stop_ids(SimpleNamespace(eos_token_id=1), {"generation_config.json": content})

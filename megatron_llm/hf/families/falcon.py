@@ -75,7 +75,8 @@ def _key_heads(read: ConfigReader, flags: dict[str, bool], heads: int) -> int:
         return read.config.get("num_kv_heads") or heads
     if flags["multi_query"]:
         return 1
-    read.only("num_kv_heads", heads)
+    if heads:
+        read.only("num_kv_heads", heads)
     return heads
 
 

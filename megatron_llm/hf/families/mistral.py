@@ -19,6 +19,8 @@ def windows(read: ConfigReader, window: int | None, types: list[str]) -> dict[st
     """sliding_window and layer_types of ModelConfig, where config.json names the sort of each layer."""
     if unknown := [name for name in dict.fromkeys(types) if name not in _TYPES]:
         read.problems.append(f"layer_types {', '.join(unknown)} are not supported, only {' or '.join(_TYPES)}")
+    if isinstance(layers := read("num_hidden_layers"), int) and len(types) != layers:
+        read.problems.append(f"layer_types names {len(types)} layers of {layers}")
     if "sliding_attention" not in types:
         return {"sliding_window": None}
     return {"sliding_window": window, "layer_types": types}
