@@ -18,7 +18,7 @@ from megatron_llm.models.norm import head_norm
 from megatron_llm.ops.attention import Scores, alibi_slopes, attention
 from megatron_llm.ops.dtypes import stat_dtype
 from megatron_llm.ops.rope import rotary
-from megatron_llm.parallel.grid import Grid
+from megatron_llm.parallel.grid import Axis, Grid
 from megatron_llm.parallel.linear import ColumnParallelLinear, OutputShard, RowParallelLinear, sharded_bias, sharded_weight
 
 
@@ -51,9 +51,8 @@ class SelfAttention(nn.Module):
         )  # fmt: skip
         self.q_norm = self.k_norm = None
         if model.qk_norm != "none":
-            none = type(tp)("none")
             most = heads.most_queries, heads.most_keys
-            self.q_norm = head_norm(f"{name}.q_norm", queries, heads.queries, most[0], model, tp, none, dtype, device)
+            self.q_norm = head_norm(f"{name}.q_norm", queries, heads.queries, most[0], model, tp, Axis("none"), dtype, device)
             self.k_norm = head_norm(f"{name}.k_norm", keys, heads.keys, most[1], model, tp, copies, dtype, device)
         self.scores = self._scores(heads.queries, stat_dtype(dtype), device)
         self.rotates = model.position_embedding == "rope" and layer not in model.nope_layers

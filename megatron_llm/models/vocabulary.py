@@ -8,16 +8,14 @@ summed in float64 in a fixed order, so it is the same on every rank and in every
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import TYPE_CHECKING
 
-from megatron_llm.parallel.shard import Box, Part, TypedSource
+from megatron_llm.parallel.shard import Box, Part, TypedSource, slabs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 VOCABULARY_TENSORS = ("embedding.weight", "head.weight", "head.bias")
-_SLAB_ELEMENTS = 1 << 22
 
 
 def resized(source: TypedSource, stored: int, size: int, where: str) -> TypedSource:
@@ -71,10 +69,8 @@ class ResizedVocabulary:
         from megatron_llm.ops.tensor_file import torch_dtype
 
         if stored.name not in self._means:
-            row = stored.shape[1:]
-            total, rows = np.zeros(row), max(1, _SLAB_ELEMENTS // math.prod(row))
-            for first in range(0, self._stored, rows):
-                box = Box((first, *(0 for _ in row)), (min(rows, self._stored - first), *row))
-                total = total + self._source.read(stored, box).double().numpy().sum(axis=0)  # numpy: in order, by one thread
+            total = np.zeros(stored.shape[1:])
+            for slab in slabs(Box.full(stored.shape)):
+                total = total + self._source.read(stored, slab).double().numpy().sum(axis=0)  # numpy: in order, by one thread
             self._means[stored.name] = torch.tensor(total / self._stored).to(torch_dtype(self.dtype(stored.name)))
         return self._means[stored.name]

@@ -56,8 +56,3 @@ def gated(gate_up_T2F: Tensor, name: str) -> Tensor:
 def activation(x: Tensor, name: str) -> Tensor:
     """The activation of every element."""
     return _ACTIVATIONS[name][0](x)
-
-
-def swiglu(gate_up_T2F: Tensor) -> Tensor:
-    """silu(gate) * up: [T, 2F] -> [T, F]."""
-    return gated(gate_up_T2F, "silu")

@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import gradcheck
+from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
-from megatron_llm.ops.attention import attention
+from megatron_llm.ops.attention import Scores, alibi_slopes, attention
 
 BACKENDS = ("reference", "sdpa", "auto")
+PLAIN = Scores()
 # (query lengths, key lengths) of the documents
 CASES = {
     "one document spans all": ([9], [9]),
@@ -33,21 +36,79 @@ def _inputs(q_lens: list[int], k_lens: list[int], heads: int, kv_heads: int, dim
     return [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
 
 
-def _loop(q: Tensor, k: Tensor, v: Tensor, q_lens: list[int], k_lens: list[int]) -> tuple[Tensor, Tensor]:
+def _loop(
+    q: Tensor, k: Tensor, v: Tensor, q_lens: list[int], k_lens: list[int], settings: Scores = PLAIN
+) -> tuple[Tensor, Tensor]:
     """One query and one head at a time: the outputs, and the same weighted means of |v| (to bound roundings)."""
     rows, bounds = [], []
     q_start = k_start = 0
     copies = q.shape[1] // k.shape[1]
     for q_len, k_len in zip(q_lens, k_lens, strict=True):
         for i in range(q_len):
-            seen = slice(k_start, k_start + k_len - q_len + i + 1)
+            position = k_len - q_len + i
+            first = 0 if settings.window is None else max(0, position + 1 - settings.window)
+            seen = slice(k_start + first, k_start + position + 1)
             for head in range(q.shape[1]):
                 keys, values = k[seen, head // copies], v[seen, head // copies]
-                p = torch.softmax(keys @ q[q_start + i, head] / math.sqrt(q.shape[2]), 0)
+                scores = _scored(keys @ q[q_start + i, head], settings, head, range(first, position + 1), q.shape[2])
+                p = torch.softmax(scores, 0)
                 rows.append(p @ values)
                 bounds.append(p @ values.abs())
         q_start, k_start = q_start + q_len, k_start + k_len
     return torch.stack(rows).view(q.shape), torch.stack(bounds).view(q.shape)
+
+
+def _scored(products: Tensor, settings: Scores, head: int, keys: range, dim: int) -> Tensor:
+    """What the softmax gets for one query, which is at the last of the keys' positions."""
+    scale = 1 / math.sqrt(dim) if settings.scale is None else settings.scale
+    scores = products * scale
+    if settings.softcap is not None:
+        scores = settings.softcap * torch.tanh(scores / settings.softcap)
+    if settings.slopes_N is not None:
+        slope = settings.slopes_N[head]
+        if settings.coarse:
+            bias = [float((slope.bfloat16() * key).bfloat16()) * scale for key in keys]
+        else:
+            bias = [float(slope) * (key - keys[-1]) for key in keys]
+        scores = scores + torch.tensor(bias, dtype=scores.dtype)
+    return scores
+
+
+SLOPES = torch.tensor([0.7, 0.31, 0.05, 0.013], dtype=torch.float64)
+SETTINGS = {
+    "scale": Scores(scale=0.9),
+    "window": Scores(window=3),
+    "window of one": Scores(window=1),
+    "soft cap": Scores(scale=2.0, softcap=1.5),
+    "ALiBi": Scores(slopes_N=SLOPES),
+    "coarse ALiBi": Scores(slopes_N=SLOPES, coarse=True),
+    "all of them": Scores(0.9, 1.5, SLOPES, False, 2),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_of_scores_are_their_definition(name: str, case: str, backend: str) -> None:
+    (q_lens, k_lens), settings = CASES[case], SETTINGS[name]
+    inputs = _inputs(q_lens, k_lens, 4, 2)
+    expected, _ = _loop(*inputs, q_lens, k_lens, settings)
+    dy = torch.linspace(-1, 2, expected.numel(), dtype=torch.float64).view(expected.shape)
+    actual = attention(*inputs, _boundaries(q_lens), _boundaries(k_lens), backend, settings)
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12)
+    wanted = torch.autograd.grad(expected, inputs, dy)
+    torch.testing.assert_close(torch.autograd.grad(actual, inputs, dy), wanted, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 5, 6, 8, 12, 71])
+@pytest.mark.parametrize("most", [8, 16])
+def test_slopes_are_those_of_transformers(heads: int, most: int) -> None:
+    """Of MPT, which reorders those of the next power of two, and for the usual maximum also of BLOOM."""
+    theirs = -build_mpt_alibi_tensor(heads, 2, most).flatten(1)[:, 0].double()
+    torch.testing.assert_close(torch.tensor(alibi_slopes(heads, most), dtype=torch.float64), theirs, rtol=1e-6, atol=0)
+    if most == 8:
+        bloom = build_alibi_tensor(torch.ones(1, 2), heads, torch.float32)[:, 0, 1].double()
+        torch.testing.assert_close(bloom, theirs, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

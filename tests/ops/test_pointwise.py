@@ -1,6 +1,9 @@
-"""RMSNorm, SwiGLU and rotary embeddings against their formulas in float64, their gradients against finite differences."""
+"""Norms, activations and rotary embeddings against their formulas in float64, their gradients against finite differences."""
 
 from __future__ import annotations
+
+import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,8 +13,8 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_llm.config import RopeScalingConfig
-from megatron_llm.ops.activation import swiglu
-from megatron_llm.ops.norm import rms_norm
+from megatron_llm.ops.activation import activation, gated
+from megatron_llm.ops.norm import layer_norm, rms_norm
 from megatron_llm.ops.rope import rope_frequencies, rope_tables, rotary
 
 U = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half a unit in the last place, relative
@@ -84,7 +87,45 @@ def test_rms_norm_in_float16_of_values_whose_squares_overflow() -> None:
     assert_within_roundings(torch.autograd.grad(y, narrow, dy)[0], expected, 1)
 
 
-# SwiGLU
+# LayerNorm, and what both norms may have
+
+
+def test_layer_norm_is_its_formula() -> None:
+    """Four heads with a weight and bias each; the weight counts from 0.5."""
+    x, weight, bias = _leaf(_random(5, 4, 6, scale=2.0)), _leaf(_random(4, 6)), _leaf(_random(4, 6))
+    n = x - x.mean(-1, keepdim=True)
+    exact = n / (n.pow(2).mean(-1, keepdim=True) + 0.1).sqrt() * (0.5 + weight) + bias
+    ours = partial(layer_norm, eps=0.1, offset=0.5)
+    torch.testing.assert_close(ours(x, weight, bias), exact, rtol=1e-13, atol=1e-13)
+    assert gradcheck(ours, (x, weight, bias))
+    assert gradcheck(lambda x: layer_norm(x, None, None, 0.1), (x,))
+
+
+def test_rms_norm_whose_weight_counts_from_one() -> None:
+    x, weight = _leaf(_random(5, 6)), _leaf(_random(6))
+    torch.testing.assert_close(rms_norm(x, weight, 0.1, offset=1.0), _rms_norm_exact(x, 1 + weight, 0.1), rtol=1e-13, atol=1e-13)
+    assert gradcheck(lambda x, w: rms_norm(x, w, 0.1, offset=1.0), (x, weight))
+    assert gradcheck(lambda x: rms_norm(x, None, 0.1), (x,))
+
+
+# Activations
+
+swiglu = partial(gated, name="silu")
+FORMULAS = {
+    "silu": lambda x: x / (1 + (-x).exp()),
+    "gelu": lambda x: x * (1 + torch.erf(x / math.sqrt(2))) / 2,
+    "gelu_tanh": lambda x: x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2,
+    "relu": lambda x: x * (x > 0),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_activations_are_their_formulas(name: str) -> None:
+    x = _leaf(_random(4, 14, scale=3.0))
+    gate, up = x.chunk(2, -1)
+    torch.testing.assert_close(activation(x, name), FORMULAS[name](x), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(gated(x, name), FORMULAS[name](gate) * up, rtol=1e-12, atol=1e-14)
+    assert gradcheck(lambda x: activation(x, name), (x,)) and gradcheck(lambda x: gated(x, name), (x,))
 
 
 def _swiglu_exact(x: Tensor) -> Tensor:

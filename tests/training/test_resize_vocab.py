@@ -135,7 +135,7 @@ def test_the_mean_does_not_depend_on_slabs(monkeypatch: pytest.MonkeyPatch) -> N
         box = Box((900, *(2 for _ in tensor.shape[1:])), (110, *(3 for _ in tensor.shape[1:])))
         expected = tensor.double().mean(0).float()
         for elements in (1 << 22, 70):
-            monkeypatch.setattr("megatron_llm.models.vocabulary._SLAB_ELEMENTS", elements)
+            monkeypatch.setattr("megatron_llm.parallel.shard._SLAB_ELEMENTS", elements)
             values = ResizedVocabulary(Source(), 1000, 1010).read(whole, box)
             assert torch.equal(values[:100], tensor[900:, 2:5] if tensor.dim() == 2 else tensor[900:])
             torch.testing.assert_close(values[100:], expected[2:5].expand(10, 3) if tensor.dim() == 2 else expected.expand(10))
