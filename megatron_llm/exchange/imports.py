@@ -94,8 +94,8 @@ def import_megatron(
     model = _model(folder, hf, args, size)
     source = MegatronSource(folder, model)
     assets = _assets(hf, tokenizer, folder.tensors[EMBEDDING].dtype if not source.masters else "F32")
-    origin = str(folder.path.absolute())
-    whole = write_checkpoint(source, model, assets, output, share=share, origin=origin, overwrite=overwrite, progress=progress)
+    place = str(folder.path.absolute())
+    whole = write_checkpoint(source, model, assets, output, share=share, origin=place, overwrite=overwrite, progress=progress)
     if not whole:
         return []
     said = [f"{folder.path} -> {output}: {model.num_hidden_layers} layers, weights only"]

@@ -385,7 +385,7 @@ def _without_effect(schedule: LrScheduleConfig) -> list[str]:
 def _vocabulary_notes(config: Config) -> list[str]:
     """A tokenizer that has more tokens than the model: those beyond may be missing from these data, but not from the next."""
     sizes = tokenizer_sizes(config)
-    if config.data.tokenizer is not None:
+    if config.data.tokenizer is not None and not sizes:  # else every rank would load it to hear what the data sets say
         with contextlib.suppress(ValueError):  # training does without its content
             sizes["data.tokenizer"] = (config.data.tokenizer, vocabulary_size(config.data.tokenizer))
     model = config.model

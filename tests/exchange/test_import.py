@@ -168,7 +168,7 @@ def test_the_vocabulary_is_cut_where_the_tokenizer_ends(tmp_path: Path, capsys: 
     assert "a vocabulary of 97 tokens (--vocab-size), but" in capsys.readouterr().err
     with_tokenizer = import_(tmp_path / "m", tmp_path / "a", "--tokenizer", str(tmp_path / "tokenizer"))
     assert with_tokenizer["embedding.weight"].shape == (size, 24) == with_tokenizer["head.weight"].shape
-    assert f"vocabulary: {size} tokens" in capsys.readouterr().out
+    assert f"vocabulary: {size} tokens ({tmp_path / 'tokenizer'});" in capsys.readouterr().out
     generate = ["generate", "--checkpoint", str(tmp_path / "a"), "--prompt", "a b", "--max-new-tokens", "3"]
     assert main(generate) == 0 and capsys.readouterr().out.startswith("a b")
 
