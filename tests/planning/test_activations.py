@@ -219,7 +219,9 @@ def test_bytes_of_other_decoders(variant: str, isolated: bool) -> None:
 
 
 @pytest.mark.parametrize(("tp", "sequence_parallel"), [(2, True), (2, False), (3, True)])
-@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize(
+    "decoder", [pytest.param(name, marks=() if name in ("falcon", "olmo2") else pytest.mark.slow) for name in DECODERS]
+)
 def test_bytes_of_other_decoders_on_uneven_ranks(decoder: str, tp: int, sequence_parallel: bool) -> None:
     config = _config(tp, "float32", False, sequence_parallel, VARIANTS[decoder])
     if head_problem(config.model, tp) is None:
