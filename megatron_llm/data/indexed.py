@@ -34,6 +34,7 @@ BLOCK = 1 << 20  # entries handled at a time where a whole file must be walked
 ROLES = {"none": 0, "system": 1, "user": 2, "assistant": 3, "tool": 4}
 ROLE_MASK = 0b0111
 NOT_TRAINED = 0b1000
+WEIGHT_SHIFT = 4  # bits 4-7 of a role byte: index into DatasetMeta.weights
 
 IntArray = npt.NDArray[np.integer[Any]]
 
@@ -55,6 +56,7 @@ class DatasetMeta:
         made_by: digest of the command and its inputs, by which a repeated command knows that its work is done.
         shard: (number, count) if this is one of several shards, which `merge` joins; part_of: digest of what they are cut
             from, the same for all that belong together.
+        weights: loss weights that bits 4-7 of a role byte choose from, at most 16, the first of which is 1.
         input_bytes, skipped: bytes of input after decompression; records not taken, by reason.
     """
 
@@ -71,6 +73,7 @@ class DatasetMeta:
     made_by: str | None = None
     shard: tuple[int, int] | None = None
     part_of: str | None = None
+    weights: tuple[float, ...] = (1.0,)
     input_bytes: int = 0
     skipped: dict[str, int] = dataclasses.field(default_factory=dict)
 

@@ -27,13 +27,14 @@ IntArray = npt.NDArray[np.int64]
 class Row:
     """S tokens: ids and the ids they predict (int64 [S]), loss weights (float32 [S]), and where segments start.
 
-    `starts` is int64, ascending, its first entry is 0.
+    `starts` is int64, ascending, its first entry is 0. `roles`: who speaks each label (`ROLES`, uint8 [S]), in chat data.
     """
 
     tokens: IntArray
     labels: IntArray
     weights: npt.NDArray[np.float32]
     starts: IntArray
+    roles: npt.NDArray[np.uint8] | None = None
 
 
 class RowSource(Protocol):
@@ -178,6 +179,7 @@ class PackedRows:
         tokens = np.zeros(self._length, np.int64)
         labels = np.zeros(self._length, np.int64)
         weights = np.zeros(self._length, np.float32)
+        roles = None if self._dataset.roles is None else np.zeros(self._length, np.uint8)
         starts, at = [], 0
         items = self._packing(epoch).row(index)
         begins, lengths, continued = self._pieces.begins[items], self._pieces.lengths[items], self._pieces.continued[items]
@@ -187,11 +189,13 @@ class PackedRows:
             predictions = slice(at, at + len(ids) - 1)
             labels[predictions] = ids[1:]
             weights[predictions] = self._trained(begin + 1, begin + len(ids))
+            if roles is not None and self._dataset.roles is not None:
+                roles[predictions] = self._dataset.roles[begin + 1 : begin + len(ids)] & ROLE_MASK
             starts.append(at)
             at += count
         if at < self._length:
             starts.append(at)
-        return Row(tokens, labels, weights, np.asarray(starts, np.int64))
+        return Row(tokens, labels, weights, np.asarray(starts, np.int64), roles)
 
 
 def document_rows(dataset: IndexedDataset, sequence_length: int, seed: int, shuffled: bool) -> PackedRows:

@@ -52,7 +52,7 @@ class TokenStream:
     ):
         """`sources` by name. With `endless` row numbers may go beyond the first epoch. `planned_rows`: of the whole run."""
         self._sources, self._length, self._endless = list(sources.values()), sequence_length, endless
-        self._blend = blend
+        self._blend, self._nobody = blend, np.zeros(sequence_length, np.uint8)
         self.rows_per_epoch = sum(source.rows_per_epoch for source in self._sources)
         self.summary = [
             f"{name}: {source.summary}" + self._plan(source, count / blend.period, planned_rows)
@@ -83,6 +83,8 @@ class TokenStream:
             weights_T=torch.from_numpy(np.concatenate([part.weights for part in parts])),
             positions_T=torch.from_numpy(positions),
             cu_seqlens=tuple(cu_seqlens.tolist()),
+            roles_T=torch.from_numpy(np.concatenate([self._nobody if part.roles is None else part.roles for part in parts])),
+            rows=tuple(-1 if row is None else row for row in rows),
         )
 
     def _row(self, number: int) -> Row:

@@ -27,6 +27,10 @@ class Batch:
         positions_T: int64 [T], position of each token inside its document.
         cu_seqlens: starts of the documents, then T: 0 = c[0] < c[1] < ... < c[n] = T. Kept on the host, so that no
             attention call has to wait for the device to learn its loop bounds.
+        roles_T: uint8 [T], who speaks the label of each position (`data.indexed.ROLES`), 0 where nobody is known to; None of
+            batches that are not measured by role.
+        rows: number of each row of the micro-batch in its stream, -1 for a fill row: with the place in the row the address of a
+            token that does not depend on the layout.
     """
 
     tokens_T: Tensor
@@ -34,6 +38,8 @@ class Batch:
     weights_T: Tensor
     positions_T: Tensor
     cu_seqlens: tuple[int, ...]
+    roles_T: Tensor | None = None
+    rows: tuple[int, ...] = ()
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -41,4 +47,6 @@ class Batch:
         def move(column: Tensor) -> Tensor:
             return column.to(device, non_blocking=True)
 
-        return Batch(move(self.tokens_T), move(self.labels_T), move(self.weights_T), move(self.positions_T), self.cu_seqlens)
+        tokens_T, labels_T, weights_T, positions_T = map(move, (self.tokens_T, self.labels_T, self.weights_T, self.positions_T))
+        roles_T = None if self.roles_T is None else move(self.roles_T)
+        return Batch(tokens_T, labels_T, weights_T, positions_T, self.cu_seqlens, roles_T, self.rows)
