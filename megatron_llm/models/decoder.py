@@ -24,7 +24,7 @@ from megatron_llm.ops.dtypes import stat_dtype
 from megatron_llm.parallel.embedding import VocabParallelEmbedding
 from megatron_llm.parallel.grid import Axis, Grid
 from megatron_llm.parallel.linear import ColumnParallelLinear, OutputShard, sharded_bias, sharded_weight
-from megatron_llm.parallel.loss import vocab_parallel_cross_entropy
+from megatron_llm.parallel.loss import vocab_parallel_cross_entropy, vocab_parallel_scores
 
 
 class DecoderStage(nn.Module):
@@ -160,6 +160,11 @@ class DecoderStage(nn.Module):
         return vocab_parallel_cross_entropy(
             self.logits(hidden), batch.labels_T, batch.weights_T, shard.start, shard.stop, self.tp
         )
+
+    def scores(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(loss, whether the label is the most likely token) of every position, unweighted: [T] in `stat_dtype` and bool [T]."""
+        shard = self.head_shard
+        return vocab_parallel_scores(self.logits(hidden), batch.labels_T, shard.start, shard.stop, self.tp)
 
 
 def _nothing(layer: int) -> None:

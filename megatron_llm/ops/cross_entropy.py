@@ -48,6 +48,12 @@ def local_statistics(logits_TV: Tensor, local_labels_T: Tensor) -> tuple[Tensor,
     return maximum_T, total_T, torch.where(own_T, picked_T.to(wide), target_T)
 
 
+def first_largest(logits_TV: Tensor) -> Tensor:
+    """The column of each row's largest logit, the first of several: int64 [T]; 0 in an empty slice."""
+    tokens, vocab = logits_TV.shape
+    return logits_TV.argmax(1) if vocab else torch.zeros(tokens, dtype=torch.int64, device=logits_TV.device)
+
+
 def logits_gradient_(logits_TV: Tensor, local_labels_T: Tensor, log_sum_exp_T: Tensor, scale_T: Tensor) -> None:
     """Overwrite logits by scale * (softmax - onehot(label)), the gradient of sum over tokens of scale * loss."""
     vocab = logits_TV.shape[1]

@@ -32,6 +32,7 @@ from megatron_llm.training.distributed import (
     pick_device,
     process_group,
 )
+from megatron_llm.training.evaluation import Score, evaluate
 from megatron_llm.training.hang_watch import HangWatch
 from megatron_llm.training.metrics import Metrics, setup_logging
 from megatron_llm.training.nonfinite import end_if_hopeless
@@ -52,7 +53,7 @@ from megatron_llm.training.resolve import ResolvedRun
 from megatron_llm.training.rollback import find_spike, go_back, ranges, remember_loss
 from megatron_llm.training.run_folder import RunFolder, entered_since, restarted
 from megatron_llm.training.signals import StopRequest, time_limit
-from megatron_llm.training.step import RunState, StepResult, evaluate, next_rate, train_step
+from megatron_llm.training.step import RunState, StepResult, next_rate, train_step
 from megatron_llm.training.trace import write_trace
 
 logger = logging.getLogger("megatron_llm")
@@ -305,20 +306,20 @@ def _go_back(run: Run, why: str) -> bool:
 
 
 def _evaluate(run: Run) -> dict[str, Any]:
-    """Loss per weighted token of every validation set, and of all together."""
+    """The scores of every validation set, and of all together; nothing if they say nothing of any token."""
     values: dict[str, Any] = {}
     run.state.evaluation_due = False
-    total_loss = total_weight = 0.0
+    total = Score()
     for name, stream in run.valid_streams.items():
-        loss_sum, weight_sum = evaluate(run.engine, stream)
-        values[f"valid_loss/{name}"] = loss_sum / weight_sum if weight_sum else None
-        total_loss, total_weight = total_loss + loss_sum, total_weight + weight_sum
-    if not total_weight:
+        found = evaluate(run.engine, stream)
+        values |= found.metrics(name)
+        total += found.score
+        logger.info("step %d | %s: %s", run.state.step, name, found)
+    if all(value is None for value in values.values()):
         return {}
-    values["valid_loss"] = total_loss / total_weight
-    shown = " | ".join(f"{name.removeprefix('valid_loss/')} {value:.4f}" for name, value in values.items() if value is not None)
-    logger.info("step %d | %s", run.state.step, shown.replace("valid_loss", "all valid sets"))
-    return values
+    if len(run.valid_streams) > 1:
+        logger.info("step %d | all validation sets: %s", run.state.step, total)
+    return values | total.metrics()
 
 
 def _save(run: Run, wait: bool) -> None:

@@ -1,4 +1,4 @@
-"""One optimizer step, and one evaluation: the heart of the engine. Called by `training/loop.py`.
+"""One optimizer step: the heart of the engine. Called by `training/loop.py`; what measures without training is `evaluation.py`.
 
     for every micro-batch: forward, backward of the *unnormalized* weighted sum of token losses      (pipeline runtime)
                            (in float16 of a multiple of it, see optim/loss_scale.py)
@@ -22,14 +22,14 @@ from torch import Tensor
 
 from megatron_llm.config import Config
 from megatron_llm.data.stream import TokenStream
-from megatron_llm.ops.batch import Batch
 from megatron_llm.ops.dtypes import stat_dtype
 from megatron_llm.optim.loss_scale import INITIAL_LOSS_SCALE, loss_scale, next_loss_scale
 from megatron_llm.optim.lr_schedule import learning_rate
 from megatron_llm.parallel.collectives import all_reduce
-from megatron_llm.pipeline.schedules import Schedule, forward_only
+from megatron_llm.pipeline.schedules import Schedule
 from megatron_llm.pipeline.timeline import Event
 from megatron_llm.training.build import Engine, compute_dtype
+from megatron_llm.training.microbatches import Microbatches
 
 
 @dataclass
@@ -151,27 +151,11 @@ def next_rate(config: Config, state: RunState) -> float:
     return learning_rate(position, peak, schedule, end)
 
 
-@torch.no_grad()
-def evaluate(engine: Engine, stream: TokenStream) -> tuple[float, float]:
-    """(loss sum, weight sum) over the first `eval_rows` rows of a validation set, or all if it has fewer.
-
-    Rows are dealt to ranks like training rows; fill rows, which weigh nothing, complete the last micro-batches.
-    """
-    training = engine.config.training
-    rows: list[int | None] = list(range(min(training.eval_rows, stream.rows_per_epoch)))
-    round_of_rows = training.micro_batch_size * engine.grid.dp.size
-    rows += [None] * (-len(rows) % round_of_rows)
-    schedule = forward_only(engine.schedule.placement, len(rows) // round_of_rows)
-    sums = all_reduce(_run_microbatches(engine, schedule, stream, rows), engine.grid.world)
-    loss_sum, weight_sum = sums.tolist()
-    return loss_sum, weight_sum
-
-
 def _run_microbatches(
     engine: Engine,
     schedule: Schedule,
     stream: TokenStream,
-    rows: Sequence[int | None],
+    rows: Sequence[int],
     scale: float = 1.0,
     trace: list[Event] | None = None,
 ) -> Tensor:
@@ -180,25 +164,19 @@ def _run_microbatches(
     scale: factor on what is backpropagated.
 
     Returns this rank's share of (loss sum, weight sum): [2] in `stat_dtype`; the first tp rank of each last stage
-    contributes, the others hold zeros. Every rank builds its batches from row numbers: nothing is broadcast.
+    contributes, the others hold zeros.
     """
-    grid, size = engine.grid, engine.config.training.micro_batch_size
     dtype = stat_dtype(compute_dtype(engine.config, engine.device))
     sums = torch.zeros(2, dtype=dtype, device=engine.device)
-    last_here = max(engine.stages)
-    batches: dict[int, Batch] = {}  # from a rank's first stage to its last
+    microbatches = Microbatches(engine, stream, rows)
 
     def forward(number: int, microbatch: int, x: Tensor | None) -> Tensor:
-        if microbatch not in batches:
-            first = (microbatch * grid.dp.size + grid.dp.rank) * size
-            batches[microbatch] = stream.batch(rows[first : first + size]).to(engine.device)
-        batch = batches.pop(microbatch) if number == last_here else batches[microbatch]
-        stage = engine.stages[number]
+        batch, stage = microbatches.batch(number, microbatch), engine.stages[number]
         hidden = stage(x, batch, before_layer=engine.runtime.before_layer)
         if not stage.last:
             return hidden
         loss = stage.loss(hidden, batch)
-        if grid.tp.first:
+        if engine.grid.tp.first:
             sums.add_(torch.stack((loss.detach(), batch.weights_T.sum().to(dtype))))
         return loss if scale == 1.0 else loss * scale
 

@@ -27,7 +27,7 @@ from megatron_llm.parallel.linear import (
     sharded_bias,
     sharded_weight,
 )
-from megatron_llm.parallel.loss import vocab_parallel_cross_entropy
+from megatron_llm.parallel.loss import vocab_parallel_cross_entropy, vocab_parallel_scores
 from megatron_llm.parallel.shard import ShardSpec
 from megatron_llm.parallel.weight_grad import WeightGradients
 from tests.ranks import run_ranks
@@ -304,6 +304,26 @@ def _loss(world: int, vocab: int, weights: Tensor, labels: Tensor) -> tuple[Tens
     (3 * loss).backward()
     assert leaf.grad is not None
     return loss.detach(), *leaf.grad.split([shard.stop - shard.start, shard.local_rows - shard.stop + shard.start], dim=1)
+
+
+def _scores(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    tp = _grid(torch.distributed.get_world_size()).tp
+    shard = OutputShard.even("head.weight", logits.shape[1], tp)
+    local = functional.pad(logits[:, shard.start : shard.stop], (0, shard.local_rows - (shard.stop - shard.start)), value=1e9)
+    return vocab_parallel_scores(local, labels, shard.start, shard.stop, tp)
+
+
+@pytest.mark.parametrize(("world", "vocab"), [(2, 12), (4, 9)])  # of 9 the last rank has none
+def test_vocab_parallel_scores(world: int, vocab: int) -> None:
+    """Most rows have several largest logits, on one rank and on several."""
+    logits = _random(7, 40, vocab).mul(1.5).round()
+    labels = torch.where(torch.arange(40) % 3 > 0, logits.argmax(1), torch.arange(40) % vocab)
+    later = logits.flip(1).argmax(1).neg() + vocab - 1
+    assert (later != logits.argmax(1)).sum() > 10
+    labels[::5] = later[::5]
+    for losses, hits in run_ranks(world, _scores, logits, labels):
+        torch.testing.assert_close(losses, functional.cross_entropy(logits, labels, reduction="none"), rtol=1e-12, atol=1e-12)
+        assert torch.equal(hits, logits.argmax(1) == labels)
 
 
 @WORLDS

@@ -8,7 +8,8 @@ from typing import Any
 from megatron_llm.config import Config
 from megatron_llm.data.stream import build_train_stream, build_valid_streams
 from megatron_llm.training.build import Engine
-from megatron_llm.training.step import RunState, evaluate, train_step
+from megatron_llm.training.evaluation import evaluate
+from megatron_llm.training.step import RunState, train_step
 from tests.runs import Pieces, config_of, owned_weights
 
 SMALL: dict[str, Any] = {
@@ -50,5 +51,5 @@ def run(engine: Engine, config: Config) -> tuple[list[tuple[float, float]], tupl
     """Train and evaluate: (loss, gradient norm) of every step, validation sums, the weights owned at the end."""
     stream, state = build_train_stream(config), RunState()
     results = [train_step(engine, stream, state) for _ in range(config.training.steps)]
-    sums = evaluate(engine, build_valid_streams(config)["valid"])
-    return [(result.loss, result.grad_norm) for result in results], sums, owned_weights(engine)
+    score = evaluate(engine, build_valid_streams(config)["valid"]).score
+    return [(result.loss, result.grad_norm) for result in results], (score.loss, score.weight), owned_weights(engine)
