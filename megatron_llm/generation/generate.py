@@ -1,22 +1,27 @@
-"""Continue token sequences with a model, greedily or by sampling. Called by `cli/generate.py`.
+"""Continue token sequences with a model, greedily or by sampling. Called by `training/samples.py`, `training/inference.py` and
+`chat.py`.
 
 Prompts of different lengths are packed, not padded: the first pass is one flat batch with a document per prompt.
-One process that holds the whole model; sequence parallelism is switched off for these calls.
+Sequence parallelism is switched off for these calls, as there is one token a sequence.
+
+Shape suffixes: B sequences, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from megatron_llm.config import ModelConfig
 from megatron_llm.generation.cache import SequenceCache
+from megatron_llm.generation.relay import Relay
 from megatron_llm.models.decoder import DecoderStage
 from megatron_llm.models.positions import Rotary
-from megatron_llm.ops.batch import Batch
+from megatron_llm.ops.random import random_bits, stream_key
 
 
 @dataclass(frozen=True)
@@ -41,11 +46,15 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p {self.top_p} is not in (0, 1]")
 
-    def choose(self, logits_BV: Tensor, generator: torch.Generator) -> Tensor:
-        """One token id per row: float [B, V] -> int64 [B]."""
+    def choose(self, logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
+        """One token id per row: float [B, V] and numbers in [0, 1), float64 [B], that decide -> int64 [B].
+
+        Tokens are laid out by descending probability and the one at that place is taken, so equal numbers choose equal
+        tokens whatever else is in the batch.
+        """
         if self.temperature == 0:
             return logits_BV.argmax(-1)
-        sorted_BV, order_BV = logits_BV.double().sort(-1, descending=True)
+        sorted_BV, order_BV = logits_BV.double().sort(dim=-1, descending=True, stable=True)
         # The largest becomes 0 first, so that a tiny temperature makes no inf - inf.
         probabilities_BV = ((sorted_BV - sorted_BV[:, :1]) / self.temperature).softmax(-1)
         if self.top_k:
@@ -54,58 +63,108 @@ class Sampling:
             probabilities_BV /= probabilities_BV.sum(-1, keepdim=True)
             before_BV = probabilities_BV.cumsum(-1) - probabilities_BV
             probabilities_BV[before_BV >= self.top_p] = 0
-        return order_BV.gather(-1, torch.multinomial(probabilities_BV, 1, generator=generator)).squeeze(-1)
+        ends_BV = probabilities_BV.cumsum(-1)
+        total_B1 = ends_BV[:, -1:]
+        place_B = (ends_BV <= uniform_B[:, None] * total_B1).sum(-1)
+        last_B = (ends_BV < total_B1).sum(-1)  # of those with a probability, should the product be rounded up to the total
+        return order_BV.gather(-1, torch.minimum(place_B, last_B)[:, None]).squeeze(-1)
 
 
-@torch.no_grad()
+def uniform(seed: int, sequences: Sequence[int], place: int) -> Tensor:
+    """A number in [0, 1) for the new token at a place of each sequence, float64 [B]: a function of seed and address only."""
+    bits = torch.cat([random_bits(stream_key(seed, "sample", number), torch.tensor([place])) for number in sequences])
+    return ((bits >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
+
+
 def generate(
-    stage: DecoderStage,
+    model: DecoderStage | Relay,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
     sampling: Sampling,
     stop_ids: frozenset[int] = frozenset(),
     seed: int = 0,
+    first: int = 0,
+    after_pass: Callable[[], object] = lambda: None,
 ) -> list[list[int]]:
-    """The new ids of each prompt, ending with the first stop id if one came. `stage` must hold the whole model.
+    """The new ids of each prompt, ending with the first stop id if one came.
 
-    Raises ValueError for an empty prompt, an id outside the vocabulary, or more tokens than a model with learned positions has.
+    Collective over a grid's model replica, whose ranks all get the same. Arguments as in `continuations`; after_pass: called
+    after every token, for whoever watches that something goes on.
     """
-    assert stage.first and stage.last and stage.tp.size == 1
-    vocab = stage.model.vocab_size
-    for number, prompt in enumerate(prompts):
-        if not prompt:
-            raise ValueError(f"prompt {number} has no tokens")
-        if max(prompt) >= vocab:
-            raise ValueError(
-                f"prompt {number} holds token id {max(prompt)}, but the model's vocabulary has {vocab}; "
-                "the tokenizer is not the model's"
-            )
-    longest = max(map(len, prompts), default=0) + max_new_tokens - 1  # the last token is not read
-    if stage.model.position_embedding == "learned" and longest > stage.model.max_position_embeddings:
-        raise ValueError(
-            f"the longest prompt has {max(map(len, prompts))} tokens and {max_new_tokens} are to follow, but the model has "
-            f"{stage.model.max_position_embeddings} learned positions; ask for fewer"
-        )
-    device = stage.device
-    generator = torch.Generator(device).manual_seed(seed)
+    new: list[list[int]] = [[] for _ in prompts]
+    passes = continuations(
+        model, prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=stop_ids, seed=seed, first=first
+    )
+    for tokens in passes:
+        for ids, token in zip(new, tokens, strict=True):
+            ids += [] if token is None else [token]
+        after_pass()
+    return new
+
+
+@torch.no_grad()
+def continuations(
+    model: DecoderStage | Relay,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop_ids: frozenset[int] = frozenset(),
+    seed: int = 0,
+    first: int = 0,
+) -> Iterator[list[int | None]]:
+    """The next id of each prompt, again and again until all have ended; None for those that have.
+
+    Args:
+        model: a whole one, or one on a grid.
+        stop_ids: end a sequence, and are its last id.
+        seed, first: what is drawn depends on the seed, the number of the sequence, of which `first` is that of the first prompt,
+            and the place in it; so batches may be cut anywhere.
+
+    Raises ValueError as `check_prompts`.
+    """
+    relay = model if isinstance(model, Relay) else Relay.whole(model)
+    check_prompts(relay.model, prompts, max_new_tokens)
     cache = SequenceCache([len(prompt) + max_new_tokens for prompt in prompts])
     new: list[list[int]] = [[] for _ in prompts]
     feed: list[Sequence[int]] = list(prompts)
-    for _ in range(max_new_tokens):
-        logits_BV = _next_logits(stage, feed, cache, device)
-        chosen = sampling.choose(logits_BV, generator).tolist()
-        for ids, token in zip(new, chosen, strict=True):
-            if not (ids and ids[-1] in stop_ids):
-                ids.append(token)
+    numbers = range(first, first + len(prompts))
+    for place in range(max_new_tokens if prompts else 0):
+        logits_BV = relay.logits(feed, cache)
+        chosen_B = None
+        if logits_BV is not None and relay.chooses:
+            chosen_B = sampling.choose(logits_BV, uniform(seed, numbers, place).to(logits_BV.device))
+        chosen = relay.share(chosen_B, len(prompts))
+        fresh = [None if ids and ids[-1] in stop_ids else token for ids, token in zip(new, chosen, strict=True)]
+        for ids, token in zip(new, fresh, strict=True):
+            ids += [] if token is None else [token]
+        yield fresh
         if all(ids[-1] in stop_ids for ids in new):
-            break
+            return
         # Finished sequences ride along until all are done; what they produce is dropped.
         feed = [[token] for token in chosen]
-        for index in _outdated(stage.rotary, cache):
+        for index in _outdated(relay.rotary, cache):
             cache.forget(index)
             feed[index] = [*prompts[index], *new[index]]
-    return new
+
+
+def check_prompts(model: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Raise ValueError for an empty prompt, an id outside the vocabulary, or more tokens than a table of learned positions has."""
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {number} has no tokens")
+        if max(prompt) >= model.vocab_size:
+            raise ValueError(
+                f"prompt {number} holds token id {max(prompt)}, but the model's vocabulary has {model.vocab_size}; "
+                "the tokenizer is not the model's"
+            )
+    longest = max(map(len, prompts), default=0) + max_new_tokens - 1  # the last token is not read
+    if model.position_embedding == "learned" and longest > model.max_position_embeddings:
+        raise ValueError(
+            f"the longest prompt has {max(map(len, prompts))} tokens and {max_new_tokens} are to follow, but the model has "
+            f"{model.max_position_embeddings} learned positions; ask for fewer"
+        )
 
 
 def _outdated(rotary: Rotary, cache: SequenceCache) -> Iterator[int]:
@@ -113,13 +172,3 @@ def _outdated(rotary: Rotary, cache: SequenceCache) -> Iterator[int]:
     for index, length in enumerate(cache.lengths):
         if rotary.length_class(length) != rotary.length_class(length + 1):
             yield index
-
-
-def _next_logits(stage: DecoderStage, feed: Sequence[Sequence[int]], cache: SequenceCache, device: torch.device) -> Tensor:
-    """Float logits after the last fed token of each sequence: [B, V]."""
-    positions_T = cache.begin([len(tokens) for tokens in feed])
-    tokens_T = torch.tensor([token for tokens in feed for token in tokens])
-    batch = Batch(tokens_T, tokens_T, torch.zeros(len(tokens_T)), positions_T, cache.cu_seqlens).to(device)
-    hidden_TH = stage(None, batch, cache=cache, sequence_parallel=False)
-    last_B = torch.tensor(cache.cu_seqlens[1:], device=device) - 1
-    return stage.logits(hidden_TH[last_B], sequence_parallel=False).float()
