@@ -267,6 +267,22 @@ class LoggingConfig(Section):
     trace_steps: list[Annotated[int, PositiveInt]] = Field(
         default=[], description="steps whose pipeline is measured, action by action, into run_dir/traces"
     )
+    sample_every: int = Field(
+        default=0,
+        ge=0,
+        description="steps between replies of the model to prompts, in the log and run_dir/samples.jsonl; 0: none",
+    )
+    sample_prompts: list[str] | str | None = Field(
+        default=None,
+        description="what it replies to: texts, which are a user's messages if the data are of kind chat, or a file as "
+        "`generate --prompts` reads it; if unset the first conversations of the validation set up to the reply",
+    )
+    sample_tokens: int = Field(default=64, gt=0, description="length of a reply that does not end by itself")
+    sample_temperature: float = Field(default=0.0, ge=0, le=1e3, description="0: always the most likely token")
+    sample_top_k: int = Field(default=0, ge=0, description="sample among the k most likely tokens; 0: all")
+    sample_top_p: float = Field(
+        default=1.0, gt=0, le=1, description="sample among the likeliest tokens with this total probability"
+    )
 
 
 class KernelsConfig(Section):

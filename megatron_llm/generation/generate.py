@@ -150,7 +150,7 @@ def continuations(
 
 
 def check_prompts(model: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    """Raise ValueError for an empty prompt, an id outside the vocabulary, or more tokens than a table of learned positions has."""
+    """Raise ValueError for an empty prompt, an id outside the vocabulary, or more tokens than there are learned positions."""
     for number, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {number} has no tokens")

@@ -52,6 +52,7 @@ from megatron_llm.training.replicas import check_replicas
 from megatron_llm.training.resolve import ResolvedRun
 from megatron_llm.training.rollback import find_spike, go_back, ranges, remember_loss
 from megatron_llm.training.run_folder import RunFolder, entered_since, restarted
+from megatron_llm.training.samples import Samples, make_samples
 from megatron_llm.training.signals import StopRequest, time_limit
 from megatron_llm.training.step import RunState, StepResult, next_rate, train_step
 from megatron_llm.training.trace import write_trace
@@ -69,6 +70,7 @@ class Run:
         metrics: on rank 0 only.
         saved_step: of the last checkpoint that was begun.
         changes: settings that decide the numbers and are not those of the checkpoint.
+        samples: on all ranks, if `logging.sample_every` is set.
     """
 
     engine: Engine
@@ -83,6 +85,7 @@ class Run:
     saved_step: int | None
     folder: RunFolder
     changes: list[str]
+    samples: Samples | None = None
     watch: HangWatch = field(default_factory=HangWatch)
 
     @property
@@ -166,6 +169,8 @@ def _begin(
         folder=folder,
         changes=changes.decides_numbers,
     )
+    if config.logging.sample_every:
+        run.samples = make_samples(engine, run.assets, state.step, lambda: run.watch.progress())
     if grid.world.first:
         folder.write_config(config)
         if checkpoint:
@@ -233,11 +238,14 @@ def _steps_and_saves(run: Run) -> bool:
 def _steps(run: Run) -> bool:
     """Train until the last step or a signal, evaluating and saving on the way. Returns whether a signal ended it."""
     training = run.config.training
+    sample_every = run.config.logging.sample_every
     if run.state.step == 0 or run.state.evaluation_due:
-        values = _evaluate(run)
+        values = _evaluate(run) if run.state.step == 0 or _due(training.eval_every, run.state.step) else {}
         if values and run.metrics:
             run.metrics.add(run.state, values)
-    stopped = False
+        if run.samples and _due(sample_every, run.state.step):
+            run.samples.take(run.state.step)
+    run.state.evaluation_due = stopped = False
     while run.state.step < training.steps and not stopped:
         result, values = _step(run)
         why = find_spike(run.state, result.loss, training.loss_spike)
@@ -246,10 +254,10 @@ def _steps(run: Run) -> bool:
         remember_loss(run.state, result.loss, training.loss_spike)
         last = run.state.step == training.steps
         stopped = bool(result.votes[STOP]) and not last
-        due = _due(training.eval_every, run.state.step)
+        due, sample_due = _due(training.eval_every, run.state.step), _due(sample_every, run.state.step)
         if last or (due and not stopped):
             values |= _evaluate(run)
-        run.state.evaluation_due = due and stopped
+        run.state.evaluation_due = stopped and (due or sample_due)
         if run.metrics:
             run.metrics.write(values)
         if not result.finite:
@@ -258,6 +266,8 @@ def _steps(run: Run) -> bool:
             check_replicas(run.engine)
         if last or stopped or _due(run.config.checkpoint.every_steps, run.state.step):
             _save(run, wait=last or stopped)
+        if run.samples and (last or (sample_due and not stopped)):
+            run.samples.take(run.state.step)
     run.engine.optimizer.wait_weights()  # no rank leaves while others still receive from it
     _save(run, wait=True)  # of a run without steps
     return stopped
@@ -300,6 +310,8 @@ def _go_back(run: Run, why: str) -> bool:
     run.state, run.saved_step = back, back.step
     if run.metrics:
         run.metrics.forget_after(back.step)
+        if run.samples:
+            run.samples.forget_after(back.step)
         run.metrics.write({"step": undone, "back_to_step": back.step, "skipped_rows": back.skipped_rows})
     run.report("running")
     return True
@@ -308,7 +320,6 @@ def _go_back(run: Run, why: str) -> bool:
 def _evaluate(run: Run) -> dict[str, Any]:
     """The scores of every validation set, and of all together; nothing if they say nothing of any token."""
     values: dict[str, Any] = {}
-    run.state.evaluation_due = False
     total = Score()
     for name, stream in run.valid_streams.items():
         found = evaluate(run.engine, stream)

@@ -47,15 +47,7 @@ class Metrics:
 
     def forget_after(self, step: int) -> None:
         """Remove the lines of later steps, which will be taken again."""
-        if not self.path.exists():
-            return
-        kept = [line for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines() if _step_of(line) <= step]
-        self._replace(kept)
-
-    def _replace(self, lines: list[str]) -> None:
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        temporary.replace(self.path)
+        forget_lines_after(self.path, step)
 
     def add(self, state: RunState, values: dict[str, Any]) -> None:
         """Add values to the line of the last step, or write them as a line if it has none."""
@@ -63,7 +55,7 @@ class Metrics:
         lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.exists() else []
         if lines and "back_to_step" not in lines[-1] and _step_of(lines[-1]) == state.step:
             line = json.loads(lines.pop())
-            self._replace(lines)
+            _replace(self.path, lines)
         self.write(line | values)
 
     def write(self, values: dict[str, Any]) -> None:
@@ -130,6 +122,19 @@ class Metrics:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def forget_lines_after(path: Path, step: int) -> None:
+    """Remove the lines of later steps from a file of JSON lines with steps, if it is there."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        _replace(path, [line for line in lines if _step_of(line) <= step])
+
+
+def _replace(path: Path, lines: list[str]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    temporary.replace(path)
 
 
 def _step_of(line: str) -> float:

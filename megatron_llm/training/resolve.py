@@ -40,6 +40,7 @@ from megatron_llm.parallel.shard import TensorSource, TypedSource
 from megatron_llm.pipeline.schedules import placement
 from megatron_llm.planning.compare import GIB, Assumptions, choose
 from megatron_llm.training.run_folder import checkpoints_folder
+from megatron_llm.training.samples import sample_prompts
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ def resolve(path: str | Path, overrides: list[str] | None, world_size: int) -> R
     if not problems and run.config.optimizer.lr == "auto":
         run, problems = _find_rate(run)
     problems = problems or _schedule_problems(run.config)
+    problems = problems or _sample_problems(run.config)
     if problems:
         raise ConfigError(problems)
     run = choose_schedule(run, world_size)
@@ -334,6 +336,17 @@ def _setting_problems(config: Config) -> list[str]:
         except ValueError as error:
             problems.append(f"data.tokenizer: {error}")
     return problems
+
+
+def _sample_problems(config: Config) -> list[str]:
+    """Why the run could not be sampled, if it is to be."""
+    if not config.logging.sample_every:
+        return []
+    try:
+        sample_prompts(config)
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def _rule_problems(config: Config) -> list[str]:

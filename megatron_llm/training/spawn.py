@@ -1,4 +1,4 @@
-"""Ranks that a command starts itself: processes of this machine, on its CPU, with gloo. Called by `training/verify.py`.
+"""Ranks that a command starts itself: processes of this machine. Called by `training/verify.py` and `training/inference.py`.
 
 Training has torchrun for this. A command that needs several ranks for a moment should not have to be started under it, and can
 watch its ranks better than they each other: the first error of any is the error of the command, and none outlives it.
@@ -18,12 +18,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
 
-from megatron_llm.training.distributed import process_group
+from megatron_llm.training.distributed import pick_device, process_group
 from megatron_llm.training.roll_call import is_loss
 
 _START_SECONDS = 60.0  # that a process may take until its own limit begins: it imports torch, on a busy machine
@@ -40,11 +40,13 @@ class _Failure:
     mistake: bool = False
 
 
-def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout_seconds: float) -> Any:
+def run_ranks(
+    world: int, fn: Callable[..., Any], *args: Any, timeout_seconds: float, device: Literal["auto", "cpu", "cuda"] = "cpu"
+) -> Any:
     """What `fn(*args)` returns on rank 0 of `world` new processes that share a process group; none has one if it is alone.
 
     `fn` is a function of a module. It, its arguments and its result travel by pickle: numpy arrays rather than tensors, which
-    torch would put into shared memory.
+    torch would put into shared memory. device: of the process group, as in `pick_device`.
 
     Raises a rank's ValueError as it was, RuntimeError with the traceback of any other error of a rank, or saying how one died,
     and ValueError if all of it takes longer than `timeout_seconds`, with the stacks of the ranks on stderr.
@@ -63,7 +65,9 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout_seconds: f
         for rank in range(world):
             ours, theirs = context.Pipe()
             environment = launcher | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            process = context.Process(target=_be_rank, args=(theirs, environment, threads, job, timeout_seconds), daemon=True)
+            process = context.Process(
+                target=_be_rank, args=(theirs, environment, threads, job, timeout_seconds, device), daemon=True
+            )
             process.start()
             theirs.close()  # so that the end of the process is the end of the connection
             ranks[ours] = process
@@ -119,7 +123,14 @@ def _too_long(timeout_seconds: float) -> ValueError:
     return ValueError(f"the ranks took longer than {timeout_seconds:g} s; give them more time with --timeout")
 
 
-def _be_rank(connection: Connection, environment: dict[str, str], threads: int, job: bytes, timeout_seconds: float) -> NoReturn:
+def _be_rank(
+    connection: Connection,
+    environment: dict[str, str],
+    threads: int,
+    job: bytes,
+    timeout_seconds: float,
+    device: Literal["auto", "cpu", "cuda"],
+) -> NoReturn:
     """The life of a rank's process."""
     faulthandler.dump_traceback_later(timeout_seconds, exit=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the command, which kills its ranks
@@ -129,7 +140,7 @@ def _be_rank(connection: Connection, environment: dict[str, str], threads: int, 
     try:
         with _reporting(connection):
             fn, args = pickle.loads(job)
-            with process_group(torch.device("cpu"), timeout_seconds), _reporting(connection):
+            with process_group(pick_device(device), timeout_seconds), _reporting(connection):
                 result = fn(*args)
             connection.send_bytes(pickle.dumps(result if environment["RANK"] == "0" else None))
         code = 0

@@ -42,7 +42,7 @@ class RunState:
         skipped: steps without a finite loss or gradient; skipped_in_a_row: those since the last update. (Steps that had no
             weighted token are in neither: there are step - updates - skipped of them.)
         loss_scale, finite_in_a_row: see `next_loss_scale`; they move in float16 only.
-        evaluation_due: this step is to be evaluated when the run goes on, as it was stopped there.
+        evaluation_due: this step is to be evaluated, or sampled, when the run goes on, as it was stopped there.
         losses: finite ones of the last steps, the oldest first, kept if `training.loss_spike` is set.
         skipped_rows: [start, stop) ranges of rows that were consumed and not trained on, since the loss leapt in their steps.
     """

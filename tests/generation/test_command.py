@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_llm.cli.generate import _stop_ids
 from megatron_llm.cli.main import main
+from megatron_llm.generation.model import stop_ids
 from tests.test_readme import prepare
 
 
@@ -69,4 +69,4 @@ def test_what_cannot_work_is_said(folder: Path, tmp_path: Path, capsys: pytest.C
 )
 def test_a_damaged_generation_config_is_named(content: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=f"generation_config.json that comes with the model.*{message}"):
-        _stop_ids(SimpleNamespace(eos_token_id=1), {"generation_config.json": content})
+        stop_ids(SimpleNamespace(eos_token_id=1, chat_template=None), {"generation_config.json": content})

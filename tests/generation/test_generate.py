@@ -64,7 +64,7 @@ def test_places_are_uniform_and_independent() -> None:
     """Between sequences, between places of one, and between seeds."""
     ways = (uniform(1, range(4000), 0), torch.cat([uniform(1, [7], place) for place in range(4000)]), uniform(2, range(4000), 0))
     for numbers in ways:
-        assert 0 <= numbers.min() and numbers.max() < 1 and len(numbers.unique()) == 4000
+        assert numbers.min() >= 0 and numbers.max() < 1 and len(numbers.unique()) == 4000
         tenths = torch.bincount((numbers * 10).long(), minlength=10)
         assert (tenths - 400).abs().max() < 100  # five standard deviations
         assert torch.corrcoef(torch.stack((numbers[:-1], numbers[1:])))[0, 1].abs() < 0.08

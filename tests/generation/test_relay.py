@@ -1,4 +1,4 @@
-"""Generation on a grid, with the engine's own stages, is that of one process and of transformers: float64, every sort of layout."""
+"""Generation on a grid, with the engine's own stages, is that of one process and of transformers: float64, many layouts."""
 
 from __future__ import annotations
 
