@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import argparse
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_llm.cli.shards import add_shard, share_of, unfinished
+
+if TYPE_CHECKING:
+    from megatron_llm.checkpoint.load import Checkpoint
 
 HELP = "write a checkpoint as a Hugging Face folder or a Megatron checkpoint"
 
@@ -51,6 +54,16 @@ def parse_size(text: str) -> int:
     return size
 
 
+def assets_of(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """The files that travel with a checkpoint; if conversations have trained it, generation ends where its replies do."""
+    from megatron_llm.hf.assets import with_reply_ends
+
+    data = checkpoint.config.get("data", {})
+    kinds = {data.get("kind")} | {source.get("kind") for source in data.get("train", [])}
+    trained = "training" in checkpoint.config and checkpoint.step > 0
+    return with_reply_ends(checkpoint.assets) if trained and "chat" in kinds else checkpoint.assets
+
+
 def run(args: argparse.Namespace) -> int:
     """Export and say what was written. Raises ValueError if there is no whole checkpoint or the output is in the way."""
     from tqdm import tqdm
@@ -88,6 +101,6 @@ def run(args: argparse.Namespace) -> int:
         options |= {"share": share, "origin": f"{checkpoint.checksum} {args.ema}"}
     source, model = checkpoint.source("ema" if args.ema else "weights"), checkpoint.model
     export = export_megatron if args.to == "megatron" else export_hf
-    files = export(source, model, checkpoint.assets, args.output, **options)
+    files = export(source, model, checkpoint.assets if args.to == "megatron" else assets_of(checkpoint), args.output, **options)
     print(f"{checkpoint.folder} -> {args.output}: {', '.join(files)}" if files else unfinished(args.output, share))
     return 0

@@ -18,8 +18,8 @@ from types import ModuleType
 from megatron_llm import __version__
 
 COMMANDS = (
-    "train", "generate", "import", "export", "push", "verify", "preprocess", "preprocess-chat", "merge", "dedup", "inspect",
-    "plan", "config",
+    "train", "generate", "chat", "evaluate", "import", "export", "push", "verify", "preprocess", "preprocess-chat", "merge",
+    "dedup", "inspect", "plan", "config",
 )  # fmt: skip
 
 

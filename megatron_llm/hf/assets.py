@@ -7,14 +7,18 @@ puts them back. So an export needs nothing but the checkpoint.
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from megatron_llm.data.chat_tokenizer import reply_end_ids
+from megatron_llm.data.tokenizer import load_pretrained
 from megatron_llm.hf.reader import HFFolder
 
 CONFIG = "hf/config.json"
+GENERATION_CONFIG = "hf/generation_config.json"
 TENSOR_DTYPES = "hf/tensor_dtypes.json"
 MAX_BYTES = 64_000_000
 
@@ -104,3 +108,33 @@ def special_token_ids(assets: Mapping[str, bytes]) -> dict[str, int | None]:
         token = settings.get(f"{role}_token")
         found[f"{role}_token_id"] = ids.get(token["content"] if isinstance(token, dict) else token)
     return found
+
+
+def with_reply_ends(assets: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Assets of a model that was trained on conversations, whose generation_config.json ends texts where replies end.
+
+    Base models end texts with another token than the one that ends a reply in the chat template, and transformers and vLLM
+    would generate on. Without a chat template, or where the token is known already, nothing changes.
+    """
+    if not any(_matches(name.removeprefix("hf/"), _TOKENIZER_FILES) for name in assets):
+        return dict(assets)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in exported_files(assets).items():
+            Path(folder, name).write_bytes(content)
+        if CONFIG in assets:
+            Path(folder, "config.json").write_bytes(assets[CONFIG])  # the class of some tokenizers is known from it
+        try:
+            ends = reply_end_ids(load_pretrained(folder))
+        except ValueError:  # a tokenizer that transformers does not know has no template either
+            return dict(assets)
+    model = json.loads(assets[CONFIG]) if CONFIG in assets else special_token_ids(assets)
+    named = {key: model[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if model.get(key) is not None}
+    # Without the file transformers takes these from config.json, which is what the first key says.
+    given: dict[str, Any] = json.loads(assets.get(GENERATION_CONFIG) or json.dumps({"_from_model_config": True, **named}))
+    known = given.get("eos_token_id", named.get("eos_token_id"))
+    known = known if isinstance(known, list) else [known] if known is not None else []
+    missing = sorted(ends - set(known))
+    if not missing:
+        return dict(assets)
+    text = json.dumps({**given, "eos_token_id": [*known, *missing]}, indent=2) + "\n"
+    return {**assets, GENERATION_CONFIG: text.encode()}

@@ -1,0 +1,131 @@
+"""`megatron-llm evaluate` on a task of our own, against log-likelihoods computed with transformers by brute force."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from megatron_llm.cli import evaluate
+from megatron_llm.cli.main import main
+from megatron_llm.hf import harness
+from megatron_llm.hf.harness import Result, TaskSpec, parse_tasks, table
+from tests.families.cases import LLAMA, Case, make_folder
+from tests.test_readme import prepare
+
+QUESTIONS = [f"{a} + {b} =" for a in range(5) for b in range(8)]
+CHOICES = ["one", "two apples", "def main", "x"]
+
+
+def test_tasks_with_and_without_shots() -> None:
+    assert parse_tasks("arc_challenge:25, hellaswag,x:0") == (
+        TaskSpec("arc_challenge", 25), TaskSpec("hellaswag"), TaskSpec("x", 0)
+    )  # fmt: skip
+    for text in ("a:", "a:x", "", "a,,b", "a:-1", ":3"):
+        with pytest.raises(ValueError, match="is no task such as"):
+            parse_tasks(text)
+
+
+def test_the_table_is_the_leaderboards() -> None:
+    """Its average is that of acc_norm, acc_norm, acc and the mc2 score, as published."""
+    assert tuple(harness.PRESETS) == evaluate.PRESETS
+    values = (0.6, 0.8, 0.5, 0.45)
+    results = [
+        Result(task.name, task.shots or 0, task.metric or "", value, 0.01, {})
+        for task, value in zip(harness.PRESETS["open-llm-leaderboard"], values, strict=True)
+    ]
+    lines = [line.split() for line in table(results, average=True).splitlines()]
+    assert lines[1] == ["arc_challenge", "25", "acc_norm", "60.00", "1.00"]
+    assert [line[:3] for line in lines[2:5]] == [
+        ["hellaswag", "10", "acc_norm"],
+        ["mmlu", "5", "acc"],
+        ["truthfulqa_mc2", "0", "acc"],
+    ]
+    assert lines[5] == ["average", "58.75"]
+
+
+def test_a_harness_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lm_eval" else find(name))
+    assert main(["evaluate", "--hf", "anywhere"]) == 1
+    assert "pip install 'megatron_llm[eval]'" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, its tokenizer, and a task with few-shot examples."""
+    path = tmp_path_factory.mktemp("harness")
+    prepare(path)
+    make_folder(Case("LlamaForCausalLM", {**LLAMA, "vocab_size": 400, "max_position_embeddings": 512}), path / "hf")
+    for file in (path / "tokenizer").iterdir():
+        (path / "hf" / file.name).write_bytes(file.read_bytes())
+    rows = [{"question": text, "choices": CHOICES, "answer": number % 4} for number, text in enumerate(QUESTIONS)]
+    (path / "sums.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (path / "examples.json").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    files = {"test": str(path / "sums.json"), "train": str(path / "examples.json")}
+    (path / "tasks").mkdir()
+    task = {
+        "task": "tiny_sums", "dataset_path": "json", "test_split": "test", "fewshot_split": "train",
+        "dataset_kwargs": {"data_files": files, "cache_dir": str(path / "cache")}, "output_type": "multiple_choice",
+        "doc_to_text": "Q: {{question}}\nA:", "doc_to_choice": "choices", "doc_to_target": "answer",
+        "fewshot_config": {"sampler": "first_n"},
+        "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")],
+    }  # fmt: skip
+    (path / "tasks/tiny_sums.yaml").write_text(yaml.safe_dump(task))
+    return path
+
+
+def _expected(folder: Path, shots: int, count: int) -> tuple[float, float]:
+    """(acc, acc_norm): the choice of the highest log-likelihood, and of the highest one per character."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = (kind.from_pretrained(folder / "hf") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    examples = "".join(f"Q: {QUESTIONS[number]}\nA: {CHOICES[number]}\n\n" for number in range(shots))
+    hits = [0, 0]
+    for number, question in enumerate(QUESTIONS[:count]):
+        prompt, scores = f"{examples}Q: {question}\nA:", []
+        for choice in CHOICES:
+            before, ids = tokenizer(prompt)["input_ids"], tokenizer(f"{prompt} {choice}")["input_ids"]
+            assert ids[: len(before)] == before
+            with torch.no_grad():
+                logits = model(torch.tensor([ids[:-1]])).logits[0].log_softmax(-1)
+            scores.append(sum(float(logits[place - 1, ids[place]]) for place in range(len(before), len(ids))))
+        normed = [score / len(choice) for score, choice in zip(scores, CHOICES, strict=True)]
+        for way, values in enumerate((scores, normed)):
+            hits[way] += values.index(max(values)) == number % 4
+    return hits[0] / count, hits[1] / count
+
+
+@pytest.mark.slow
+def test_scores_are_those_of_brute_force(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["evaluate", "--hf", str(folder / "hf"), "--include-path", str(folder / "tasks"), "--device", "cpu"]
+    for shots, limit in ((0, None), (2, 30)):
+        options = [
+            "--tasks",
+            f"tiny_sums:{shots}",
+            "--output",
+            str(folder / "out.json"),
+            *(["--limit", str(limit)] if limit else []),
+        ]
+        assert main([*common, *options]) == 0
+        found: dict[str, Any] = json.loads((folder / "out.json").read_text())
+        (task,) = found["tasks"]
+        acc, acc_norm = _expected(folder, shots, limit or len(QUESTIONS))
+        assert (task["all"]["acc"], task["all"]["acc_norm"]) == pytest.approx((acc, acc_norm), abs=1e-12)
+        assert (task["metric"], task["value"], task["shots"]) == ("acc_norm", task["all"]["acc_norm"], shots)
+        assert acc > 0 and acc != acc_norm and "average" not in found
+        assert f"{100 * acc_norm:.2f}" in capsys.readouterr().out
+    assert main([*common, "--tasks", "tiny_sum,arc_chalenge:2"]) == 1
+    said = capsys.readouterr().err
+    assert (
+        "no task 'tiny_sum'; near it are tiny_sums" in said and "'arc_chalenge'; near it are" in said and "arc_challenge" in said
+    )
+    assert main([*common, "--tasks", "tiny_sums", "--apply-chat-template"]) == 0
+    (folder / "hf/chat_template.jinja").unlink()
+    assert main([*common, "--tasks", "tiny_sums", "--apply-chat-template"]) == 1
+    assert "has no chat template" in capsys.readouterr().err
