@@ -76,7 +76,12 @@ def open_tasks(tasks: Sequence[TaskSpec], include_path: str | Path | None = None
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=None if include_path is None else str(include_path))
-    known = manager.all_tasks
+    check_known(tasks, manager.all_tasks)
+    return manager
+
+
+def check_known(tasks: Sequence[TaskSpec], known: Sequence[str]) -> None:
+    """Raise ValueError for tasks that the harness does not know, with names like theirs."""
     problems = []
     for task in tasks:
         if task.name not in known:
@@ -85,7 +90,6 @@ def open_tasks(tasks: Sequence[TaskSpec], include_path: str | Path | None = None
             problems.append(f"lm-evaluation-harness knows no task {task.name!r}{hint}")
     if problems:
         raise ValueError("\n".join(problems))
-    return manager
 
 
 def evaluate_folder(

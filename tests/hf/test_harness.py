@@ -14,7 +14,7 @@ import yaml
 from megatron_llm.cli import evaluate
 from megatron_llm.cli.main import main
 from megatron_llm.hf import harness
-from megatron_llm.hf.harness import Result, TaskSpec, parse_tasks, table
+from megatron_llm.hf.harness import Result, TaskSpec, check_known, evaluate_folder, open_tasks, parse_tasks, table
 from tests.families.cases import LLAMA, Case, make_folder
 from tests.test_readme import prepare
 
@@ -103,29 +103,36 @@ def _expected(folder: Path, shots: int, count: int) -> tuple[float, float]:
 
 @pytest.mark.slow
 def test_scores_are_those_of_brute_force(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    common = ["evaluate", "--hf", str(folder / "hf"), "--include-path", str(folder / "tasks"), "--device", "cpu"]
+    manager = open_tasks([TaskSpec("tiny_sums")], folder / "tasks")
     for shots, limit in ((0, None), (2, 30)):
-        options = [
-            "--tasks",
-            f"tiny_sums:{shots}",
-            "--output",
-            str(folder / "out.json"),
-            *(["--limit", str(limit)] if limit else []),
-        ]
-        assert main([*common, *options]) == 0
-        found: dict[str, Any] = json.loads((folder / "out.json").read_text())
-        (task,) = found["tasks"]
+        (result,) = evaluate_folder(folder / "hf", [TaskSpec("tiny_sums", shots)], manager, limit=limit, batch_size=4)
         acc, acc_norm = _expected(folder, shots, limit or len(QUESTIONS))
-        assert (task["all"]["acc"], task["all"]["acc_norm"]) == pytest.approx((acc, acc_norm), abs=1e-12)
-        assert (task["metric"], task["value"], task["shots"]) == ("acc_norm", task["all"]["acc_norm"], shots)
-        assert acc > 0 and acc != acc_norm and "average" not in found
-        assert f"{100 * acc_norm:.2f}" in capsys.readouterr().out
-    assert main([*common, "--tasks", "tiny_sum,arc_chalenge:2"]) == 1
-    said = capsys.readouterr().err
-    assert (
-        "no task 'tiny_sum'; near it are tiny_sums" in said and "'arc_chalenge'; near it are" in said and "arc_challenge" in said
-    )
-    assert main([*common, "--tasks", "tiny_sums", "--apply-chat-template"]) == 0
+        assert (result.all["acc"], result.all["acc_norm"]) == pytest.approx((acc, acc_norm), abs=1e-12)
+        assert (result.metric, result.value, result.shots) == ("acc_norm", result.all["acc_norm"], shots)
+        assert acc > 0 and acc != acc_norm and result.stderr > 0
+    with pytest.raises(
+        ValueError, match="no task 'tiny_sum'; near it are tiny_sums(?s:.*)'arc_chalenge'; near it are .*arc_challenge"
+    ):
+        check_known([TaskSpec("tiny_sum"), TaskSpec("arc_chalenge", 2), TaskSpec("hellaswag")], manager.all_tasks)
+    asked = evaluate_folder(folder / "hf", [TaskSpec("tiny_sums")], manager, chat_template=True)
+    assert asked[0].all != _of_command(folder, capsys)["all"]
     (folder / "hf/chat_template.jinja").unlink()
-    assert main([*common, "--tasks", "tiny_sums", "--apply-chat-template"]) == 1
-    assert "has no chat template" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="has no chat template"):
+        evaluate_folder(folder / "hf", [TaskSpec("tiny_sums")], manager, chat_template=True)
+
+
+def _of_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """What the command says of a checkpoint with the weights of the folder, which are those of its export."""
+    assert main(["import", str(folder / "hf"), str(folder / "run")]) == 0
+    capsys.readouterr()
+    files = {"--include-path": "tasks", "--output": "out.json", "--export-to": "kept"}
+    options = [text for option, name in files.items() for text in (option, str(folder / name))]
+    command = ["evaluate", "--checkpoint", str(folder / "run"), "--tasks", "tiny_sums", "--device", "cpu", *options]
+    assert main(command) == 0
+    found: dict[str, Any] = json.loads((folder / "out.json").read_text())
+    (task,) = found["tasks"]
+    acc, acc_norm = _expected(folder, 0, len(QUESTIONS))
+    assert (task["all"]["acc"], task["value"]) == pytest.approx((acc, acc_norm), abs=1e-12)
+    assert "average" not in found and f"{100 * acc_norm:.2f}" in capsys.readouterr().out
+    assert (folder / "kept/model.safetensors").is_file()
+    return dict(task)

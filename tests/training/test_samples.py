@@ -77,7 +77,8 @@ def _samples(run: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def single(folder: Path) -> Path:
-    return _train(folder, "single", "single")
+    data = yaml.safe_load((folder / "config.yaml").read_text())["data"]
+    return _train(folder, "single", "single", data=data | {"tokenizer": str(folder / "tokenizer")})
 
 
 def test_replies_are_those_of_transformers(folder: Path, single: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,12 +90,11 @@ def test_replies_are_those_of_transformers(folder: Path, single: Path, capsys: p
     model = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float64)
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert model.generation_config.eos_token_id == [0, stop], "replies end where the template ends them"
     for line, asked in zip(found[-3:], ("def main(", "import torch", "What is 1 + 1?"), strict=True):
         assert line["prompt"] == f"user\n{asked}<|im_end|>\nassistant\n"
         ids = tokenizer(line["prompt"], return_tensors="pt")["input_ids"]
-        expected = model.generate(ids, max_new_tokens=TOKENS, do_sample=False, eos_token_id=[0, stop], pad_token_id=0)[
-            0, ids.shape[1] :
-        ]
+        expected = model.generate(ids, max_new_tokens=TOKENS, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
         assert line["reply"] == tokenizer.decode(expected, skip_special_tokens=True)
         assert line["ended"] == (int(expected[-1]) in (0, stop))
     assert len({line["reply"] for line in found}) > 3
