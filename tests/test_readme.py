@@ -109,6 +109,43 @@ def test_every_command_of_the_data_page_runs(tmp_path: Path) -> None:
     assert last["valid_loss/held_out"] > 0
 
 
+@pytest.mark.slow
+def test_the_commands_about_evaluation_run(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    (tmp_path / "questions.jsonl").write_text('"What is 1 + 1?"\n{"messages": [{"role": "user", "content": "And 1 + 2?"}]}\n')
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    source = [{"path": "data/chat"}]
+    config["data"] = {"kind": "chat", "train": source, "valid": source, "tokenizer": "tokenizer"}
+    config["training"] |= {"steps": 2, "sequence_length": 48, "eval_every": 0, "global_batch_size": 1, "eval_rows": 1}
+    config["parallel"], config["model"]["num_hidden_layers"] = {}, 2
+    page = (ROOT / "docs/fine_tuning.md").read_text().partition("\n## Evaluation\n")[2].partition("\n## ")[0]
+    (shown,) = [line for line in page.splitlines() if line.startswith("logging: ")]
+    config["logging"] = yaml.safe_load(shown)["logging"] | {"run_dir": "runs/demo", "sample_tokens": 4}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    for command in (
+        "preprocess-chat --input chat.jsonl --tokenizer tokenizer --output data/chat",
+        "train config.yaml",
+        "export runs/demo hf/demo",
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "megatron_llm", *command.split()], cwd=tmp_path, capture_output=True, text=True, timeout=240
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    last = json.loads((tmp_path / "runs/demo/metrics.jsonl").read_text().splitlines()[-1])
+    named = {
+        row.split("`")[index] for row in page.splitlines() if row.startswith("|") and "`valid_" in row for index in (1, 3, 5)
+    }
+    names = {name.replace("NAME", "chat") for name in named}
+    assert len(names) == 9 and names <= last.keys()
+    samples = [json.loads(line) for line in (tmp_path / "runs/demo/samples.jsonl").read_text().splitlines()]
+    assert {line["step"] for line in samples} == {0, 2} and all(
+        line.keys() == {"step", "prompt", "reply", "ended"} for line in samples
+    )
+    (tmp_path / "page.md").write_text(page)
+    run_commands(str(tmp_path / "page.md"), tmp_path, at_least=4)
+    assert len((tmp_path / "replies.jsonl").read_text().splitlines()) == 2
+
+
 def test_the_readmes_configuration_is_valid() -> None:
     """All keys exist, with an architecture in place of the placeholder folder."""
     from megatron_llm.config import parse_config
