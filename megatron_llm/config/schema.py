@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from megatron_llm.config.model import ModelConfig
 from megatron_llm.config.optimization import LrScheduleConfig, OptimizerConfig, PrecisionConfig
+from megatron_llm.config.peft import PeftConfig
 from megatron_llm.config.section import PositiveInt, Section
 
 
@@ -285,6 +286,7 @@ class Config(Section):
     optimizer: OptimizerConfig
     lr_schedule: LrScheduleConfig = LrScheduleConfig()
     precision: PrecisionConfig = PrecisionConfig()
+    peft: PeftConfig | None = None
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     kernels: KernelsConfig = KernelsConfig()

@@ -33,6 +33,11 @@ def random_bits(key: int, index: Tensor) -> Tensor:
     return z ^ ((z >> 31) & ((1 << 33) - 1))
 
 
+def uniform(key: int, index: Tensor) -> Tensor:
+    """Numbers in [0, 1), multiples of 2**-53, float64, one per int64 index."""
+    return ((random_bits(key, index) >> 11) & ((1 << 53) - 1)).double().mul_(2.0**-53)
+
+
 def normal(key: int, index: Tensor) -> Tensor:
     """Standard normal numbers (Box-Muller), float64, one per int64 index."""
     bits = random_bits(key, index)

@@ -118,7 +118,7 @@ class _Rank:
     def buckets(self) -> list[int]:
         """Elements that a data-parallel rank owns of every bucket."""
         held, config = parameters(self.stages), self.config
-        freeze(held, config.optimizer)
+        freeze(held, config.optimizer, config.peft is not None)
         layouts = bucket_layout(held, self.grid.dp_cp.size, config.parallel.bucket_size, lambda p: rules_of(p, config.optimizer))
         return [layout.share for layout in layouts]
 

@@ -147,7 +147,7 @@ def _begin(
     checkpoint = choose_checkpoint(lambda damaged: find_resume(config, allow_change, damaged), config, grid.world, verifying)
     if checkpoint is None and isinstance(resolved.source, Checkpoint):
         check_source(resolved.source, config, grid.world, verifying)
-    weights = checkpoint.source("weights") if checkpoint else resolved.weights()
+    weights = checkpoint.state("weights") if checkpoint else resolved.weights()
     engine = build_engine(config, grid, device, weights, Progress("loading weights"))
     state = load_run(engine, checkpoint, Progress("loading the optimizer")) if checkpoint else RunState()
     changes = changes_since(checkpoint, config) if checkpoint else Changes()
