@@ -309,7 +309,10 @@ class PeftFolder:
                 "linear layer for: it belongs to another model, or adapts what is no linear layer of the decoder"
             )
         names = dict.fromkeys(keys[key] for key in keys if key in self._tensors)
-        return [(everything[name], *self._parts(everything[name], wanted)) for name in names]
+        found = [(everything[name], *self._parts(everything[name], wanted)) for name in names]
+        for module, pieces, blocks in found:
+            self._check_scale(module.name, self.rank * (len(pieces) if blocks else 1))
+        return found
 
     def _parts(self, module: _Module, wanted: set[str] | None) -> tuple[tuple[Piece, ...], bool]:
         """Which linear layers the adapter of a module is of, and whether each has a block of its own in it."""
@@ -321,10 +324,9 @@ class PeftFolder:
             raise ValueError(
                 f"{self.path}: A and B of {module.name} have shapes {shapes[0]} and {shapes[1]}, no adapter of {module.size}"
             )
-        self._check_scale(module.name, rank)
         if len(module.pieces) == 1 and rank == self.rank:
             return module.pieces, False
-        b = self._tensors[keys[1]].read(keys[1], (slice(None), slice(None)))
+        b = self._tensors[keys[1]].read(keys[1], (slice(0, outputs), slice(0, rank)))
         used = tuple(piece for piece in module.pieces if any(b[_slice(rows)].any() for rows in piece.rows))
         if wanted is not None:
             chosen = tuple(piece for piece in module.pieces if piece.name.removesuffix(".weight") in wanted)
@@ -384,7 +386,8 @@ class PeftSource:
         rows, columns = box.slices
         if suffix == LORA_A:
             return self._tensors[key].read(key, (slice(first + rows.start, first + rows.stop), columns))
-        whole = self._tensors[key].read(key, (slice(None), slice(first + columns.start, first + columns.stop)))
+        everything = slice(0, module.size[0])
+        whole = self._tensors[key].read(key, (everything, slice(first + columns.start, first + columns.stop)))
         ordered = torch.cat([whole[_slice(found)] for found in sorted(piece.rows, key=lambda found: found.logical)])
         return ordered[rows]
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from megatron_llm.parallel.shard import Box, Part, TensorSource, TypedSource
 
-_KINDS = ("attention.q", "attention.k", "attention.v", "attention.o", "mlp.gate", "mlp.up", "mlp.down")
-_LLAMA = dict(zip(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), _KINDS, strict=True))
+KINDS = ("attention.q", "attention.k", "attention.v", "attention.o", "mlp.gate", "mlp.up", "mlp.down")
+_LLAMA = dict(zip(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), KINDS, strict=True))
 
 
 def linear_layers(model: ModelConfig) -> list[str]:
@@ -31,7 +31,7 @@ def linear_layers(model: ModelConfig) -> list[str]:
 def kinds(model: ModelConfig) -> list[str]:
     """The linear layers of one layer."""
     there = {name for name, _ in layer_tensors(model, "")}
-    return [kind for kind in _KINDS if f"{kind}.weight" in there]
+    return [kind for kind in KINDS if f"{kind}.weight" in there]
 
 
 def adapted_layers(model: ModelConfig, peft: PeftConfig) -> list[str]:

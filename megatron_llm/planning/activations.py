@@ -18,6 +18,7 @@ that of a norm behind the MLP.
     inputs of a gated MLP's product           T * 2 F
     input of a plain MLP's activation         T * F, unless that is relu
     what either makes of them                 T * F                                                        activation
+    an adapter's product with its A           T * R
 
 A norm keeps the reciprocal deviation of a token, LayerNorm its mean too; a norm before keeps its output (its input is the
 layer's), one behind its input. relu is the one activation whose backward reads its result: recomputing it exchanges the result
@@ -45,10 +46,13 @@ From B to W, per layer and however recomputed, the inputs and the output gradien
     output gradients                          2 * T * H (side by side T * H) + T * (N + 2 K) * D + T * 2 F (plain: T * F)
     gradients of norms and biases                                                  as many as they have here
 
-and those of the head and of the final norm on the last stage, the ids and the gradient of the embedding on the first.
+and those of the head and of the final norm on the last stage, the ids and the gradient of the embedding on the first. Beside
+adapters the weights themselves wait for nothing, and what waits is, of the layers that have one,
+
+    inputs and output gradients               as above, and 2 * T * R for each adapter
 
 T tokens of a micro-batch in rows of L, S = T / t with sequence parallelism and else T; on one of t tensor-parallel ranks: N query
-heads, K key/value heads of D channels, F intermediate size, V vocabulary; H hidden size.
+heads, K key/value heads of D channels, F intermediate size, V vocabulary; H hidden size; R rank of an adapter.
 """
 
 from __future__ import annotations
@@ -57,6 +61,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from megatron_llm.config import Config
+from megatron_llm.models.lora import KINDS, adapted_layers
 from megatron_llm.models.names import norm_names
 from megatron_llm.models.recompute import Recompute
 from megatron_llm.planning.share import Share
@@ -108,6 +113,8 @@ class _Stage:
         self.qkv = self.t * (self.n + 2 * self.k) * self.d
         self.center = self.model.norm == "layer_norm"
         self.side_by_side = self.model.parallel_block != "none"
+        self.peft = config.peft
+        self.adapted = set(adapted_layers(config.model, config.peft)) if config.peft else set[str]()
         self.explicit = self.model.attn_logit_softcapping is not None
         self.before, self.after = (len(names) for names in norm_names(self.model))
         self.normalized = self.size * self.s * self.h + self.wide * self.s * (
@@ -120,15 +127,15 @@ class _Stage:
         saved = sum(self._kept(layer, chosen) for layer, chosen in zip(layers, parts, strict=True))
         again = max((self._again(layer, chosen) for layer, chosen in zip(layers, parts, strict=True)), default=0.0)
         saved += self._tables(layers, any(chosen & {"layer", "attention"} for chosen in parts)) + self._masks(layers)
-        deferred = len(layers) * self._operands
+        deferred = sum(self._operands if self.peft is None else self._adapter_operands(layer) for layer in layers)
         if first:
             saved += self._embedding_kept()
-            deferred += self._embedding_operands()
+            deferred += self._embedding_operands() if self.peft is None else 0.0
         if last:
             saved += self._head_kept()
             if not (layers or self.model.final_norm) and self.model.logit_multiplier != 1.0:
                 saved += self.size * self.s * self.h  # the stage's input, which nothing else keeps
-            deferred += self._head_operands()
+            deferred += self._head_operands() if self.peft is None else 0.0
         return StageBytes(saved, deferred, again)
 
     # From F to B
@@ -137,8 +144,9 @@ class _Stage:
         """By a layer."""
         stream = self.size * self.s * self.h
         if "layer" in recomputed:
-            return stream + (self.normalized if self.after else 0.0)
-        kept = stream * (1 if self.side_by_side else 2) + self.after * self.normalized
+            last = ("attention.o", "mlp.down") if self.side_by_side else ("mlp.down",)
+            return stream + (self.normalized if self.after else 0.0) + self._low_rank(layer, *last)
+        kept = self._low_rank(layer) + stream * (1 if self.side_by_side else 2) + self.after * self.normalized
         if "norms" not in recomputed:
             kept += self.before * self.normalized
         if "attention" in recomputed or self.model.clip_qkv is not None or self._viewed(layer):
@@ -147,6 +155,12 @@ class _Stage:
             kept += self._attention(layer)
         matrices = 2 if self.model.mlp_gated else 0 if self._reads_result and "activation" not in recomputed else 1
         return kept + self.size * self.t * self.f * (matrices + ("activation" not in recomputed))
+
+    def _low_rank(self, layer: int, *of: str) -> float:
+        """The products with the A of those linear layers of a layer, or of all, that have an adapter."""
+        if self.peft is None:
+            return 0.0
+        return float(self.size * self.t * self.peft.rank * sum(f"layers.{layer}.{kind}" in self.adapted for kind in of or KINDS))
 
     def _again(self, layer: int, recomputed: frozenset[str]) -> float:
         """What recomputation of a layer brings back at once, at most."""
@@ -241,6 +255,21 @@ class _Stage:
         if model.qk_norm != "none" and model.norm_weight:
             vectors += (2 * d if model.qk_norm == "head" else (n + k) * d) * (1 + model.qk_norm_bias)
         return self.size * (inputs + gradients) + self.wide * (vectors + biases)
+
+    def _adapter_operands(self, layer: int) -> float:
+        """Of the weight gradients of a layer's adapters."""
+        t, s, h, f = self.t, self.s, self.h, self.f
+
+        def any_of(*of: str) -> bool:
+            return any(f"layers.{layer}.{kind}" in self.adapted for kind in of)
+
+        qkv, o = any_of("attention.q", "attention.k", "attention.v"), any_of("attention.o")
+        up, down = any_of("mlp.gate", "mlp.up"), any_of("mlp.down")
+        normalized = (qkv or up) if self.model.parallel_block == "one_norm" else qkv + up
+        inputs = normalized * s * h + o * t * self.n * self.d + down * t * f
+        gradients = ((o or down) if self.side_by_side else o + down) * t * h + qkv * self.qkv
+        gradients += up * t * f * (2 if self.model.mlp_gated else 1)
+        return self.size * (inputs + gradients) + 2.0 * self._low_rank(layer)
 
     @cached_property
     def _norm(self) -> int:

@@ -22,7 +22,9 @@ from megatron_llm.config import Config
 from megatron_llm.models.decoder import DecoderStage
 from megatron_llm.models.heads import head_problem
 from megatron_llm.models.recompute import Recompute, _Recomputation
+from megatron_llm.models.stages import add_adapters
 from megatron_llm.ops.batch import Batch
+from megatron_llm.optim.rules import freeze
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.parallel.weight_grad import WeightGradients
 from megatron_llm.planning.activations import StageBytes, stage_bytes
@@ -46,9 +48,17 @@ STAGES = {  # layers, first, last
 
 
 def _config(
-    tp: int, dtype: str, isolated: bool, sequence_parallel: bool, model: dict[str, Any] | None = None, **training: Any
+    tp: int,
+    dtype: str,
+    isolated: bool,
+    sequence_parallel: bool,
+    model: dict[str, Any] | None = None,
+    peft: dict[str, Any] | None = None,
+    **training: Any,
 ) -> Config:
+    adapters = {"peft": peft} if peft else {}
     return config_of(
+        **adapters,
         model=model or {"num_hidden_layers": 3},
         parallel={"tensor_parallel": tp, "sequence_parallel": sequence_parallel},
         training={"sequence_length": LENGTH, "micro_batch_size": 2, "document_isolation": isolated, **training},
@@ -95,6 +105,9 @@ def _measured(config: Config, layers: range, first: bool, last: bool) -> StageBy
         device=torch.device("cpu"),
         recompute=Recompute.of(config.training),
     )
+    if config.peft is not None:
+        add_adapters([stage], config.model, config.peft)
+    freeze(stage.parameters(), config.optimizer, config.peft is not None)
     for parameter in stage.parameters():
         parameter.data.normal_()
         parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
@@ -171,6 +184,23 @@ def test_bytes_with_recomputation(setting: str, tp: int, dtype: str, isolated: b
     names = ["one layer", "three layers", "layers and head"]
     for measured in run_ranks(tp, _measured_stages, config, names):
         assert measured == [stage_bytes(config, *STAGES[name]) for name in names]
+
+
+@pytest.mark.parametrize(
+    ("tp", "model", "setting", "targets"),
+    [
+        (1, None, "none", ["attention.q", "layers.[1-2].*.down", "layers.0.mlp.gate"]),
+        (2, "cohere2", "selective", ["all-linear"]),
+        (2, "qwen3", "full", ["all-linear"]),
+        (2, "cohere2", "full", ["attention.q", "layers.[1-2].*.down", "layers.0.mlp.gate"]),
+    ],
+)
+def test_bytes_of_adapters(tp: int, model: str | None, setting: str, targets: list[str]) -> None:
+    fields = _variant(model) if model else None
+    config = _config(tp, "float32", False, True, fields, {"rank": 5, "targets": targets}, recompute=setting)
+    names = ["one layer", "three layers"]
+    for rank, measured in enumerate(run_ranks(tp, _measured_stages, config, names)):
+        assert measured == [stage_bytes(config, *STAGES[name], rank) for name in names]
 
 
 def _variant(decoder: str, **fields: Any) -> dict[str, Any]:
