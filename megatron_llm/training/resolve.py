@@ -188,7 +188,7 @@ def _find_rate(run: ResolvedRun) -> tuple[ResolvedRun, list[str]]:
         f"optimizer.lr: auto is {rate:.3g}, for {tokens:,.0f} of {all_tokens:,} tokens of a batch with loss. "
         "It is an upper bound, known from packed fine-tuning"
         + ("" if chat else ", and data.train has no conversations")
-        + ": try lower rates, too"
+        + (": adapters want higher ones, some ten times that of all weights" if config.peft else ": try lower rates, too")
     )
     optimizer = config.optimizer.model_copy(update={"lr": rate})
     return dataclasses.replace(run, config=config.model_copy(update={"optimizer": optimizer}), notes=(*run.notes, note)), []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +273,33 @@ def test_the_next_phase_begins_with_the_merged_model(tmp_path: Path, kind: str) 
     if kind == "weights":
         one, two = (read_metrics(folder) for folder in (tmp_path / "first", run))
         assert two[0]["valid_loss"] == pytest.approx(one[-1]["valid_loss"], rel=1e-5)
+
+
+def test_a_run_goes_on_without_the_adapter_that_it_began_with(tmp_path: Path) -> None:
+    make_folder(CASES["llama"], tmp_path / "hf")
+    start = tmp_path / "start"
+    raw = RAW | {"model": {"hf": str(tmp_path / "hf")}, "logging": {"run_dir": str(tmp_path / "one")}}
+    assert main(["train", str(write_config(tmp_path / "one.yaml", raw))]) == 0
+    assert main(["export", str(tmp_path / "one"), str(start), "--adapter", "--ema"]) == 0
+    raw = raw | {"peft": {"init": str(start)}, "logging": {"run_dir": str(tmp_path / "two")}}
+    config = write_config(tmp_path / "two.yaml", raw)
+    assert main(["train", str(config), "training.steps=1"]) == 0
+    one, two = find_checkpoint(tmp_path / "one"), find_checkpoint(tmp_path / "two")
+    kinds = ["attention.q", "attention.k", "attention.v", "attention.o", "layers.1.mlp.up"]
+    assert two.config["peft"] == one.config["peft"] | {"init": str(start), "targets": kinds}
+    shutil.rmtree(start)
+    shutil.rmtree(tmp_path / "hf")
+    assert main(["train", str(config), "training.steps=2"]) == 0
+    assert find_checkpoint(tmp_path / "two").step == 2
+
+
+def test_the_merged_model_is_exported_to_megatron(tmp_path: Path) -> None:
+    run = _train(tmp_path, "run")
+    assert main(["export", str(run), str(tmp_path / "megatron"), "--to", "megatron", "--dtype", "fp32"]) == 0
+    assert main(["import", "--from", "megatron", str(tmp_path / "megatron"), str(tmp_path / "native")]) == 0
+    merged, back = find_checkpoint(run), find_checkpoint(tmp_path / "native")
+    for name in back.tensors("weights"):
+        torch.testing.assert_close(_read(back, "weights", name), _read(merged, "weights", name, raw=False), rtol=0, atol=1e-7)
 
 
 def test_boxes_of_a_merged_weight_are_parts_of_the_whole(tmp_path: Path) -> None:
