@@ -21,7 +21,7 @@ from tests.ranks import run_ranks
 from tests.runs import Pieces, assemble, config_of, owned_weights
 
 History = list[tuple[float, float]]
-PEFT = {"rank": 3, "alpha": 5.0, "rslora": True}
+PEFT = {"rank": 8, "alpha": 11.0, "rslora": True}
 SOME = {**PEFT, "targets": ["q_proj", "attention.v", "layers.[1-2].mlp.down"]}
 
 
@@ -62,7 +62,8 @@ CASES: dict[str, tuple[str, bool, int, int, dict[str, Any], dict[str, Any]]] = {
     "zb_h1, tp2 pp2": ("cohere2", False, 4, 2, _pp("zb_h1", tensor_parallel=2), {}),
     "zb_v, pp2": ("opt", True, 2, 1, _pp("zb_v"), {}),
     "dp2 of stage 1, each parameter a bucket": ("qwen3", False, 2, 2, {"bucket_size": 1}, {}),
-    "tp2 dp2 of stage 0": ("olmo2", False, 4, 2, {"tensor_parallel": 2, "zero_stage": 0}, {}),
+    "tp2 dp2 of stage 0, uneven heads": ("neox", False, 4, 2, {"tensor_parallel": 2, "zero_stage": 0, "bucket_size": 500}, {}),
+    "tp2 dp2 in small buckets, uneven queries": ("falcon", True, 4, 2, {"tensor_parallel": 2, "bucket_size": 100}, {}),
     "tp2, all recomputed": ("neox", False, 2, 2, {"tensor_parallel": 2}, {"recompute": "full"}),
     "tp2 zb_h1, parts recomputed": ("qwen3", False, 4, 2, _pp("zb_h1", tensor_parallel=2), {"recompute": "selective"}),
 }  # fmt: skip
