@@ -237,8 +237,8 @@ def row_parallel(inputs: Sequence[Tensor], linears: Sequence[RowParallelLinear],
 class _ColumnParallel(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: Axis, gather: bool, keep_wide: bool, *parameters: Tensor | None) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(x)
-        ctx.parameters, ctx.tp, ctx.gather = parameters, tp, gather
+        ctx.save_for_backward(x if any(weight.requires_grad for weight, _ in _pairs(parameters)) else None)
+        ctx.parameters, ctx.tp, ctx.gather, ctx.dtype = parameters, tp, gather, x.dtype
         x_TI = widen(all_gather(x, tp) if gather else x)
         dtype = x_TI.dtype if keep_wide else x.dtype
         return tuple(matmul(x_TI, weight.t(), dtype, bias) for weight, bias in _pairs(parameters))
@@ -254,7 +254,7 @@ class _ColumnParallel(torch.autograd.Function):
         reducing = None
         dys = tuple(widen(dy) for dy in dys)  # once for both products
         if need_dx:
-            dx = matmul(dys[0], pairs[0][0], x.dtype)
+            dx = matmul(dys[0], pairs[0][0], ctx.dtype)
             for dy_TO, (weight_OI, _) in zip(dys[1:], pairs[1:], strict=True):
                 accumulate_matmul(dx, dy_TO, weight_OI)
             reducing = start_reduce_scatter(dx, ctx.tp) if ctx.gather else start_all_reduce(dx, ctx.tp)
@@ -268,7 +268,10 @@ class _ColumnParallel(torch.autograd.Function):
 
 
 class _RowParallel(torch.autograd.Function):
-    """tensors: (x, weight, bias, A, B) of every layer; scales: of A and B, which are None where there is no adapter."""
+    """tensors: (x, weight, bias, A, B) of every layer; scales: of A and B, which are None where there is no adapter.
+
+    x, which has the dtype of y, is kept for gradients of weights only.
+    """
 
     @staticmethod
     def forward(ctx: Any, tp: Axis, scatter: bool, scales: tuple[float, ...], *tensors: Any) -> Tensor:
@@ -284,7 +287,8 @@ class _RowParallel(torch.autograd.Function):
             if a_RI is not None:  # a partial sum over the features of this rank, like the product with the weight
                 h_TR = matmul(x_TI, a_RI.t()).mul_(scale)
                 accumulate_matmul(y_TO, h_TR, b_OR.t())
-            saved += (x_TI, h_TR)
+            needed = weight_OI.requires_grad or (a_RI is not None and a_RI.requires_grad)
+            saved += (x_TI if needed else None, h_TR)
         assert y_TO is not None
         ctx.save_for_backward(*saved)
         ctx.parameters, ctx.tp, ctx.scatter, ctx.scales = [layer[1:] for layer in layers], tp, scatter, scales
@@ -308,11 +312,11 @@ class _RowParallel(torch.autograd.Function):
             if need_dw and not defer_linear_weight_gradients([(weight_OI, dy_TO)], x_TI):
                 dweight = linear_weight_gradient(weight_OI, wide_TO, x_TI)
             if need_dx:
-                dx_TI = matmul(wide_TO, weight_OI, x_TI.dtype)
+                dx_TI = matmul(wide_TO, weight_OI, dy.dtype)
             if need_db and not defer_linear_weight_gradients([(b_OR, dy_TO)], h_TR):
                 db = linear_weight_gradient(b_OR, wide_TO, h_TR)
             if a_RI is not None and (need_dx or need_da):
-                dh_TR = matmul(wide_TO, b_OR, x_TI.dtype).mul_(scale)
+                dh_TR = matmul(wide_TO, b_OR, dy.dtype).mul_(scale)
                 if dx_TI is not None:
                     accumulate_matmul(dx_TI, dh_TR, a_RI)
                 if need_da and not defer_linear_weight_gradients([(a_RI, dh_TR)], x_TI):

@@ -2,7 +2,9 @@
 
 From F to B, per layer, what autograd saves (tensors that several operations save count once; weights do not count), and the
 setting of recompute_modules with which it is made again instead. Full recomputation keeps the input of the layer only, and
-that of a norm behind the MLP.
+that of a norm behind the MLP. What a projection alone keeps, for the gradient of its weight, falls away beside adapters where it has
+none: a normalized input, attention's output (joined, or explicit), the product. (So does the input of a layer without norms before
+it; that is not subtracted.)
 
     tensor                                    elements of the compute dtype        of at least float32     made again
     input of the layer; of the MLP's part     2 * S * H, side by side S * H
@@ -66,6 +68,7 @@ from megatron_llm.models.names import norm_names
 from megatron_llm.models.recompute import Recompute
 from megatron_llm.planning.share import Share
 
+_QKV, _UP = ("attention.q", "attention.k", "attention.v"), ("mlp.gate", "mlp.up")
 IDS = 8  # bytes of an int64
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -148,13 +151,15 @@ class _Stage:
             return stream + (self.normalized if self.after else 0.0) + self._low_rank(layer, *last)
         kept = self._low_rank(layer) + stream * (1 if self.side_by_side else 2) + self.after * self.normalized
         if "norms" not in recomputed:
-            kept += self.before * self.normalized
+            readers = [_QKV, _UP] if self.before == 2 else [_QKV + _UP] * self.before
+            kept += self.before * self.normalized - stream * sum(not self._reads(layer, *kinds) for kinds in readers)
         if "attention" in recomputed or self.model.clip_qkv is not None or self._viewed(layer):
             kept += self.size * self.qkv
         if "attention" not in recomputed:
             kept += self._attention(layer)
         matrices = 2 if self.model.mlp_gated else 0 if self._reads_result and "activation" not in recomputed else 1
-        return kept + self.size * self.t * self.f * (matrices + ("activation" not in recomputed))
+        product = 0.0 if "activation" in recomputed else self._product(layer)
+        return kept + self.size * self.t * self.f * matrices + product
 
     def _low_rank(self, layer: int, *of: str) -> float:
         """The products with the A of those linear layers of a layer, or of all, that have an adapter."""
@@ -162,12 +167,20 @@ class _Stage:
             return 0.0
         return float(self.size * self.t * self.peft.rank * sum(f"layers.{layer}.{kind}" in self.adapted for kind in of or KINDS))
 
+    def _reads(self, layer: int, *kinds: str) -> bool:
+        """Whether the gradient of a weight, or of an adapter, needs the input of a projection; kinds: of what it projects."""
+        return self.peft is None or any(f"layers.{layer}.{kind}" in self.adapted for kind in kinds)
+
+    def _product(self, layer: int) -> float:
+        """What the activation makes, if anything needs it."""
+        return self.size * self.t * self.f if self._reads_result or self._reads(layer, "mlp.down") else 0.0
+
     def _again(self, layer: int, recomputed: frozenset[str]) -> float:
         """What recomputation of a layer brings back at once, at most."""
         if "layer" in recomputed:
             return self._kept(layer, frozenset()) - self._kept(layer, recomputed)
         attention = self._attention(layer) if "attention" in recomputed else 0.0
-        product = self.size * self.t * self.f if "activation" in recomputed else 0.0
+        product = self._product(layer) if "activation" in recomputed else 0.0
         norm = self.normalized if "norms" in recomputed and self.before else 0.0
         return max(norm, attention + product if self.side_by_side else max(attention, product))
 
@@ -187,17 +200,17 @@ class _Stage:
         """Between the projections on either side."""
         t, n, k, d, size, wide = self.t, self.n, self.k, self.d, self.size, self.wide
         model, length = self.model, self.training.sequence_length
-        isolated = self.training.document_isolation
+        read = self._reads(layer, "attention.o")
         kept = 0.0
         if model.clip_qkv is not None and self._viewed(layer):
             kept += size * self.qkv
         if model.qk_norm != "none":
             kept += wide * t * (2 if model.qk_norm == "full" else (n + k) * (1 + self.center))
         if self.explicit:
-            return kept + wide * (3 * t * n * d + 2 * t * n * length) + self._square() + size * t * n * d
+            return kept + wide * (3 * t * n * d + 2 * t * n * length) + self._square() + read * size * t * n * d
         if self._rotates(layer) or model.qk_norm != "none":
             kept += size * t * (n + k) * d
-        return kept + size * t * n * d * (1 + isolated) + wide * t * n
+        return kept + size * t * n * d * (1 + (read and self.training.document_isolation)) + wide * t * n
 
     def _square(self) -> int:
         """Elements of the masks of all lengths of documents."""
@@ -260,11 +273,7 @@ class _Stage:
         """Of the weight gradients of a layer's adapters."""
         t, s, h, f = self.t, self.s, self.h, self.f
 
-        def any_of(*of: str) -> bool:
-            return any(f"layers.{layer}.{kind}" in self.adapted for kind in of)
-
-        qkv, o = any_of("attention.q", "attention.k", "attention.v"), any_of("attention.o")
-        up, down = any_of("mlp.gate", "mlp.up"), any_of("mlp.down")
+        qkv, up, o, down = (self._reads(layer, *kinds) for kinds in (_QKV, _UP, ("attention.o",), ("mlp.down",)))
         normalized = (qkv or up) if self.model.parallel_block == "one_norm" else qkv + up
         inputs = normalized * s * h + o * t * self.n * self.d + down * t * f
         gradients = ((o or down) if self.side_by_side else o + down) * t * h + qkv * self.qkv

@@ -1,4 +1,4 @@
-"""How adapters are cut: every element somewhere, and room on all ranks for the largest share. Their arithmetic: `tests/training`."""
+"""How adapters are cut: every element is somewhere, and all ranks have room for the largest share."""
 
 from __future__ import annotations
 
