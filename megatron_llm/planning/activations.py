@@ -2,9 +2,9 @@
 
 From F to B, per layer, what autograd saves (tensors that several operations save count once; weights do not count), and the
 setting of recompute_modules with which it is made again instead. Full recomputation keeps the input of the layer only, and
-that of a norm behind the MLP. What a projection alone keeps, for the gradient of its weight, falls away beside adapters where it has
-none: a normalized input, attention's output (joined, or explicit), the product. (So does the input of a layer without norms before
-it; that is not subtracted.)
+that of a norm behind the MLP. What a projection alone keeps, for the gradient of its weight, falls away beside adapters where it
+has none: a normalized input, attention's output (joined, or explicit), the product. (So does the input of a layer without norms
+before it; that is not subtracted.)
 
     tensor                                    elements of the compute dtype        of at least float32     made again
     input of the layer; of the MLP's part     2 * S * H, side by side S * H

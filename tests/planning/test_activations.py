@@ -191,8 +191,8 @@ def test_bytes_with_recomputation(setting: str, tp: int, dtype: str, isolated: b
     [
         (1, None, "none", ["attention.q", "layers.[1-2].*.down", "layers.0.mlp.gate"]),
         (2, "cohere2", "selective", ["all-linear"]),
-        (2, "qwen3", "full", ["all-linear"]),
-        (2, "cohere2", "full", ["attention.q", "layers.[1-2].*.down", "layers.0.mlp.gate"]),
+        pytest.param(2, "qwen3", "full", ["all-linear"], marks=pytest.mark.slow),
+        pytest.param(2, "cohere2", "full", ["attention.q", "layers.[1-2].*.down", "layers.0.mlp.gate"], marks=pytest.mark.slow),
     ],
 )
 def test_bytes_of_adapters(tp: int, model: str | None, setting: str, targets: list[str]) -> None:

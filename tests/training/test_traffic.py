@@ -300,8 +300,10 @@ def test_metrics_tell_the_bytes_of_each_step(tmp_path: Path) -> None:
 RANK = 3
 
 
-@pytest.mark.parametrize("sequence_parallel", [True, False])
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize(
+    ("world", "sequence_parallel"),
+    [(2, False), (4, True), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, True), (4, False)))],
+)
 def test_adapters_add_no_message_to_a_micro_batch(world: int, sequence_parallel: bool) -> None:
     """What a full step exchanges, less what is for gradients that nobody needs; once a step, the sums of what all ranks hold."""
     parallel = {"tensor_parallel": world, "sequence_parallel": sequence_parallel}
