@@ -254,7 +254,9 @@ class PeftFolder:
             config = json.loads(file.read_text(encoding="utf-8"))
             self.rank, self.alpha = int(config["r"]), float(config["lora_alpha"])
             self._alphas = {str(key): float(value) for key, value in (config.get("alpha_pattern") or {}).items()}
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            for key in self._alphas:
+                re.compile(key)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, re.error) as error:
             raise ValueError(f"{file} is damaged: {type(error).__name__}: {error}") from error
         self.rslora = bool(config.get("use_rslora"))
         problems = _refusals(config)

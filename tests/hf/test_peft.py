@@ -198,6 +198,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         ({"alpha_pattern": {"v_proj": 12}}, "scale 3 and others 1.5"),
         ({"r": 3}, "has rank 4 and others 3"),
         ({"r": None}, "is damaged"),
+        ({"alpha_pattern": {"[": 12}}, "is damaged"),
     ],
 )
 def test_what_is_no_lora_of_weights_is_refused(
