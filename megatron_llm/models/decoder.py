@@ -133,10 +133,10 @@ class DecoderStage(nn.Module):
     def _embed(self, batch: Batch, context: ForwardContext) -> Tensor:
         """What enters the first layer."""
         x = self.embedding(batch.tokens_T, context.sequence_parallel)
-        if context.noise is not None:
-            x = context.noise.disturb(x, batch)
         if self.model.embedding_multiplier != 1.0:
             x = x * self._rounded(self.model.embedding_multiplier)
+        if context.noise is not None:
+            x = context.noise.disturb(x, batch)
         if self.position_embedding is not None:
             x = x + self.position_embedding(batch.positions_T, context.sequence_parallel)
         return x if self.embedding_norm is None else self.embedding_norm(x)

@@ -4,8 +4,8 @@ Made by `training/step.py` once a step, and handed to the stages (`models/decode
 
     dropout         on what a layer adds to the residual stream: outputs of attention and of MLP, or their sum where they are
                     side by side, behind the norms on them. Rates are equal, or rise (LIMA: Zhou et al. 2023, arXiv 2305.11206)
-    NEFTune         x + uniform(-1, 1) * alpha / sqrt(L * H) on embedded tokens, before anything is multiplied or added;
-                    L tokens of the document, H hidden size (Jain et al. 2023, arXiv 2310.05914)
+    NEFTune         x + uniform(-1, 1) * alpha / sqrt(L * H) on embedded tokens, multiplied where the model does that, before
+                    positions and norms; L tokens of the document, H hidden size (Jain et al. 2023, arXiv 2310.05914)
     objective       label smoothing, and z-loss (Chowdhery et al. 2022, arXiv 2204.02311, 5): `parallel/loss.py`
 
 Random numbers have the address (seed, site, layer; row in the stream, place in the row; channel). No row comes twice in a run,
