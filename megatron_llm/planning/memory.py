@@ -13,11 +13,11 @@ stale. What comes and goes is the peak of the simulated schedule (`planning/acti
     loss                                  a chunk of logits of at least float32 (`ops/cross_entropy.py`), two in other dtypes;
                                           or the logits once more if they are soft-capped
     recomputation                         what it brings back at once
-    dropout                               S * H, the gradient that comes out, and random words of a chunk (`ops/noise.py`)
     messages                              two ahead and one on its way out for every channel of the rank
 
 At the end of the backward activations are gone, but gradients that are sent in another dtype than they are kept in need a copy.
 Not counted: what a process needs before it has a model (on a GPU mostly CUDA's and NCCL's own), and what an allocator loses.
+Dropout works with S * H and a chunk of random words (`ops/noise.py`), less than the MLP before or after it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ import torch
 from megatron_llm.config import Config
 from megatron_llm.models.stages import build_stages, parameters
 from megatron_llm.ops.cross_entropy import CHUNK_ELEMENTS
-from megatron_llm.ops.noise import CHANNELS, CHUNK_WORDS, WORD_BYTES
 from megatron_llm.optim.layout import bucket_layout
 from megatron_llm.optim.rules import MOMENTS, freeze, rules_of
 from megatron_llm.parallel.grid import Grid
@@ -151,7 +150,7 @@ class _Rank:
                 norm = 5 * wide * s * h if size < wide else 0.0
                 again = stage_bytes(self.config, layers[number], stage.first, stage.last).again
                 gone = 0.0 if self.schedule.split else head
-                most = max(most, again + max(self._layer_backward(), norm, self._dropout()) - gone)
+                most = max(most, again + max(self._layer_backward(), norm) - gone)
             if stage.last:
                 chunk = min(t * vocabulary, max(vocabulary, CHUNK_ELEMENTS["cpu" if self.config.device == "cpu" else "cuda"]))
                 most = max(most, wide * chunk * (1 if size == wide else 2))
@@ -175,14 +174,6 @@ class _Rank:
             return self.size * mlp
         scores = 2.0 * t * share.queries * self.config.training.sequence_length
         return max(self.size * mlp, self.wide * scores - (0.0 if split else self.size * saved))
-
-    def _dropout(self) -> float:
-        """Of its backward, where a layer has it."""
-        if not self.config.training.regularization.hidden_dropout:
-            return 0.0
-        width = -(-self.config.model.hidden_size // CHANNELS)
-        words = min(self.shard * width, max(width, CHUNK_WORDS["cpu" if self.config.device == "cpu" else "cuda"]))
-        return self.size * self.shard * self.config.model.hidden_size + WORD_BYTES * words
 
     def _messages(self) -> float:
         channels = [ends for ends in self.schedule.channels if self.rank in ends]
