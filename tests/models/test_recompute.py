@@ -270,7 +270,7 @@ def test_not_one_bit_of_other_decoders_changes_on_many_ranks(decoder: str, layou
     ("decoder", "layout", "compute", "setting"),
     [
         (None, "tp2", "bfloat16", "full"),
-        ("neox", "tp2 pp2 zb_v", "float32", "selective"),
+        pytest.param("neox", "tp2 pp2 zb_v", "float32", "selective", marks=pytest.mark.slow),
         pytest.param(None, "tp2", "bfloat16", "selective", marks=pytest.mark.slow),
         pytest.param("neox", "tp2 pp2 zb_v", "float32", "full", marks=pytest.mark.slow),
         pytest.param("gemma2", "pp2 zb_h1", "float64", "full", marks=pytest.mark.slow),

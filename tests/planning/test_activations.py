@@ -178,8 +178,7 @@ def test_bytes_with_recomputation(setting: str, tp: int, dtype: str, isolated: b
 REGULARIZATION = {"hidden_dropout": 0.2, "neftune_noise_alpha": 5.0, "label_smoothing": 0.1, "z_loss": 1e-3}
 
 
-@pytest.mark.parametrize("setting", ["full", "selective", None])
-@pytest.mark.parametrize(("tp", "decoder"), [(1, "neox"), (1, "gemma2"), (2, None)])
+@pytest.mark.parametrize(("tp", "decoder", "setting"), [(1, "neox", "full"), (1, "gemma2", None), (2, None, "selective")])
 def test_noise_and_penalties_hold_nothing(tp: int, decoder: str | None, setting: str | None) -> None:
     """The same bytes as without, of which the formulas know nothing."""
     training = {**(RECOMPUTE[setting] if setting else {}), "regularization": REGULARIZATION}

@@ -76,10 +76,6 @@ CASES: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "one rank": (1, {}),
     "full recomputation": (1, {"training": {"recompute": "full"}}),
     "selective recomputation of every second layer": (1, {"training": {"recompute": "selective", "recompute_every": 2}}),
-    "dropout and penalties": (
-        1,
-        {"training": {"regularization": {"hidden_dropout": 0.1, "label_smoothing": 0.1, "z_loss": 1e-4}}},
-    ),
     "tp2": (2, {"parallel": {"tensor_parallel": 2}}),
     "pp2, uneven": (2, {"parallel": {"pipeline_parallel": 2}}),
     "pp2 tied": (2, {"parallel": {"pipeline_parallel": 2}, "model": {"tie_word_embeddings": True}}),

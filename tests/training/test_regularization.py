@@ -107,7 +107,7 @@ LAYOUTS: dict[str, tuple[int, str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [pytest.param(name, marks=pytest.mark.slow if "tp4" in name else ()) for name in LAYOUTS])
 def test_layout_does_not_change_training_with_noise(layout: str) -> None:
     world, decoder, changes = LAYOUTS[layout]
     _assert_same(world, decoder, **changes)
