@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from megatron_llm.config.model import ModelConfig
 from megatron_llm.config.optimization import LrScheduleConfig, OptimizerConfig, PrecisionConfig
+from megatron_llm.config.regularization import RegularizationConfig
 from megatron_llm.config.section import PositiveInt, Section
 
 
@@ -166,6 +167,7 @@ class TrainingConfig(Section):
         description="of recompute: selective. attention: rotation, scores and their product with the values; norms: what "
         "normalized inputs of the projections are; activation: the product of gate and up",
     )
+    regularization: RegularizationConfig = RegularizationConfig()
     max_skipped_steps: int = Field(
         default=50, ge=0, description="steps in a row without a finite loss or gradient that end the run; 0: never"
     )

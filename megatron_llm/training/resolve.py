@@ -311,6 +311,11 @@ def _setting_problems(config: Config) -> list[str]:
         )
     if config.device == "cuda" and not torch.cuda.is_available():
         problems.append("device: cuda, but torch sees no GPU; use device: cpu or auto")
+    if config.training.regularization.hidden_dropout_profile == "rising" and model.num_hidden_layers == 1:
+        problems.append(
+            "training.regularization.hidden_dropout_profile: rising begins with 0 in the first layer, and "
+            "model.num_hidden_layers is 1: there would be no dropout; use constant"
+        )
     if config.training.loss_spike and config.data.kind != "synthetic" and config.data.order == "megatron":
         problems.append(
             "training.loss_spike: data.order megatron plans exactly the rows of training.steps, and has none in place of those "
