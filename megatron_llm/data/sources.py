@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
 from megatron_llm.config import Config, SourceConfig
@@ -92,11 +93,16 @@ def _text_rows(config: Config, dataset: IndexedDataset, seed: int, shuffled: boo
 
 
 def blend_weights(config: Config, sources: Sequence[RowSource]) -> list[float]:
-    """Weights of the sources of data.train: epochs become shares of the rows."""
+    """Weights of the sources of data.train: epochs become rows."""
     return [
-        (source.weight or 1.0) if source.epochs is None else source.epochs * rows.rows_per_epoch
+        (source.weight or 1.0) if source.epochs is None else float(rows_of_epochs(source.epochs, rows))
         for source, rows in zip(config.data.train, sources, strict=True)
     ]
+
+
+def rows_of_epochs(epochs: float, rows: RowSource) -> Fraction:
+    """As written: 0.29 epochs of 100 rows are 29 rows, though 0.29 * 100 is 28.999999999999996."""
+    return Fraction(str(epochs)) * rows.rows_per_epoch
 
 
 def blends_as_megatron(config: Config) -> bool:

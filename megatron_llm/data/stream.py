@@ -17,7 +17,7 @@ import torch
 import xxhash
 
 from megatron_llm.config import Config, SourceConfig
-from megatron_llm.data.blend import RESOLUTION, Blend, round_weights
+from megatron_llm.data.blend import Blend, whole_weights
 from megatron_llm.data.indexed import DatasetMeta, IndexedDataset
 from megatron_llm.data.megatron_order import MegatronBlend
 from megatron_llm.data.rows import Row, RowSource, SyntheticRows
@@ -31,6 +31,7 @@ from megatron_llm.data.sources import (
     open_source,
     open_variants,
     planned_rows,
+    rows_of_epochs,
     train_rows,
     valid_rows,
 )
@@ -189,9 +190,8 @@ def steps_of_epochs(config: Config) -> int:
     rows = Fraction(0)
     for index, source in enumerate(config.data.train):
         assert source.epochs is not None
-        # As written: 0.29 epochs of 100 rows are 29 rows, though 0.29 * 100 is 28.999999999999996.
         read = train_rows(config, index, open_source(config, source), open_variants(config, source))
-        rows += Fraction(str(source.epochs)) * read.rows_per_epoch
+        rows += rows_of_epochs(source.epochs, read)
     return config.training.steps_within(int(rows))
 
 
@@ -351,16 +351,16 @@ def _share_problems(config: Config, weights: list[float]) -> list[str]:
     if config.data.order == "megatron":
         return []  # its blend rounds nothing
     try:
-        counts = round_weights(weights)
+        counts = whole_weights(weights)
     except ValueError as error:
         return [f"data.train: {error}"]
-    problems, total = [], sum(weights)
+    problems, total, period = [], sum(weights), sum(counts)
     for index, (count, weight) in enumerate(zip(counts, weights, strict=True)):
         share = weight / total
-        if abs(count / RESOLUTION - share) > LARGEST_ROUNDING * share:
+        if abs(count / period - share) > LARGEST_ROUNDING * share:
             problems.append(
-                f"data.train.{index}: its share of the rows, {share:.3g}, would become {count}/{RESOLUTION} = "
-                f"{count / RESOLUTION:.3g}, more than {LARGEST_ROUNDING:.0%} off; join small data sets of one kind "
+                f"data.train.{index}: its share of the rows, {share:.3g}, would become {count}/{period} = "
+                f"{count / period:.3g}, more than {LARGEST_ROUNDING:.0%} off; join small data sets of one kind "
                 f"(`megatron-llm merge`), or give it more weight"
             )
     return problems
