@@ -313,7 +313,8 @@ def _count(dataset: IndexedDataset, table: Weights, starts: IntArray, ends: IntA
                 f"{dataset.prefix}.roles.bin has {int(dataset.roles[place])} at byte {place}, which is no role with a weight of "
                 f"{dataset.prefix}.meta.json; preprocess again"
             )
-        before = np.append(0, np.cumsum(found, dtype=np.int64))
+        before = np.zeros(len(found) + 1, np.int32)
+        np.cumsum(found, out=before[1:])
         counts[block] = before[ends[block] - low] - before[starts[block] - low]
     return counts
 
