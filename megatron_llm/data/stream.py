@@ -197,7 +197,7 @@ def steps_of_epochs(config: Config) -> int:
 
 def check_data(config: Config) -> list[str]:
     """Every problem with the data, one sentence each; none means the streams can be built. Raises nothing, reads little:
-    headers, the index of data that is packed, and all tokens only where no meta file knows the largest id."""
+    headers, the index of data that is packed, role bytes, and all tokens only where no meta file knows the largest id."""
     if config.data.kind == "synthetic":
         return _chat_problems(config)
     problems = _setting_problems(config)

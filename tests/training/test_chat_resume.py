@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 from collections import Counter
@@ -119,6 +120,8 @@ def run(job: Job, folder: Path, killed: int | None = None, last: int | None = No
     endings = launch(job.world, train_recorded, [str(job.config)], str(folder), killed, last, grace=0.3)
     if killed is None:
         assert [ending.code for ending in endings] == [0] * job.world, logs(endings)
+        said = " conversations in .* parts, .* of them with loss, in .* rows an epoch .* packed .* dropped, .* replaced by flip"
+        assert re.search(said, endings[0].log), "the start tells what the rows are made of"
     else:
         assert endings[killed].code == KILLED and not endings[killed].put_down, logs(endings)
     return recorded(folder)
