@@ -66,7 +66,9 @@ def test_planned_epochs_are_met_at_the_end(sources: list[tuple[float, int]]) -> 
         assert abs(out - epochs * rows) <= 2 + planned / RESOLUTION
 
 
-@pytest.mark.parametrize("rows", [[30_011, 12_007, 23_509], [65_535, 1], [1, 2, 40_000, 3], [7, 7, 7]])
+@pytest.mark.parametrize(
+    "rows", [[4310, 1800, 4425, 3049, 2517, 3436, 5429, 5847, 2134, 4030, 4926], [65_535, 1], [1, 2, 40_000, 3], [7, 7, 7]]
+)
 def test_whole_numbers_are_met_exactly(rows: list[int]) -> None:
     """As epochs of up to 65,536 rows in all are: at the end every source has given its rows, none of them twice."""
     blend = Blend([float(count) for count in rows])
