@@ -47,6 +47,9 @@ def open_variants(config: Config, source: SourceConfig) -> dict[str, IndexedData
         if None not in prints and prints[0] != prints[1]:
             short = [str(each)[:12] for each in prints]
             raise ValueError(f"{prefix} was made with tokenizer {short[0]}, but {source.path} with {short[1]}; {mend}")
+        makers = {each.meta.made_by for each in (found, base) if each.meta is not None and each.meta.made_by is not None}
+        if len(makers) > 1:
+            raise ValueError(f"{prefix} and {source.path} were made by different commands, so they may not correspond; {mend}")
         opened[name] = found
     return opened
 
