@@ -130,6 +130,7 @@ def test_epochs_and_seeds_mix_items_of_equal_length() -> None:
     assert tuple(again.items.tolist()) in items
 
 
+@settings(deadline=None)
 @given(lengths=LENGTHS, method=st.sampled_from(["in_order", "none"]), seed=st.integers(0, 9), epoch=st.integers(0, 9))
 def test_rising(lengths: list[int], method: Method, seed: int, epoch: int) -> None:
     """Next-fit over rising lengths; equally long ones in another order for every seed and epoch."""
