@@ -8,6 +8,7 @@ from megatron_llm.config.load import ConfigError, parse_config, read_raw_config,
 from megatron_llm.config.model import ModelConfig, RopeScalingConfig, with_present_names
 from megatron_llm.config.optimization import LrScheduleConfig, OptimizerConfig, ParameterRuleConfig, PrecisionConfig
 from megatron_llm.config.peft import PeftConfig
+from megatron_llm.config.regularization import RegularizationConfig
 from megatron_llm.config.schema import (
     BatchSizeRampupConfig,
     CheckpointConfig,
@@ -37,6 +38,7 @@ __all__ = [
     "ParameterRuleConfig",
     "PeftConfig",
     "PrecisionConfig",
+    "RegularizationConfig",
     "RopeScalingConfig",
     "SourceConfig",
     "TrainingConfig",

@@ -31,6 +31,8 @@ for the input. With `attn_logit_softcapping` attention is explicit, and keeps in
     the mask                                  L * L bytes                                                  attention
     attention output                          T * N * D                                                    attention
 
+Dropout and noise keep nothing: they are made again from counters (`ops/noise.py`). Penalties of the loss need what it saves.
+
 What is made again comes back in B: one layer at a time with full recomputation, else one norm, one attention or one product;
 attention and product at once where they are side by side.
 

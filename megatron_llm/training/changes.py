@@ -23,6 +23,7 @@ DECIDES_NUMBERS = (
     "training.document_isolation",
     "training.global_batch_size",
     "training.loss_spike*",
+    "training.regularization.*",
     "training.seed",
 )
 FREE = (

@@ -177,10 +177,12 @@ def _find_rate(run: ResolvedRun) -> tuple[ResolvedRun, list[str]]:
     config, training = run.config, run.config.training
     stream = build_train_stream(config)
     rows = min(training.global_batch_size, training.rows_after(max(1, training.steps)))  # the stream may end with the run
-    found = sum(int(stream.batch([row]).weights_T.count_nonzero()) for row in range(rows))
-    if not found:
+    weights = torch.cat([stream.batch([row]).weights_T for row in range(rows)]).double()
+    total, squares = float(weights.sum()), float(weights.square().sum())
+    if not total:
         return run, [f"optimizer.lr: auto, but none of the first {rows} rows of data.train has a token with loss; give a number"]
-    tokens = found * training.global_batch_size / rows
+    # With weights of 0 and 1 their number; else as many equal ones as give a mean of the same variance (Kish 1965).
+    tokens = total**2 / squares * training.global_batch_size / rows
     rate = 0.0003 * math.sqrt(tokens / 4e6)
     chat = config.data.kind == "chat" or any(source.kind == "chat" for source in config.data.train)
     all_tokens = training.global_batch_size * training.sequence_length
@@ -363,6 +365,11 @@ def _setting_problems(config: Config) -> list[str]:
         )
     if config.device == "cuda" and not torch.cuda.is_available():
         problems.append("device: cuda, but torch sees no GPU; use device: cpu or auto")
+    if config.training.regularization.hidden_dropout_profile == "rising" and model.num_hidden_layers == 1:
+        problems.append(
+            "training.regularization.hidden_dropout_profile: rising begins with 0 in the first layer, and "
+            "model.num_hidden_layers is 1: there would be no dropout; use constant"
+        )
     if config.training.loss_spike and config.data.kind != "synthetic" and config.data.order == "megatron":
         problems.append(
             "training.loss_spike: data.order megatron plans exactly the rows of training.steps, and has none in place of those "

@@ -44,6 +44,13 @@ def test_training_of_adapters_equals_the_cpu(compute: str, tolerance: float) -> 
     ]
 
 
+def test_noise_and_penalties_equal_those_of_the_cpu() -> None:
+    """The masks are the same to the bit, or losses would be far off."""
+    chosen = {"hidden_dropout": 0.2, "neftune_noise_alpha": 5.0, "label_smoothing": 0.1, "z_loss": 1e-3}
+    config = config_of(optimizer={"lr": 1e-3}, training={"regularization": chosen})
+    assert losses(config, "cuda") == [pytest.approx(pair, rel=1e-9) for pair in losses(config, "cpu")]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_equals_its_reference(dtype: torch.dtype) -> None:
     torch.manual_seed(0)

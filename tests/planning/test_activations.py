@@ -22,6 +22,7 @@ from megatron_llm.config import Config
 from megatron_llm.models.decoder import DecoderStage
 from megatron_llm.models.heads import head_problem
 from megatron_llm.models.recompute import Recompute, _Recomputation
+from megatron_llm.models.regularization import Regularization
 from megatron_llm.models.stages import add_adapters
 from megatron_llm.ops.batch import Batch
 from megatron_llm.optim.rules import freeze
@@ -113,16 +114,17 @@ def _measured(config: Config, layers: range, first: bool, last: bool) -> StageBy
         parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
     queue = WeightGradients([stage])
     queue.begin_step(1)
+    chosen = Regularization.of(config)
     bounds = (0, 11, LENGTH, tokens) if config.training.document_isolation else tuple(range(0, tokens + 1, LENGTH))
     positions = torch.cat([torch.arange(stop - start) for start, stop in zip(bounds, bounds[1:], strict=False)])
     rows = tokens // (grid.tp.size if stage.sequence_parallel else 1)
 
     def forward() -> tuple[Tensor | None, Tensor]:
         ids = torch.randint(0, config.model.vocab_size, (tokens,))
-        batch = Batch(ids, ids, torch.ones(tokens, dtype=dtype), positions, bounds)
+        batch = Batch(ids, ids, torch.ones(tokens, dtype=dtype), positions, bounds, rows=(0, 1))
         x = None if first else torch.randn(rows, config.model.hidden_size, dtype=dtype, requires_grad=True)
-        y = stage(x, batch)
-        return x, stage.loss(y, batch) if last else y
+        y = stage(x, batch, regularization=chosen)
+        return x, stage.objective(y, batch, chosen)[0] if last else y
 
     before = _alive()
     with saved_tensors_hooks(Tensor.detach, Tensor.detach):  # not run backward: hooks hide the parameters' attributes
@@ -201,6 +203,17 @@ def test_bytes_of_adapters(tp: int, model: str | None, setting: str, targets: li
     names = ["one layer", "three layers"]
     for rank, measured in enumerate(run_ranks(tp, _measured_stages, config, names)):
         assert measured == [stage_bytes(config, *STAGES[name], rank) for name in names]
+
+
+REGULARIZATION = {"hidden_dropout": 0.2, "neftune_noise_alpha": 5.0, "label_smoothing": 0.1, "z_loss": 1e-3}
+
+
+@pytest.mark.parametrize(("tp", "decoder", "setting"), [(1, "neox", "full"), (1, "gemma2", None), (2, None, "selective")])
+def test_noise_and_penalties_hold_nothing(tp: int, decoder: str | None, setting: str | None) -> None:
+    """The same bytes as without, of which the formulas know nothing."""
+    training = {**(RECOMPUTE[setting] if setting else {}), "regularization": REGULARIZATION}
+    config = _config(tp, "float64", False, True, VARIANTS[decoder] if decoder else None, **training)
+    _assert_bytes(tp, config, ["one layer", "embedding and layers", "layers and head"])
 
 
 def _variant(decoder: str, **fields: Any) -> dict[str, Any]:
