@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import yaml
 
 from megatron_llm.cli.main import main
 from megatron_llm.config import ConfigError
+from megatron_llm.training import loop
 from megatron_llm.training.resolve import resolve
+from megatron_llm.training.step import StepResult
 from tests.launch import launch
 from tests.test_readme import prepare
 from tests.training.blends import contents, differences, logs
@@ -22,6 +25,7 @@ TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}assistant\n{% endif %}"
 )
+ASKED = ["def main(", "import torch", "What is 1 + 1?", "class Grid:\n    pass"]
 EVERY, STEPS, TOKENS = 2, 4, 9
 SAMPLED = {"sample_every": EVERY, "sample_tokens": TOKENS}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -41,8 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("samples")
     prepare(path)
     (path / "tokenizer/chat_template.jinja").write_text(TEMPLATE)
-    asked = ["def main(", "import torch", "What is 1 + 1?", "class Grid:\n    pass"]
-    chats = [[{"role": "user", "content": text}, {"role": "assistant", "content": f"{text} 2"}] for text in asked]
+    chats = [[{"role": "user", "content": text}, {"role": "assistant", "content": f"{text} 2"}] for text in ASKED]
     (path / "chat.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats * 4))
     chat, tokenizer = str(path / "chat.jsonl"), str(path / "tokenizer")
     assert main(["preprocess-chat", "--input", chat, "--tokenizer", tokenizer, "--output", str(path / "chat")]) == 0
@@ -91,7 +94,7 @@ def test_replies_are_those_of_transformers(folder: Path, single: Path, capsys: p
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert model.generation_config.eos_token_id == [0, stop], "replies end where the template ends them"
-    for line, asked in zip(found[-3:], ("def main(", "import torch", "What is 1 + 1?"), strict=True):
+    for line, asked in zip(found[-3:], ASKED, strict=False):
         assert line["prompt"] == f"user\n{asked}<|im_end|>\nassistant\n"
         ids = tokenizer(line["prompt"], return_tensors="pt")["input_ids"]
         expected = model.generate(ids, max_new_tokens=TOKENS, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
@@ -128,17 +131,26 @@ def test_sampling_has_no_effect(folder: Path, layout: str) -> None:
     assert not (runs[1] / "samples.jsonl").exists()
 
 
-def test_a_run_that_goes_on_has_every_sample_once(folder: Path, single: Path) -> None:
-    """Also where it was stopped; what it had said of steps that it takes again is replaced."""
+def test_a_run_that_goes_on_has_every_sample_once(folder: Path, single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of the step where it was stopped; what it had said of steps that it takes again is replaced."""
     config = yaml.safe_load((folder / "single.yaml").read_text())
-    run = folder / "parts"
-    config["logging"]["run_dir"], config["training"]["steps"] = str(run), 2
+    run, step = folder / "parts", loop._step
+    config["logging"]["run_dir"] = str(run)
     (folder / "parts.yaml").write_text(yaml.safe_dump(config))
-    assert main(["train", str(folder / "parts.yaml")]) == 0
+
+    def stopped(run: loop.Run) -> tuple[StepResult, dict[str, Any]]:
+        result, values = step(run)
+        return replace(result, votes=(int(run.state.step == EVERY), 0)), values
+
+    monkeypatch.setattr(loop, "_step", stopped)
+    assert main(["train", str(folder / "parts.yaml")]) == 75
+    assert [line["step"] for line in _samples(run)] == [0, 0, 0]
     with (run / "samples.jsonl").open("a") as file:
         file.write('{"step": 3, "prompt": "of a run that died", "reply": "", "ended": true}\n')
-    assert main(["train", str(folder / "parts.yaml"), f"training.steps={STEPS}"]) == 0
+    monkeypatch.undo()
+    assert main(["train", str(folder / "parts.yaml")]) == 0
     assert _samples(run) == _samples(single)
+    assert [line["step"] for line in read_metrics(run) if "valid_loss" in line] == [0, STEPS], "no evaluation was due"
 
 
 def _problems(folder: Path, *overrides: str) -> str:
@@ -168,3 +180,23 @@ def test_what_cannot_be_sampled_is_found_before_the_run(folder: Path, tmp_path: 
     assert "the tokenizer of the data set: /gone is not a tokenizer folder" in _problems(
         folder, f"data.train={sources}", f"data.valid={sources}"
     )
+
+
+def test_adapters_are_sampled_as_they_are_trained(folder: Path) -> None:
+    """Beside frozen weights, on ranks whose training is sequence parallel; `generate` has them merged."""
+    run = _train(folder, "adapters", "tp2", peft={"rank": 4, "alpha": 64}, optimizer={"lr": 0.1})
+    found = _samples(run)
+    prompts = [{"messages": [{"role": "user", "content": text}]} for text in ASKED[:3]]
+    (folder / "asked.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    options = [
+        "--prompts",
+        str(folder / "asked.jsonl"),
+        "--output",
+        str(folder / "replies.jsonl"),
+        "--max-new-tokens",
+        str(TOKENS),
+    ]
+    assert main(["generate", "--checkpoint", str(run), "--tokenizer", str(folder / "tokenizer"), *options]) == 0
+    replies = [json.loads(line)["reply"] for line in (folder / "replies.jsonl").read_text().splitlines()]
+    assert [line["reply"] for line in found[-3:]] == replies
+    assert [line["reply"] for line in found[:3]] != replies, "they have learned"
