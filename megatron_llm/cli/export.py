@@ -64,8 +64,7 @@ def assets_of(checkpoint: Checkpoint) -> dict[str, bytes]:
 
     data = checkpoint.config.get("data", {})
     kinds = {data.get("kind")} | {source.get("kind") for source in data.get("train", [])}
-    trained = "training" in checkpoint.config and checkpoint.step > 0
-    return with_reply_ends(checkpoint.assets) if trained and "chat" in kinds else checkpoint.assets
+    return with_reply_ends(checkpoint.assets) if "chat" in kinds and checkpoint.step > 0 else checkpoint.assets
 
 
 def run(args: argparse.Namespace) -> int:

@@ -42,6 +42,7 @@ def _made() -> tuple[Path, list[tuple[np.ndarray, np.ndarray]]]:
             roles = np.repeat(rng.choice([*ROLES.values(), ROLES["assistant"] | NOT_TRAINED], length), 2)[:length].astype(
                 np.uint8
             )
+            roles[-1] = ROLES["assistant"]  # a conversation with nothing to learn is left out
             conversations.append((rng.integers(0, LLAMA["vocab_size"], length), roles))
             writer.add_document(*conversations[-1])
     return folder, conversations
