@@ -1,8 +1,8 @@
 """Conversations to token files: ids exactly as the tokenizer's chat template gives them, and the role of every token.
 
-A record is `{"messages": [{"role": ..., "content": ...}, ...]}`; `"tools"` beside it is passed to the template, and a message
-with `"train": false` is marked as not to be trained. In tables a field that is null is one that the record lacks: all rows of
-a table have all fields. Roles come from rendering: the text of messages 0..i is the start of
+Records of any format become documents in `records.py`. A conversation is `{"messages": [{"role": ..., "content": ...}, ...]}`;
+`"tools"` beside it is passed to the template, and a message with `"train": false` is marked as not to be trained.
+Roles come from rendering: the text of messages 0..i is the start of
 the text of the whole conversation, so rendering prefixes tells where each message ends, and rendering one with the
 generation prompt tells where a reply starts. Tokens are mapped by the character offsets of one tokenization of the whole.
 Called by `cli/preprocess_chat.py`.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,17 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_llm.data.indexed import NOT_TRAINED, ROLE_MASK, ROLES, token_dtype
-from megatron_llm.data.prepare.chunks import Chunk, Skipped, check_unicode, is_record, record_json
+from megatron_llm.data.prepare.chunks import Chunk, check_unicode
+from megatron_llm.data.prepare.conversations import Conversation, Document, Segments, Tokens
 from megatron_llm.data.prepare.inputs import describe_inputs, find_inputs
+from megatron_llm.data.prepare.mapping import describe_mapping
 from megatron_llm.data.prepare.pipeline import JOURNAL_SECONDS, Encoded, Pipeline, Summary, digest
 from megatron_llm.data.prepare.preprocess import carry_out
+from megatron_llm.data.prepare.records import AUTO, Made, RecordReader, check_variants, encode_chunk, group_trees, open_reader
 from megatron_llm.data.tokenizer import describe, load_pretrained
 from megatron_llm.data.writer import check_prefix
 
-FORMAT_VERSION = 2  # to be raised when the same input should give other files
+FORMAT_VERSION = 3  # to be raised when the same input should give other files
 
 Message = dict[str, Any]
 Render = Callable[[Sequence[Message], bool], str]
@@ -47,13 +50,19 @@ def preprocess_chat(
     tokenizer: str | Path,
     output: str | Path,
     *,
+    record_format: str = AUTO,
+    mapping: Sequence[str] = (),
+    variants: Sequence[str] = (),
     workers: int = 1,
     strict: bool = False,
     force: bool = False,
     progress: bool = True,
     journal_seconds: float = JOURNAL_SECONDS,
 ) -> Summary:
-    """Tokenize conversations to `output`.bin/.idx/.roles.bin/.meta.json, one document a record, in the order of the input.
+    """Tokenize conversations to `output`.bin/.idx/.roles.bin/.meta.json in the order of the input.
+
+    `record_format`: a name in `conversations.FORMATS`, or "auto": by the fields of each record. `mapping`: what `--map` takes,
+    instead. `variants`: names in `variants.VARIANTS`; each is written to `output`.VARIANT, document for document.
 
     A record that cannot be used, one without an assistant's token for instance, is counted and named; with `strict` it ends
     the run. Work that is done already is not done again but with `force`; interrupted work is continued. Raises ValueError for
@@ -62,20 +71,27 @@ def preprocess_chat(
     check_prefix(output)
     if workers < 1:
         raise ValueError(f"--workers {workers}: at least 1 is needed")
-    files = find_inputs(inputs)
+    reader = open_reader(record_format, mapping)
+    check_variants(variants)
+    files = group_trees(find_inputs(inputs), reader)
     meta = describe(tokenizer, "chat")
     template = load_chat_tokenizer(tokenizer).get_chat_template()
     command = digest(
-        version=FORMAT_VERSION, inputs=describe_inputs(files), meta=asdict(meta), template=template, options=[strict]
+        version=FORMAT_VERSION,
+        inputs=describe_inputs(files),
+        meta=asdict(meta),
+        template=template,
+        options=[strict, reader.format, describe_mapping(reader.mapping), list(variants)],
     )
     pipeline = Pipeline(
         name=str(output),
-        outputs=[str(output)],
+        outputs=[str(output), *(f"{output}.{variant}" for variant in variants)],
         inputs=files,
-        encoder=ChatEncoder(str(tokenizer)),
+        encoder=ChatEncoder(str(tokenizer), reader, variants),
         meta=replace(meta, made_by=command),
         dtype=token_dtype(meta.vocab_size),
         roles=True,
+        variants=variants,
         workers=workers,
         strict=strict,
         progress=progress,
@@ -97,9 +113,11 @@ def load_chat_tokenizer(folder: str | Path) -> Any:
 
 @dataclass
 class ChatEncoder:
-    """Documents of ids and role bytes, one a conversation."""
+    """Documents of ids and role bytes, one a conversation, and as many of each variant."""
 
     tokenizer: str
+    reader: RecordReader = field(default_factory=RecordReader)
+    variants: Sequence[str] = ()
 
     def load(self, threads: bool) -> str:
         self._tokenizer = load_chat_tokenizer(self.tokenizer)
@@ -107,25 +125,32 @@ class ChatEncoder:
         return "transformers"
 
     def encode(self, chunk: Chunk) -> Encoded:
-        skipped = list(chunk.skipped)
-        rendered = []
-        for index in range(len(chunk.records)):
-            if is_record(chunk, index):
-                try:
-                    rendered.append((index, *self._render(chunk, index)))
-                except ValueError as error:
-                    skipped.append(Skipped(chunk.where(index), str(error)))
-        documents = [np.empty(0, np.int32)]
-        role_bytes = [np.empty(0, np.uint8)]
-        for (index, text, spans), (tokens, offsets_n2) in zip(rendered, self._tokenize([r[1] for r in rendered]), strict=True):
-            roles = token_roles(spans, text, offsets_n2, np.isin(tokens, self._special))
-            if ((roles & (ROLE_MASK | NOT_TRAINED)) == ROLES["assistant"]).any():
-                documents.append(tokens)
-                role_bytes.append(roles)
-            else:
-                skipped.append(Skipped(chunk.where(index), "no assistant token to learn from"))
-        lengths = np.array([len(document) for document in documents[1:]], np.int64)
-        return Encoded(np.concatenate(documents), lengths, skipped, roles=np.concatenate(role_bytes))
+        return encode_chunk(chunk, self.reader, self.variants, self._make)
+
+    def _make(self, documents: Sequence[Document]) -> list[Made | ValueError]:
+        """Ids and role bytes of documents, or what is wrong with them."""
+        made: list[Made | ValueError] = []
+        written: list[tuple[int, str, list[Span]]] = []  # place in `made`, text, spans
+        for document in documents:
+            try:
+                if isinstance(document, Tokens):
+                    made.append(given_tokens(document, len(self._tokenizer)))
+                    continue
+                text, spans = segment_spans(document) if isinstance(document, Segments) else self._render(document)
+                written.append((len(made), text, spans))
+                made.append(_NO_REPLY)
+            except ValueError as error:
+                made.append(error)
+        for (place, text, spans), (tokens, offsets_n2) in zip(written, self._tokenize([w[1] for w in written]), strict=True):
+            document = documents[place]
+            verbatim = isinstance(document, Segments)
+            special = np.zeros(len(tokens), np.bool_) if verbatim else np.isin(tokens, self._special)
+            roles = token_roles(spans, text, offsets_n2, special)
+            if isinstance(document, Segments) and document.eos and self._tokenizer.eos_token_id is not None:
+                tokens = np.append(tokens, np.int32(self._tokenizer.eos_token_id))
+                roles = np.append(roles, np.uint8(ROLES["assistant"]))
+            made[place] = tokens, roles
+        return [one if isinstance(one, ValueError) or _learnt(one[1]) else _NO_REPLY for one in made]
 
     def _tokenize(self, texts: list[str]) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]]:
         """Ids [n] of each text, and the first character and the end of each: int64 [n, 2]."""
@@ -134,14 +159,11 @@ class ChatEncoder:
             for ids, offsets in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
                 yield np.asarray(ids, np.int32), np.asarray(offsets, np.int64).reshape(-1, 2)
 
-    def _render(self, chunk: Chunk, index: int) -> tuple[str, list[Span]]:
-        """Text and spans of a record. Raises ValueError saying what is wrong with it."""
+    def _render(self, document: Conversation) -> tuple[str, list[Span]]:
+        """Text and spans of a conversation. Raises ValueError saying what is wrong with it."""
         import jinja2
 
-        content = record_json(chunk, index)
-        if chunk.kind == "row":
-            content = _unpadded(content)
-        messages, tools = _messages(content), content.get("tools")
+        messages, tools = _messages(document.content), document.content.get("tools")
 
         def render(part: Sequence[Message], prompt: bool) -> str:
             try:
@@ -157,17 +179,34 @@ class ChatEncoder:
         return text, role_spans(render, messages, text)
 
 
-def _unpadded(value: Any) -> Any:
-    """A value of a table without the nulls in fields that the record lacks.
+_NO_REPLY = ValueError("no assistant token to learn from")
 
-    A template would show them: the schema of one tool would name the arguments of all others. (Of messages, transformers
-    itself drops the fields that are null.)
+
+def _learnt(roles: npt.NDArray[np.uint8]) -> bool:
+    return bool(((roles & (ROLE_MASK | NOT_TRAINED)) == ROLES["assistant"]).any())
+
+
+def segment_spans(document: Segments) -> tuple[str, list[Span]]:
+    """The segments as one text; what is trained counts as the assistant's, the rest as nobody's and never to be trained.
+
+    Raises ValueError if there is no text, or if it is not valid Unicode.
     """
-    if isinstance(value, list):
-        return [_unpadded(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _unpadded(item) for key, item in value.items() if item is not None}
-    return value
+    spans, text = [], ""
+    for part, trained in document.segments:
+        spans.append(Span(len(text), len(text) + len(part), ROLES["assistant"] if trained else NOT_TRAINED))
+        text += part
+    if not text:
+        raise ValueError("no text in its segments")
+    check_unicode(text)
+    return text, spans
+
+
+def given_tokens(document: Tokens, vocab_size: int) -> Made:
+    """Ids and roles of a document that is tokenized, roles as those of segments. Raises ValueError for ids out of range."""
+    wrong = next((id_ for id_ in document.ids if not 0 <= id_ < vocab_size), None)
+    if wrong is not None:
+        raise ValueError(f"token id {wrong} is outside 0..{vocab_size - 1} of the tokenizer")
+    return np.array(document.ids, np.int32), np.where(document.trained, ROLES["assistant"], NOT_TRAINED).astype(np.uint8)
 
 
 def _messages(content: dict[str, Any]) -> list[Message]:

@@ -131,6 +131,7 @@ def merged_meta(sources: Sequence[IndexedDataset]) -> DatasetMeta | None:
             continue
         for name, why in (
             ("kind", "kinds of data"),
+            ("variant", "variants of their conversations"),
             ("tokenizer_fingerprint", "tokenizers (sha256 of tokenizer.json)"),
             ("vocab_size", "vocabulary sizes"),
             ("eod_id", "ids at the end of documents"),
@@ -141,16 +142,20 @@ def merged_meta(sources: Sequence[IndexedDataset]) -> DatasetMeta | None:
     metas = [source.meta for source in sources if source.meta is not None]
     if not metas:
         return None
-    skipped: Counter[str] = Counter()
+    counted: dict[str, Counter[str]] = {name: Counter() for name in ("skipped", "formats", "changed")}
     for meta in metas:
-        skipped.update(meta.skipped)
+        for name, counts in counted.items():
+            counts.update(getattr(meta, name))
     return dataclasses.replace(
         metas[0],
         documents=sum(meta.documents for meta in metas),
         tokens=sum(meta.tokens for meta in metas),
         max_token_id=max(meta.max_token_id for meta in metas),
         input_bytes=sum(meta.input_bytes for meta in metas),
-        skipped=dict(sorted(skipped.items())),
+        records=sum(meta.records for meta in metas),
+        skipped=dict(sorted(counted["skipped"].items())),
+        formats=dict(sorted(counted["formats"].items())),
+        changed=dict(sorted(counted["changed"].items())),
         made_by=None,
         shard=None,
         part_of=None,
