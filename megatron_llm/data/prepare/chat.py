@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from megatron_llm.data.indexed import NOT_TRAINED, ROLE_MASK, ROLES, token_dtype
 from megatron_llm.data.prepare.chunks import Chunk, check_unicode
-from megatron_llm.data.prepare.conversations import Conversation, Document, Segments, Tokens
+from megatron_llm.data.prepare.documents import Conversation, Document, Segments, Tokens
 from megatron_llm.data.prepare.inputs import describe_inputs, find_inputs
 from megatron_llm.data.prepare.mapping import describe_mapping
 from megatron_llm.data.prepare.pipeline import JOURNAL_SECONDS, Encoded, Pipeline, Summary, digest

@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_llm.data.prepare.chunks import Chunk, InputFile, Skipped, is_record, record_json, record_text
-from megatron_llm.data.prepare.conversations import ALIASES, FORMATS, Conversation, Document, Found, decoded, recognize
+from megatron_llm.data.prepare.conversations import ALIASES, FORMATS, decoded, recognize
+from megatron_llm.data.prepare.documents import Conversation, Document, Found
 from megatron_llm.data.prepare.inputs import read_chunks
 from megatron_llm.data.prepare.mapping import Mapping, read_mapping
 from megatron_llm.data.prepare.pipeline import Encoded

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from megatron_llm.data.prepare.conversations import Conversation, Document
+from megatron_llm.data.prepare.documents import Conversation, Document
 from megatron_llm.data.prepare.turns import Message
 
 FLIP = "Write the question or request that the following text is the reply to."
