@@ -75,7 +75,7 @@ SAMPLES: dict[str, list[tuple[dict[str, Any], list[Any]]]] = {
           "messages": say("u: Q", "a: A"), "score_chosen": 9.0}, qa()),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Q1"}, {"type": "text", "text": "Q2"}]},
                        *say("a: A")]}, qa("Q1Q2")),
-        ({"messages": say("a: first", "u: Q", "u: R", "a: A")}, [say("a: first", "u: Q", "u: R", "a: A")]),
+        ({"messages": say("u: Q", "u: R", "a: A", "a: B")}, [say("u: Q", "u: R", "a: A", "a: B")]),
     ],
     "sharegpt": [
         ({"id": "x_0", "conversations": [turn("human", "Q"), turn("gpt", "A"), turn("user", "R"), turn("chatgpt", "B")]},
