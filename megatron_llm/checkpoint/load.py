@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from megatron_llm.checkpoint.manifest import MANIFEST, Manifest, StoredTensor, read_manifest
-from megatron_llm.config import ModelConfig
+from megatron_llm.config import ModelConfig, PeftConfig
+from megatron_llm.config.peft import LORA_A
+from megatron_llm.models.lora import MergedWeights
 from megatron_llm.ops.safetensors import SafetensorsFile, file_checksum
 from megatron_llm.ops.storage import Folder, open_folder
 from megatron_llm.ops.tensor_file import TensorInfo, torch_dtype
-from megatron_llm.parallel.shard import Box, Part
+from megatron_llm.parallel.shard import Box, Part, TypedSource
 
 
 class Checkpoint:
@@ -90,8 +92,19 @@ class Checkpoint:
         """Logical name -> dtype and shape of every tensor of a kind. Raises ValueError for a kind that was not saved."""
         return {name: TensorInfo(tensor.dtype, tensor.shape) for name, tensor in self._stored(kind).items()}
 
-    def source(self, kind: str) -> CheckpointSource:
-        """The tensors of a kind by rectangle. Raises ValueError for a kind that was not saved."""
+    def source(self, kind: str) -> TypedSource:
+        """The weights of the model, or their average, by rectangle: adapters are merged into them.
+
+        Raises ValueError for a kind that was not saved.
+        """
+        state = self.state(kind)
+        adapted = [name.removesuffix(LORA_A) for name in self._stored(kind) if name.endswith(LORA_A)]
+        if not adapted or kind not in ("weights", "ema"):
+            return state
+        return MergedWeights(state, adapted, PeftConfig(**self.config["peft"]))
+
+    def state(self, kind: str) -> CheckpointSource:
+        """The tensors of a kind as they were saved, for the run that goes on. Raises ValueError like `source`."""
         return CheckpointSource(self, kind, self._stored(kind))
 
     @property

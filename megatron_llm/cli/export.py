@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import argparse
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_llm.cli.shards import add_shard, share_of, unfinished
+
+if TYPE_CHECKING:
+    from megatron_llm.checkpoint import Checkpoint
+    from megatron_llm.hf.together import Share
 
 HELP = "write a checkpoint as a Hugging Face folder or a Megatron checkpoint"
 
@@ -28,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=_DTYPES,
         help="dtype of all tensors; default: as in the folder the run started from, else the run's own",
+    )
+    parser.add_argument(
+        "--adapter", action="store_true", help="of a run with LoRA: the adapters alone, as PEFT keeps them; default: merged"
     )
     parser.add_argument("--ema", action="store_true", help="the average of the weights that optimizer.ema_decay kept")
     parser.add_argument("--shard-size", type=parse_size, default="5GB", metavar="SIZE", help="largest file (default: 5GB)")
@@ -72,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"{checkpoint.folder} has no average of the weights: it was trained without optimizer.ema_decay; leave out --ema"
         )
+    if args.adapter:
+        return _export_adapter(args, checkpoint, share)
     options: dict[str, Any] = {
         "dtype": _DTYPES[args.dtype] if args.dtype else None,
         "default_dtype": checkpoint.export_dtype,
@@ -90,4 +99,36 @@ def run(args: argparse.Namespace) -> int:
     export = export_megatron if args.to == "megatron" else export_hf
     files = export(source, model, checkpoint.assets, args.output, **options)
     print(f"{checkpoint.folder} -> {args.output}: {', '.join(files)}" if files else unfinished(args.output, share))
+    return 0
+
+
+def _export_adapter(args: argparse.Namespace, checkpoint: Checkpoint, share: Share) -> int:
+    """Write the adapters of a checkpoint. Raises ValueError if it has none, or if more than adapters was trained."""
+    from megatron_llm.config import OptimizerConfig, PeftConfig
+    from megatron_llm.hf import export_adapter
+    from megatron_llm.models.names import logical_tensors
+    from megatron_llm.optim.rules import is_frozen
+
+    if args.to == "megatron" or share.count > 1 or args.make_vocab_size_divisible_by is not None:
+        raise ValueError("--adapter writes one small folder in PEFT's format: it goes with one process and --to hf")
+    config, model = checkpoint.config, checkpoint.model
+    if not config.get("peft"):
+        raise ValueError(f"{checkpoint.folder} was not trained with LoRA: leave out --adapter")
+    optimizer = OptimizerConfig(**config["optimizer"])
+    if trained := [name for name, _ in logical_tensors(model) if not is_frozen(name, optimizer, adapters=True)]:
+        raise ValueError(
+            f"optimizer.rules had {len(trained)} weights trained beside the adapters ({trained[0]}, ...), which a folder of "
+            "adapters has no place for; leave out --adapter, which exports the whole model"
+        )
+    files = export_adapter(
+        checkpoint.state("ema" if args.ema else "weights"),
+        model,
+        PeftConfig(**config["peft"]),
+        checkpoint.assets,
+        args.output,
+        base=config["model"]["hf"],
+        dtype=_DTYPES[args.dtype] if args.dtype else None,
+        overwrite=args.overwrite,
+    )
+    print(f"{checkpoint.folder} -> {args.output}: {', '.join(files)}")
     return 0

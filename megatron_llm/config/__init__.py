@@ -7,6 +7,8 @@ settings from the `Config` object that is passed to it; nothing reads environmen
 from megatron_llm.config.load import ConfigError, parse_config, read_raw_config, sentences
 from megatron_llm.config.model import ModelConfig, RopeScalingConfig, with_present_names
 from megatron_llm.config.optimization import LrScheduleConfig, OptimizerConfig, ParameterRuleConfig, PrecisionConfig
+from megatron_llm.config.peft import PeftConfig
+from megatron_llm.config.regularization import RegularizationConfig
 from megatron_llm.config.schema import (
     BatchSizeRampupConfig,
     CheckpointConfig,
@@ -34,7 +36,9 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "ParameterRuleConfig",
+    "PeftConfig",
     "PrecisionConfig",
+    "RegularizationConfig",
     "RopeScalingConfig",
     "SourceConfig",
     "TrainingConfig",

@@ -13,6 +13,8 @@ from pydantic import Field, model_validator
 
 from megatron_llm.config.model import ModelConfig
 from megatron_llm.config.optimization import LrScheduleConfig, OptimizerConfig, PrecisionConfig
+from megatron_llm.config.peft import PeftConfig
+from megatron_llm.config.regularization import RegularizationConfig
 from megatron_llm.config.section import PositiveInt, Section
 
 
@@ -82,6 +84,33 @@ class SourceConfig(Section):
         return self
 
 
+class ConversationAugmentConfig(Section):
+    """Conversations of training that variants replace, for the whole run: data sets beside theirs that `preprocess-chat` makes.
+
+    Attributes:
+        rates: those that are not 0, by the name of the variant.
+    """
+
+    flip: float = Field(default=0.0, ge=0, le=1, description="share from whose reply the question is learned")
+    predict_instruction: float = Field(
+        default=0.0, ge=0, le=1, description="share from whose question and reply the instruction is learned"
+    )
+    seed: int | None = Field(default=None, ge=0, lt=2**31, description="chooses them; training.seed if unset")
+
+    @property
+    def rates(self) -> dict[str, float]:
+        rates = {"flip": self.flip, "predict_instruction": self.predict_instruction}
+        return {name: rate for name, rate in rates.items() if rate}
+
+    @model_validator(mode="after")
+    def _rates_are_shares(self) -> ConversationAugmentConfig:
+        if sum(self.rates.values()) > 1:
+            raise ValueError(f"flip {self.flip} and predict_instruction {self.predict_instruction} are more than all; lower one")
+        if self.seed is not None and not self.rates:
+            raise ValueError(f"seed {self.seed} chooses nothing while all rates are 0; set one, or remove it")
+        return self
+
+
 class DataConfig(Section):
     """Where tokens come from and how they become rows of `training.sequence_length`."""
 
@@ -95,10 +124,11 @@ class DataConfig(Section):
         "cut only if it is longer than a row); chat: best_fit, in_order or none (one conversation a row). auto, or what a kind "
         "does not know: concat for pretrain, best_fit for chat",
     )
-    order: Literal["shuffled", "file", "megatron"] = Field(
+    order: Literal["shuffled", "file", "short_to_long", "megatron"] = Field(
         default="shuffled",
-        description="of training rows. megatron: the rows of Megatron's GPTDataset in its order, for a run that moves here; "
-        "depends on training.steps, which must not change during the run",
+        description="of training rows. short_to_long: every epoch from short conversations to long ones, packed in_order or "
+        "none, so that a row has like lengths. megatron: the rows of Megatron's GPTDataset in its order, for a run that moves "
+        "here; depends on training.steps, which must not change during the run",
     )
     megatron_split: str = Field(
         default="1,0,0", description="order megatron: the shares of training, validation and test that the run was made with"
@@ -108,10 +138,23 @@ class DataConfig(Section):
         description="packing concat: does the last token of a document learn to predict the first of the next? "
         "auto: masked with training.document_isolation, else trained",
     )
-    train_on: Literal["assistant", "all"] = Field(
-        default="assistant", description="chat: which tokens carry loss (validation: always assistant)"
+    train_on: Literal["assistant", "all", "last_assistant"] = Field(
+        default="assistant",
+        description="chat: which tokens carry loss: those of replies, of the last reply, or all; never those of messages with "
+        "train: false (validation: always replies, whatever the messages weigh)",
     )
-    overlong: Literal["error", "drop", "truncate"] = Field(default="error", description="chat: conversations longer than a row")
+    prompt_loss_weight: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="chat: loss weight of tokens that train_on does not name: of system, user, tool, template, and of replies "
+        "before the last one with last_assistant",
+    )
+    overlong: Literal["error", "drop", "truncate", "split_turns"] = Field(
+        default="error",
+        description="chat: those longer than a row. split_turns: cut where a user speaks, with BOS and system message repeated",
+    )
+    conversation_augment: ConversationAugmentConfig = ConversationAugmentConfig()
 
     @model_validator(mode="after")
     def _shares_are_comparable(self) -> DataConfig:
@@ -124,6 +167,15 @@ class DataConfig(Section):
         for index, source in enumerate(self.valid):
             if source.weight is not None or source.epochs is not None:
                 raise ValueError(f"valid.{index} has weight or epochs, but a validation set is read once, by itself; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _prompts_have_one_weight(self) -> DataConfig:
+        if self.prompt_loss_weight and self.train_on == "all":
+            raise ValueError(
+                f"prompt_loss_weight {self.prompt_loss_weight} says what train_on all says with 1: remove it, or set train_on to "
+                f"assistant"
+            )
         return self
 
 
@@ -166,6 +218,7 @@ class TrainingConfig(Section):
         description="of recompute: selective. attention: rotation, scores and their product with the values; norms: what "
         "normalized inputs of the projections are; activation: the product of gate and up",
     )
+    regularization: RegularizationConfig = RegularizationConfig()
     max_skipped_steps: int = Field(
         default=50, ge=0, description="steps in a row without a finite loss or gradient that end the run; 0: never"
     )
@@ -285,6 +338,7 @@ class Config(Section):
     optimizer: OptimizerConfig
     lr_schedule: LrScheduleConfig = LrScheduleConfig()
     precision: PrecisionConfig = PrecisionConfig()
+    peft: PeftConfig | None = None
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     kernels: KernelsConfig = KernelsConfig()

@@ -1,8 +1,8 @@
 """Which source the next row comes from: a short periodic table that keeps every prefix within one row of its share.
 
-Weights are rounded to k/65536. Within a period, rows are dealt by Tijdeman's rule for the chairman assignment problem
-(R. Tijdeman, "The chairman assignment problem", Discrete Mathematics 32, 1980): with s sources, after any number t of
-rows source j has given at most 1 - 1/(2s - 2) rows more or less than share_j * t. Called by `stream.py`.
+Weights are whole numbers of at most 65,536 in all, or rounded to k/65536. Within a period, rows are dealt by Tijdeman's rule for
+the chairman assignment problem (R. Tijdeman, "The chairman assignment problem", Discrete Mathematics 32, 1980): with s sources,
+after any number t of rows source j has given at most 1 - 1/(2s - 2) rows more or less than share_j * t. Called by `stream.py`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Blend:
 
     def __init__(self, weights: Sequence[float]):
         """`weights`: positive, any scale. Raises ValueError beyond 65,536 sources."""
-        counts = round_weights(weights)
+        counts = whole_weights(weights)
         common = math.gcd(*counts)
         self.counts = [count // common for count in counts]
         self.period = sum(self.counts)
@@ -44,6 +44,13 @@ class Blend:
         turn, index = divmod(row, self.period)
         source = int(self._sources[index])
         return source, turn * self.counts[source] + int(self._numbers[index])
+
+
+def whole_weights(weights: Sequence[float]) -> list[int]:
+    """The weights as integers of sum at most RESOLUTION: themselves where they are, so that nothing is rounded."""
+    if all(weight > 0 and float(weight).is_integer() for weight in weights) and sum(weights) <= RESOLUTION:
+        return [int(weight) for weight in weights]
+    return round_weights(weights)
 
 
 def round_weights(weights: Sequence[float]) -> list[int]:

@@ -43,36 +43,45 @@ class Packing:
         return self.items[self.starts[number] : self.starts[number + 1]]
 
 
-def pack(lengths: npt.NDArray[Any], sequence_length: int, method: Method, seed: int, epoch: int, group: int = GROUP) -> Packing:
+def pack(
+    lengths: npt.NDArray[Any],
+    sequence_length: int,
+    method: Method,
+    seed: int,
+    epoch: int,
+    group: int = GROUP,
+    rising: bool = False,
+) -> Packing:
     """Pack items of `lengths` [n] (each 1 to sequence_length) into rows.
 
     `best_fit`: best-fit-decreasing in groups of `group` items. `in_order`: items keep their order, a row is closed when the
-    next item does not fit (next-fit). `none`: one item a row. Raises ValueError if an item does not fit a row.
+    next item does not fit (next-fit). `none`: one item a row. With `rising`, which is not for `best_fit`, the items are taken
+    from the short ones to the long ones. Raises ValueError if an item does not fit a row.
     """
     if len(lengths) and (lengths.max() > sequence_length or lengths.min() < 1):
         item = int(np.argmax((lengths > sequence_length) | (lengths < 1)))
         raise ValueError(f"item {item} has {lengths[item]} tokens; a row holds 1 to {sequence_length}")
-    if method == "none":
-        return Packing(np.arange(len(lengths)), np.arange(len(lengths) + 1))
-    if method == "in_order":
-        return Packing(np.arange(len(lengths)), _next_fit(lengths, sequence_length))
+    if method != "best_fit":
+        order = _by_length(lengths.astype(np.int64), hash64(seed, epoch)) if rising else np.arange(len(lengths))
+        ends = np.arange(len(lengths) + 1) if method == "none" else _next_fit(lengths[order], sequence_length)
+        return Packing(order, ends)
+    assert not rising, "best-fit puts short items beside long ones"
     items, starts = [], [np.zeros(1, np.int64)]
     for number, first in enumerate(range(0, len(lengths), group)):
         part = lengths[first : first + group].astype(np.int64)
-        order = _shuffled_from_long_to_short(part, hash64(seed, epoch, number))
+        order = _by_length(int(part.max()) - part, hash64(seed, epoch, number))  # falling
         bins = best_fit_decreasing(part[order], sequence_length)
         items.append(first + order[_stable_argsort(bins.astype(np.uint64))])
         starts.append(first + np.cumsum(np.bincount(bins)))
     return Packing(np.concatenate(items) if items else np.empty(0, np.int64), np.concatenate(starts))
 
 
-def _shuffled_from_long_to_short(lengths: Array, key: int) -> Array:
-    """Items by falling length, those of equal length in a random order that belongs to `key`."""
-    longest = int(lengths.max())
-    random_bits = 64 - longest.bit_length() - len(lengths).bit_length()
+def _by_length(lengths: Array, key: int) -> Array:
+    """Items by rising length, those of equal length in a random order that belongs to `key`."""
+    random_bits = 64 - int(lengths.max(initial=0)).bit_length() - len(lengths).bit_length()
     # Raw bits, because numpy promises their stability across versions and not that of Generator's methods.
     random = np.random.Philox(key=key).random_raw(len(lengths)) >> np.uint64(64 - random_bits)
-    return _stable_argsort((longest - lengths).astype(np.uint64) << np.uint64(random_bits) | random)
+    return _stable_argsort(lengths.astype(np.uint64) << np.uint64(random_bits) | random)
 
 
 def _stable_argsort(keys: npt.NDArray[np.uint64]) -> Array:

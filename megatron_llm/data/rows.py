@@ -1,26 +1,26 @@
-"""Rows of one source: what row number n of a pretraining, chat or synthetic data set is.
+"""Rows of one source: what row number n of a pretraining, packed or synthetic data set is.
 
 Each class is an endless pure function `row(n) -> Row`; n // rows_per_epoch is the epoch. Nothing is kept between calls
-but caches, so ranks agree without talking and a resumed run needs only the number of rows consumed. `stream.py`
-blends sources and turns rows into `Batch`es.
+but caches, so ranks agree without talking and a resumed run needs only the number of rows consumed. `chat_rows.py` says
+what is packed of conversations; `stream.py` blends sources and turns rows into `Batch`es.
 
 S is `training.sequence_length`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_llm.data.indexed import NOT_TRAINED, ROLE_MASK, ROLES, IndexedDataset
+from megatron_llm.data.indexed import IndexedDataset
 from megatron_llm.data.order import permutation
 from megatron_llm.data.packing import Method, Packing, pack
 
 IntArray = npt.NDArray[np.int64]
+Order = Literal["shuffled", "file", "short_to_long"]
 
 
 @dataclass(frozen=True)
@@ -113,44 +113,46 @@ class PretrainRows:
         return np.concatenate((self._dataset.boundaries(start, self._total), [self._total], around))
 
 
-@dataclass(frozen=True)
-class Pieces:
-    """What is packed: stretches of the token file that become segments of a row.
+class Piece(NamedTuple):
+    """A segment of a row: `tokens` int64 [n], of which the first p predict `labels` int64 [p] with `weights` [p], p <= n, and the
+    others nothing. `roles`: who speaks each label, uint8 [p], None where nobody is known to."""
+
+    tokens: IntArray
+    labels: IntArray
+    weights: npt.NDArray[np.float32]
+    roles: npt.NDArray[np.uint8] | None = None
+
+
+class Pieces(Protocol):
+    """What is packed: stretches of token files that become segments of a row, by number.
 
     Attributes:
-        begins, lengths: int64 [n] token offset and int32 [n] number of tokens, 1 to S, of each piece.
-        continued: bool [n], the document goes on after the piece, so the piece's last token predicts its next token.
+        lengths: int32 [n] tokens of each, 1 to S.
+        have_roles: whether they say who speaks.
         summary: a phrase about what they are; note: one about what was dropped or cut.
     """
 
-    begins: IntArray
     lengths: npt.NDArray[np.int32]
-    continued: npt.NDArray[np.bool_]
+    have_roles: bool
     summary: str
     note: str
+
+    def read(self, piece: int) -> Piece: ...
 
 
 class PackedRows:
     """Packed pieces of documents or conversations: each is a segment of its own, and none predicts another's token.
 
-    Every piece is in exactly one row of an epoch. What is left of a row is a segment of weight 0. A process holds 21 bytes
-    a piece, 29 from the second epoch of shuffled best-fit on. Making the pieces takes about 80 bytes each for a moment, and
-    packing some 50 for each of at most 2^24 pieces at a time.
+    Every piece is in exactly one row of an epoch. What is left of a row is a segment of weight 0. Of the order `short_to_long`
+    rows hold pieces of like length, and an epoch goes from the short ones to the long ones.
+
+    Beside the pieces a process holds 8 bytes for each, 16 from the second epoch on where epochs differ. Packing takes some 50
+    for each of at most 2^24 pieces at a time.
     """
 
-    def __init__(
-        self,
-        dataset: IndexedDataset,
-        pieces: Pieces,
-        sequence_length: int,
-        seed: int,
-        shuffled: bool,
-        packing: Method,
-        trained: Callable[[int, int], npt.NDArray[Any]],
-    ):
-        """`trained(begin, end)`: weights of the predictions of tokens begin to end of the file, [end - begin]."""
-        self._dataset, self._pieces, self._length, self._seed = dataset, pieces, sequence_length, seed
-        self._shuffled, self._method, self._trained = shuffled, packing, trained
+    def __init__(self, pieces: Pieces, sequence_length: int, seed: int, order: Order, packing: Method):
+        self._pieces, self._length, self._seed = pieces, sequence_length, seed
+        self._order, self._method = order, packing
         self._packings: dict[int, Packing] = {}
 
     @property
@@ -164,35 +166,33 @@ class PackedRows:
 
     def _packing(self, epoch: int) -> Packing:
         """Cached: a batch at the turn of an epoch needs two of them."""
-        epoch = epoch if self._method == "best_fit" and self._shuffled else 0
+        rising = self._order == "short_to_long"
+        epoch = epoch if rising or (self._method == "best_fit" and self._order == "shuffled") else 0
         if epoch not in self._packings:
             while len(self._packings) > 1:
                 del self._packings[next(iter(self._packings))]
-            self._packings[epoch] = pack(self._pieces.lengths, self._length, self._method, self._seed, epoch)
+            self._packings[epoch] = pack(self._pieces.lengths, self._length, self._method, self._seed, epoch, rising=rising)
         return self._packings[epoch]
 
     def row(self, number: int) -> Row:
         """Raises ValueError naming file and byte of an id outside the vocabulary."""
         epoch, index = divmod(number, self.rows_per_epoch)
-        if self._shuffled:
+        if self._order == "shuffled":
             index = permutation(self.rows_per_epoch, self._seed, epoch)(index)
         tokens = np.zeros(self._length, np.int64)
         labels = np.zeros(self._length, np.int64)
         weights = np.zeros(self._length, np.float32)
-        roles = None if self._dataset.roles is None else np.zeros(self._length, np.uint8)
+        roles = np.zeros(self._length, np.uint8) if self._pieces.have_roles else None
         starts, at = [], 0
-        items = self._packing(epoch).row(index)
-        begins, lengths, continued = self._pieces.begins[items], self._pieces.lengths[items], self._pieces.continued[items]
-        for begin, count, more in zip(begins.tolist(), lengths.tolist(), continued.tolist(), strict=True):
-            ids = self._dataset.read(begin, count + more)
-            tokens[at : at + count] = ids[:count]
-            predictions = slice(at, at + len(ids) - 1)
-            labels[predictions] = ids[1:]
-            weights[predictions] = self._trained(begin + 1, begin + len(ids))
-            if roles is not None and self._dataset.roles is not None:
-                roles[predictions] = self._dataset.roles[begin + 1 : begin + len(ids)] & ROLE_MASK
+        for item in self._packing(epoch).row(index).tolist():
+            piece = self._pieces.read(item)
+            tokens[at : at + len(piece.tokens)] = piece.tokens
+            predictions = slice(at, at + len(piece.labels))
+            labels[predictions], weights[predictions] = piece.labels, piece.weights
+            if roles is not None and piece.roles is not None:
+                roles[predictions] = piece.roles
             starts.append(at)
-            at += count
+            at += len(piece.tokens)
         if at < self._length:
             starts.append(at)
         return Row(tokens, labels, weights, np.asarray(starts, np.int64), roles)
@@ -202,94 +202,42 @@ def document_rows(dataset: IndexedDataset, sequence_length: int, seed: int, shuf
     """Best-fit packing of pretraining documents (Ding et al., "Fewer Truncations Improve Language Modeling", ICML 2024).
 
     Only a document longer than a row is cut: into full rows and a rest. Unlike `PretrainRows`, which needs no memory for a
-    document, this holds an index of all pieces (see `PackedRows`): for up to some hundred million documents.
+    document, this holds an index of all pieces (see `DocumentPieces`): for up to some hundred million documents.
     Raises ValueError for a data set without tokens.
     """
-    pieces = _document_pieces(dataset, sequence_length)
-    return PackedRows(dataset, pieces, sequence_length, seed, shuffled, "best_fit", _all_tokens)
+    pieces = DocumentPieces(dataset, sequence_length)
+    return PackedRows(pieces, sequence_length, seed, "shuffled" if shuffled else "file", "best_fit")
 
 
-def _document_pieces(dataset: IndexedDataset, sequence_length: int) -> Pieces:
-    offsets = dataset.document_offsets()
-    lengths = np.diff(offsets)
-    counts = -(-lengths // sequence_length)  # pieces of each document; none of an empty one
-    ends = np.cumsum(counts)
-    if not len(ends) or not ends[-1]:
-        raise ValueError(f"{dataset.prefix} has no tokens; preprocess again")
-    document = np.repeat(np.arange(len(lengths)), counts)
-    number = np.arange(ends[-1]) - (ends - counts)[document]  # of the piece within its document
-    begins = offsets[document] + number * sequence_length
-    left = offsets[document + 1] - begins
-    cut = int((counts > 1).sum())
-    crossing = (offsets[:-1] // sequence_length != (offsets[1:] - 1) // sequence_length) & (lengths > 0)
-    return Pieces(
-        begins,
-        np.minimum(left, sequence_length).astype(np.int32),
-        left > sequence_length,
-        f"{dataset.documents:,} documents, {len(dataset.tokens):,} tokens,",
-        f", {cut:,} documents cut (packing concat cuts {int(crossing.sum()):,})",
-    )
+class DocumentPieces:
+    """Documents, those longer than S tokens cut. 13 bytes a piece; making them takes about 80 for a moment."""
 
+    have_roles = False
 
-def chat_rows(
-    dataset: IndexedDataset,
-    sequence_length: int,
-    seed: int,
-    shuffled: bool,
-    packing: Method,
-    train_on: Literal["assistant", "all"],
-    overlong: Literal["error", "drop", "truncate"],
-) -> PackedRows:
-    """Packed conversations, never cut, unless the user asks for `overlong: truncate`.
+    def __init__(self, dataset: IndexedDataset, sequence_length: int):
+        """Raises ValueError for a data set without tokens."""
+        offsets = dataset.document_offsets()
+        lengths = np.diff(offsets)
+        counts = -(-lengths // sequence_length)  # pieces of each document; none of an empty one
+        ends = np.cumsum(counts)
+        if not len(ends) or not ends[-1]:
+            raise ValueError(f"{dataset.prefix} has no tokens; preprocess again")
+        document = np.repeat(np.arange(len(lengths)), counts)
+        number = np.arange(ends[-1]) - (ends - counts)[document]  # of the piece within its document
+        self._dataset = dataset
+        self._begins = offsets[document] + number * sequence_length
+        left = offsets[document + 1] - self._begins
+        self.lengths = np.minimum(left, sequence_length).astype(np.int32)
+        self._continued = left > sequence_length  # the piece's last token predicts the document's next one
+        cut = int((counts > 1).sum())
+        crossing = (offsets[:-1] // sequence_length != (offsets[1:] - 1) // sequence_length) & (lengths > 0)
+        self.summary = f"{dataset.documents:,} documents, {len(dataset.tokens):,} tokens,"
+        self.note = f", {cut:,} documents cut (packing concat cuts {int(crossing.sum()):,})"
 
-    Raises ValueError without role bytes, for a record longer than S if `overlong` is "error", or if none is left.
-    """
-    if dataset.roles is None:
-        raise ValueError(
-            f"{dataset.prefix}.roles.bin does not exist, so nobody knows which tokens to train; "
-            f"make chat data with `megatron-llm preprocess-chat`, or set data.kind: pretrain"
-        )
-    roles = dataset.roles
-
-    def replies(begin: int, end: int) -> npt.NDArray[np.bool_]:
-        return (roles[begin:end] & (ROLE_MASK | NOT_TRAINED)) == ROLES["assistant"]
-
-    pieces = _conversation_pieces(dataset, sequence_length, overlong)
-    trained = _all_tokens if train_on == "all" else replies
-    return PackedRows(dataset, pieces, sequence_length, seed, shuffled, packing, trained)
-
-
-def _conversation_pieces(dataset: IndexedDataset, sequence_length: int, overlong: str) -> Pieces:
-    offsets = dataset.document_offsets()
-    lengths = np.diff(offsets)
-    too_long = lengths > sequence_length
-    count = int(too_long.sum())
-    if count and overlong == "error":
-        first = int(np.argmax(too_long))
-        raise ValueError(
-            f"{dataset.prefix}: record {first} (counted from 0) has {lengths[first]} tokens, more than "
-            f"training.sequence_length {sequence_length}; {count} of {len(lengths)} records are too long, "
-            f"the longest has {lengths.max()}. Raise training.sequence_length, or set data.overlong to drop or truncate"
-        )
-    keep = (lengths > 0) & ~(too_long & (overlong == "drop"))
-    kept = int(keep.sum())
-    if not kept:
-        raise ValueError(
-            f"{dataset.prefix} has no conversation of 1 to training.sequence_length {sequence_length} tokens "
-            f"({count} of {len(lengths)} are longer and data.overlong is {overlong})"
-        )
-    done = {"drop": "dropped", "truncate": "cut"}.get(overlong)
-    return Pieces(
-        offsets[:-1][keep],
-        np.minimum(lengths[keep], sequence_length).astype(np.int32),
-        np.zeros(kept, bool),  # what is cut off is not predicted either
-        f"{kept:,} conversations",
-        f", {count:,} longer than {sequence_length} tokens {done}" if count else "",
-    )
-
-
-def _all_tokens(begin: int, end: int) -> npt.NDArray[Any]:
-    return np.ones(end - begin, bool)
+    def read(self, piece: int) -> Piece:
+        count = int(self.lengths[piece])
+        ids = self._dataset.read(int(self._begins[piece]), count + bool(self._continued[piece]))
+        return Piece(ids[:count], ids[1:], np.ones(len(ids) - 1, np.float32))
 
 
 class SyntheticRows:

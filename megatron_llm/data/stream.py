@@ -10,25 +10,33 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import xxhash
 
 from megatron_llm.config import Config, SourceConfig
-from megatron_llm.data.blend import RESOLUTION, Blend, round_weights
+from megatron_llm.data.blend import Blend, whole_weights
 from megatron_llm.data.indexed import DatasetMeta, IndexedDataset
-from megatron_llm.data.megatron_order import MegatronBlend, MegatronRows, source_samples
-from megatron_llm.data.order import hash64
-from megatron_llm.data.packing import Method
-from megatron_llm.data.rows import PretrainRows, Row, RowSource, SyntheticRows, chat_rows, document_rows
+from megatron_llm.data.megatron_order import MegatronBlend
+from megatron_llm.data.rows import Row, RowSource, SyntheticRows
+from megatron_llm.data.sources import (
+    PACKINGS,
+    PRETRAIN_PACKINGS,
+    blend_weights,
+    blends_as_megatron,
+    kind_of,
+    name_of,
+    open_source,
+    open_variants,
+    planned_rows,
+    rows_of_epochs,
+    train_rows,
+    valid_rows,
+)
 from megatron_llm.ops.batch import Batch
 
-PRETRAIN_PACKINGS = {"auto": "concat", "concat": "concat", "best_fit": "best_fit"}  # what data.packing may say -> what is done
-CHAT_PACKINGS: dict[str, Method] = {"auto": "best_fit", "best_fit": "best_fit", "in_order": "in_order", "none": "none"}
-PACKINGS = {"pretrain": PRETRAIN_PACKINGS.keys(), "chat": CHAT_PACKINGS.keys()}
 SYNTHETIC_ROWS = 1 << 40  # rows before the training stream of random tokens would repeat
 VALIDATION_SEED = 1 << 32  # added to the seed, which is below 2^31
 LARGEST_ROUNDING = 0.1  # a source's share of the rows may differ from what was asked for by this part of it
@@ -113,13 +121,15 @@ def build_train_stream(config: Config) -> TokenStream:
     assert config.training.steps >= 0, "training.steps: -1 is resolved before anything else"
     sources = {}
     for index, source in enumerate(data.train):
-        dataset = _open(config, source)
-        sources[f"{index}. {_name(source)}" if len(data.train) > 1 else _name(source)] = _train_rows(config, index, dataset)
+        dataset, variants = open_source(config, source), open_variants(config, source)
+        name = f"{index}. {name_of(source)}" if len(data.train) > 1 else name_of(source)
+        sources[name] = train_rows(config, index, dataset, variants)
         if data.order != "file":
-            dataset.expect_random_reads()
-    weights = _weights(config, list(sources.values()))
-    planned = _planned_rows(config)
-    blend: Blend | MegatronBlend = MegatronBlend(weights, planned) if _blends_as_megatron(config) else Blend(weights)
+            for each in (dataset, *variants.values()):
+                each.expect_random_reads()
+    weights = blend_weights(config, list(sources.values()))
+    planned = planned_rows(config)
+    blend: Blend | MegatronBlend = MegatronBlend(weights, planned) if blends_as_megatron(config) else Blend(weights)
     return TokenStream(sources, blend, length, planned_rows=planned)
 
 
@@ -132,11 +142,17 @@ def describe_data(config: Config) -> dict[str, Any]:
         return {}
     described = []
     for source in config.data.train:
-        dataset = _open(config, source)
-        tokenizer = dataset.meta.tokenizer_fingerprint if dataset.meta else None
-        counts = {"documents": dataset.documents, "tokens": len(dataset.tokens)}
-        described.append({**counts, "tokenizer_fingerprint": tokenizer, "sample": _sample(dataset)})
+        found = _describe(open_source(config, source))
+        if variants := open_variants(config, source):
+            found["variants"] = {name: _describe(dataset) for name, dataset in variants.items()}
+        described.append(found)
     return {"data": {"train": described}}
+
+
+def _describe(dataset: IndexedDataset) -> dict[str, Any]:
+    tokenizer = dataset.meta.tokenizer_fingerprint if dataset.meta else None
+    counts = {"documents": dataset.documents, "tokens": len(dataset.tokens)}
+    return {**counts, "tokenizer_fingerprint": tokenizer, "sample": _sample(dataset)}
 
 
 def _sample(dataset: IndexedDataset) -> str:
@@ -162,8 +178,8 @@ def build_valid_streams(config: Config) -> dict[str, TokenStream]:
         rows = SyntheticRows(config.model.vocab_size, length, seed + VALIDATION_SEED, isolation, config.training.eval_rows)
         return {"synthetic": TokenStream({"synthetic": rows}, Blend([1.0]), length, endless=False)}
     return {
-        _name(source): TokenStream(
-            {_name(source): _valid_rows(config, source, _open(config, source))}, Blend([1.0]), length, endless=False
+        name_of(source): TokenStream(
+            {name_of(source): valid_rows(config, source, open_source(config, source))}, Blend([1.0]), length, endless=False
         )
         for source in config.data.valid
     }
@@ -174,42 +190,43 @@ def steps_of_epochs(config: Config) -> int:
     rows = Fraction(0)
     for index, source in enumerate(config.data.train):
         assert source.epochs is not None
-        # As written: 0.29 epochs of 100 rows are 29 rows, though 0.29 * 100 is 28.999999999999996.
-        rows += Fraction(str(source.epochs)) * _train_rows(config, index, _open(config, source)).rows_per_epoch
+        read = train_rows(config, index, open_source(config, source), open_variants(config, source))
+        rows += rows_of_epochs(source.epochs, read)
     return config.training.steps_within(int(rows))
 
 
 def check_data(config: Config) -> list[str]:
     """Every problem with the data, one sentence each; none means the streams can be built. Raises nothing, reads little:
-    headers, the index of data that is packed, and all tokens only where no meta file knows the largest id."""
+    headers, the index of data that is packed, role bytes, and all tokens only where no meta file knows the largest id."""
     if config.data.kind == "synthetic":
-        return []
+        return _chat_problems(config)
     problems = _setting_problems(config)
     sources: list[RowSource] = []
     metas: dict[str, DatasetMeta] = {}
     for where, source, index in _all_sources(config):
         try:
-            dataset = _open(config, source)
+            dataset = open_source(config, source)
             if dataset.meta is not None:
                 metas[where] = dataset.meta
-            problem = _vocabulary_problem(config, dataset)
-            problems += [f"{where}: {problem}"] if problem else []
+            variants = {} if index is None else open_variants(config, source)
+            found = (_vocabulary_problem(config, each) for each in (dataset, *variants.values()))
+            problems += [f"{where}: {problem}" for problem in found if problem]
             if index is None:
-                _valid_rows(config, source, dataset)
+                valid_rows(config, source, dataset)
             else:
-                sources.append(_train_rows(config, index, dataset))
+                sources.append(train_rows(config, index, dataset, variants))
         except (ValueError, OSError) as error:
             problems.append(f"{where}: {error}")
     problems += _tokenizer_problems(metas)
     if sources and len(sources) == len(config.data.train):
-        problems += _share_problems(config, _weights(config, sources))
+        problems += _share_problems(config, blend_weights(config, sources))
     return problems
 
 
 def _setting_problems(config: Config) -> list[str]:
     """Settings that contradict each other or say nothing, whatever the files hold."""
     data, isolation, problems = config.data, config.training.document_isolation, []
-    kinds = {_kind(config, source) for source in [*data.train, *data.valid]} or {data.kind}
+    kinds = {kind_of(config, source) for source in [*data.train, *data.valid]} or {data.kind}
     documents = PRETRAIN_PACKINGS.get(data.packing, "concat") if "pretrain" in kinds else None
     if not any(data.packing in PACKINGS[kind] for kind in kinds):
         allowed = ", ".join(dict.fromkeys(packing for kind in sorted(kinds) for packing in PACKINGS[kind]))
@@ -235,11 +252,47 @@ def _setting_problems(config: Config) -> list[str]:
             problems.append("data.order: megatron is for data.kind pretrain with packing concat; change it to shuffled")
         if any(source.epochs is not None for source in data.train):
             problems.append("data.order: megatron blends by weight; replace epochs in data.train by weight")
+    problems += _chat_problems(config)
     if not data.train:
         problems.append("data.train: lists no data set; give at least one {path: PREFIX}, or set data.kind: synthetic")
-    for name, count in Counter(_name(source) for source in data.valid).items():
+    for name, count in Counter(name_of(source) for source in data.valid).items():
         if count > 1:
             problems.append(f"data.valid: {count} sets are called {name!r}; give each its own name")
+    return problems
+
+
+def _chat_problems(config: Config) -> list[str]:
+    """Settings of conversations that say nothing, or nothing that could be done."""
+    data, problems = config.data, []
+    trained: set[str] = {data.kind}
+    kinds = trained
+    if data.kind != "synthetic":
+        trained = {kind_of(config, source) for source in data.train} or trained
+        kinds = trained | {kind_of(config, source) for source in data.valid}
+    for key, value, default in (
+        ("train_on", data.train_on, "assistant"),
+        ("prompt_loss_weight", data.prompt_loss_weight, 0.0),
+        ("conversation_augment", data.conversation_augment.rates, {}),
+    ):
+        if value != default and "chat" not in trained:
+            problems.append(
+                f"data.{key}: {value} is for conversations, and data.train has none but kind {' and '.join(sorted(trained))}; "
+                f"remove it, or set kind: chat"
+            )
+    if data.overlong != "error" and "chat" not in kinds:
+        problems.append(f"data.overlong: {data.overlong} is for conversations, and there are none; remove it, or set kind: chat")
+    if data.order == "short_to_long":
+        if trained != {"chat"}:
+            other = " and ".join(sorted(trained - {"chat"}))
+            problems.append(
+                f"data.order: short_to_long sorts conversations, and data.train has kind {other}, whose rows are all of one "
+                f"length; change it to shuffled"
+            )
+        elif data.packing == "best_fit":
+            problems.append(
+                "data.order: short_to_long needs rows of like lengths, and packing best_fit puts short conversations beside long "
+                "ones; remove data.packing, or set it to in_order or none"
+            )
     return problems
 
 
@@ -276,7 +329,7 @@ def tokenizer_sizes(config: Config) -> dict[str, tuple[str, int]]:
     """(tokenizer, how many tokens it has) by place in the config, of every data set that knows it."""
     if config.data.kind == "synthetic":
         return {}
-    found = {where: _open(config, source).meta for where, source, _ in _all_sources(config)}
+    found = {where: open_source(config, source).meta for where, source, _ in _all_sources(config)}
     return {where: (meta.tokenizer, meta.vocab_size) for where, meta in found.items() if meta is not None}
 
 
@@ -298,81 +351,16 @@ def _share_problems(config: Config, weights: list[float]) -> list[str]:
     if config.data.order == "megatron":
         return []  # its blend rounds nothing
     try:
-        counts = round_weights(weights)
+        counts = whole_weights(weights)
     except ValueError as error:
         return [f"data.train: {error}"]
-    problems, total = [], sum(weights)
+    problems, total, period = [], sum(weights), sum(counts)
     for index, (count, weight) in enumerate(zip(counts, weights, strict=True)):
         share = weight / total
-        if abs(count / RESOLUTION - share) > LARGEST_ROUNDING * share:
+        if abs(count / period - share) > LARGEST_ROUNDING * share:
             problems.append(
-                f"data.train.{index}: its share of the rows, {share:.3g}, would become {count}/{RESOLUTION} = "
-                f"{count / RESOLUTION:.3g}, more than {LARGEST_ROUNDING:.0%} off; join small data sets of one kind "
+                f"data.train.{index}: its share of the rows, {share:.3g}, would become {count}/{period} = "
+                f"{count / period:.3g}, more than {LARGEST_ROUNDING:.0%} off; join small data sets of one kind "
                 f"(`megatron-llm merge`), or give it more weight"
             )
     return problems
-
-
-def _weights(config: Config, sources: Sequence[RowSource]) -> list[float]:
-    """Weights of the sources of data.train: epochs become shares of the rows."""
-    return [
-        (source.weight or 1.0) if source.epochs is None else source.epochs * rows.rows_per_epoch
-        for source, rows in zip(config.data.train, sources, strict=True)
-    ]
-
-
-def _blends_as_megatron(config: Config) -> bool:
-    """Whether Megatron would make a blend: of several sources, and of one that has a weight, which then gets its margin."""
-    data = config.data
-    return data.order == "megatron" and (len(data.train) > 1 or data.train[0].weight is not None)
-
-
-def _planned_rows(config: Config) -> int:
-    return config.training.rows_after(max(1, config.training.steps))  # a run of 0 steps has a stream, too
-
-
-def _open(config: Config, source: SourceConfig) -> IndexedDataset:
-    return IndexedDataset(source.path, config.model.vocab_size)
-
-
-def _train_rows(config: Config, index: int, dataset: IndexedDataset) -> RowSource:
-    """Rows of data.train[index]. Raises ValueError if the data set cannot give what `data.*` wants."""
-    data, training = config.data, config.training
-    if data.order == "megatron":
-        samples = _planned_rows(config)
-        if _blends_as_megatron(config):
-            samples = source_samples([source.weight or 1.0 for source in data.train], samples)[index]
-        split, isolation = data.megatron_split, training.document_isolation
-        return MegatronRows(dataset, training.sequence_length, training.seed, samples, split, isolation, _masked(config))
-    seed = hash64(training.seed, index)
-    return _rows(config, _kind(config, data.train[index]), dataset, seed, data.order == "shuffled", data.train_on)
-
-
-def _valid_rows(config: Config, source: SourceConfig, dataset: IndexedDataset) -> RowSource:
-    return _rows(config, _kind(config, source), dataset, config.training.seed, False, "assistant")
-
-
-def _rows(
-    config: Config, kind: str, dataset: IndexedDataset, seed: int, shuffled: bool, train_on: Literal["assistant", "all"]
-) -> RowSource:
-    data, length = config.data, config.training.sequence_length
-    if kind == "chat":
-        method = CHAT_PACKINGS.get(data.packing, CHAT_PACKINGS["auto"])
-        return chat_rows(dataset, length, seed, shuffled, method, train_on, data.overlong)
-    if data.packing == "best_fit":
-        return document_rows(dataset, length, seed, shuffled)
-    return PretrainRows(dataset, length, seed, shuffled, config.training.document_isolation, _masked(config))
-
-
-def _masked(config: Config) -> bool:
-    """Whether the last token of a document is kept from learning to predict the next one's first."""
-    setting = config.data.boundary_loss
-    return config.training.document_isolation if setting == "auto" else setting == "masked"
-
-
-def _kind(config: Config, source: SourceConfig) -> str:
-    return source.kind or config.data.kind
-
-
-def _name(source: SourceConfig) -> str:
-    return source.name or Path(source.path).name

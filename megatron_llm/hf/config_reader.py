@@ -78,7 +78,8 @@ class ConfigReader:
         if not rates:
             return []
         listed = ", ".join(f"{key} {value:g}" for key, value in rates.items())
-        return [f"training applies no dropout: {listed} in config.json travels along without effect"]
+        setting = "training.regularization.hidden_dropout"
+        return [f"dropout in config.json travels along without effect: {listed}; what training applies, {setting} says"]
 
     def only(self, key: str, *supported: Any) -> None:
         """A problem unless the key is absent, null, or one of these values."""

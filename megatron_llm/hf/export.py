@@ -145,14 +145,15 @@ def _plan(source: TensorSource, model: ModelConfig, assets: Mapping[str, bytes],
         if dtype is not None:
             spellings = [key for key in ("dtype", "torch_dtype") if key in original] or ["torch_dtype"]
             config |= dict.fromkeys(spellings, TORCH_NAMES[dtype])
-        content = assets[CONFIG] if config == original else _json(config)
+        content = assets[CONFIG] if config == original else json_bytes(config)
     else:
         described = {**family.config(model), "torch_dtype": TORCH_NAMES[dtype or default_dtype], "use_cache": True}
-        content = _json({**described, **special_token_ids(assets)})
+        content = json_bytes({**described, **special_token_ids(assets)})
     return _Plan(content, entries, exported_files(assets))
 
 
-def _json(value: dict[str, Any]) -> bytes:
+def json_bytes(value: dict[str, Any]) -> bytes:
+    """A JSON file as transformers writes it."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
@@ -234,4 +235,4 @@ def _index(files: Mapping[str, list[Entry]]) -> bytes:
     """Which file has which tensor."""
     weight_map = {entry.key: name for name, entries in files.items() for entry in entries}
     total = sum(_nbytes(entries) for entries in files.values())
-    return _json({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    return json_bytes({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})

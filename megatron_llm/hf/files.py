@@ -42,6 +42,16 @@ def open_tensor_files(folder: Path) -> tuple[dict[str, TensorFile], list[str]]:
     return {}, [f"{folder} has no weights: none of {', '.join(f'{name}, {name}.index.json' for name in _SINGLE)} is there"]
 
 
+def open_adapter_file(folder: Path) -> tuple[dict[str, TensorFile], list[str]]:
+    """The same of a folder that PEFT wrote: always one file."""
+    openers = {"adapter_model.safetensors": _open_safetensors, "adapter_model.bin": _open_torch}
+    for name, opener in openers.items():
+        if (folder / name).is_file():
+            files, problems = _open_all(folder, [name], opener)
+            return {key: file for file in files for key in file.infos}, problems
+    return {}, [f"{folder} has no weights: neither {' nor '.join(openers)} is there"]
+
+
 def _open_indexed(index: Path, opener: Callable[[Path], TensorFile]) -> tuple[dict[str, TensorFile], list[str]]:
     """The tensors of a folder whose files are listed in `index`."""
     try:

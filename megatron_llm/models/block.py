@@ -5,6 +5,7 @@
     parallel_block      x + attention(norm(x)) + mlp(norm(x)): one gather, one reduction; with one norm also one gather of inputs
                         for all products (GPT-J; Chowdhery et al. 2022, 2)
 
+f(x) passes through dropout before it is added, in training steps that have it; in a parallel block the sum does.
 `models/names.py` says which norms a layer has.
 """
 
@@ -22,6 +23,7 @@ from megatron_llm.models.mlp import MLP
 from megatron_llm.models.names import norm_names
 from megatron_llm.models.norm import Norm, hidden_norm
 from megatron_llm.models.recompute import recomputed
+from megatron_llm.models.regularization import Site
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.parallel.linear import ColumnParallelLinear, column_parallel, row_parallel
 
@@ -46,7 +48,7 @@ class DecoderLayer(nn.Module):
         device: torch.device,
     ):
         super().__init__()
-        self.model, self.recompute = model, recompute
+        self.model, self.layer, self.recompute = model, layer, recompute
         before, after = norm_names(model)
 
         def norm(name: str, there: bool) -> Norm | None:
@@ -74,7 +76,7 @@ class DecoderLayer(nn.Module):
             lambda out: row_parallel([out], [self.attention.o], context.sequence_parallel),
             qkv,
         )
-        return self._add(x, out, self.attention_post_norm)
+        return self._add(x, out, "attention", self.attention_post_norm, context)
 
     def _mlp(self, x: Tensor, context: ForwardContext) -> Tensor:
         (up,) = self._project(x, self.mlp_norm, context, self.mlp.up)
@@ -107,7 +109,8 @@ class DecoderLayer(nn.Module):
     def _out(self, x: Tensor, *products: Tensor, context: ForwardContext) -> Tensor:
         """The last product of the layer, added to the residual: of the MLP alone, or of attention and MLP."""
         linears = [self.attention.o, self.mlp.down] if len(products) == 2 else [self.mlp.down]
-        return self._add(x, row_parallel(products, linears, context.sequence_parallel), self.mlp_post_norm)
+        out = row_parallel(products, linears, context.sequence_parallel)
+        return self._add(x, out, "mlp", self.mlp_post_norm, context)
 
     def _project_both(self, x: Tensor, context: ForwardContext) -> tuple[Tensor, ...]:
         qkv, up = self.attention.qkv, self.mlp.up
@@ -124,10 +127,12 @@ class DecoderLayer(nn.Module):
             return column_parallel(x, linears, shard)
         return recomputed("norms" in self.recompute, norm, lambda n: column_parallel(n, linears, shard), x)
 
-    def _add(self, x: Tensor, out: Tensor, post_norm: Norm | None) -> Tensor:
+    def _add(self, x: Tensor, out: Tensor, site: Site, post_norm: Norm | None, context: ForwardContext) -> Tensor:
         if post_norm is not None and self.model.norm_placement != "residual":
             out, post_norm = post_norm(out), None
         if self.model.residual_multiplier != 1.0:
             out = out * self.model.residual_multiplier
+        if context.noise is not None:
+            out = context.noise.drop(out, site, self.layer)
         x = x + out
         return x if post_norm is None else post_norm(x)

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from megatron_llm.models.regularization import Noise
 from megatron_llm.ops.attention import Masks
 
 
@@ -35,6 +36,7 @@ class ForwardContext:
     attention_backend: name for `ops.attention`.
     cache: earlier keys and values when generating.
     masks: what the layers' attention makes once for all of them.
+    noise: dropout of this pass, when training with it.
     """
 
     rope: tuple[Tensor, Tensor] | None
@@ -44,3 +46,4 @@ class ForwardContext:
     attention_backend: str
     cache: KeyValueCache | None = None
     masks: Masks = field(default_factory=dict)
+    noise: Noise | None = None

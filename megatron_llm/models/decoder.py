@@ -19,12 +19,14 @@ from megatron_llm.models.context import ForwardContext, KeyValueCache
 from megatron_llm.models.norm import hidden_norm
 from megatron_llm.models.positions import PositionEmbedding, Rotary
 from megatron_llm.models.recompute import Recompute
+from megatron_llm.models.regularization import Regularization
 from megatron_llm.ops.batch import Batch
+from megatron_llm.ops.cross_entropy import Penalties
 from megatron_llm.ops.dtypes import stat_dtype
 from megatron_llm.parallel.embedding import VocabParallelEmbedding
 from megatron_llm.parallel.grid import Axis, Grid
 from megatron_llm.parallel.linear import ColumnParallelLinear, OutputShard, sharded_bias, sharded_weight
-from megatron_llm.parallel.loss import vocab_parallel_cross_entropy
+from megatron_llm.parallel.loss import vocab_parallel_objective
 
 
 class DecoderStage(nn.Module):
@@ -102,20 +104,23 @@ class DecoderStage(nn.Module):
         cache: KeyValueCache | None = None,
         sequence_parallel: bool | None = None,
         before_layer: Callable[[int], None] | None = None,
+        regularization: Regularization | None = None,
     ) -> Tensor:
         """Hidden states [S, H] (or [T, H] without sequence parallelism) from those of the stage before; None on the first.
 
         before_layer: called before the weights of a layer are read, with its global index; -1 stands for the embedding,
             the number of layers for final norm and head.
+        regularization: that of a training step.
         """
         before = before_layer or _nothing
         if sequence_parallel is None:
             sequence_parallel = self.sequence_parallel
         tables = self.rotary.tables(batch, cache)
-        context = ForwardContext(*tables, batch.cu_seqlens, sequence_parallel, self.attention_backend, cache)
+        noise = None if regularization is None else regularization.noise(batch, self.tp, sequence_parallel)
+        context = ForwardContext(*tables, batch.cu_seqlens, sequence_parallel, self.attention_backend, cache, noise=noise)
         if self.first:
             before(-1)
-            x = self._embed(batch, sequence_parallel)
+            x = self._embed(batch, context)
         assert x is not None
         for index, layer in zip(self.indices, self.layers, strict=True):
             before(index)
@@ -125,13 +130,15 @@ class DecoderStage(nn.Module):
         before(self.model.num_hidden_layers)
         return x if self.final_norm is None else self.final_norm(x)
 
-    def _embed(self, batch: Batch, sequence_parallel: bool) -> Tensor:
+    def _embed(self, batch: Batch, context: ForwardContext) -> Tensor:
         """What enters the first layer."""
-        x = self.embedding(batch.tokens_T, sequence_parallel)
+        x = self.embedding(batch.tokens_T, context.sequence_parallel)
         if self.model.embedding_multiplier != 1.0:
             x = x * self._rounded(self.model.embedding_multiplier)
+        if context.noise is not None:
+            x = context.noise.disturb(x, batch)
         if self.position_embedding is not None:
-            x = x + self.position_embedding(batch.positions_T, sequence_parallel)
+            x = x + self.position_embedding(batch.positions_T, context.sequence_parallel)
         return x if self.embedding_norm is None else self.embedding_norm(x)
 
     def _rounded(self, number: float) -> float:
@@ -156,9 +163,15 @@ class DecoderStage(nn.Module):
         The sum is not normalized: one over the sum of weights of the *global* batch is applied at the update, so the
         result does not depend on how rows fall into micro-batches and ranks.
         """
-        shard = self.head_shard
-        return vocab_parallel_cross_entropy(
-            self.logits(hidden), batch.labels_T, batch.weights_T, shard.start, shard.stop, self.tp
+        return self.objective(hidden, batch, None)[0]
+
+    def objective(self, hidden: Tensor, batch: Batch, regularization: Regularization | None) -> tuple[Tensor, Tensor]:
+        """(what a training step is to backpropagate, `loss` as a number without gradient)."""
+        shard, penalties = self.head_shard, Penalties()
+        if regularization is not None:
+            penalties = Penalties(shard.rows, regularization.label_smoothing, regularization.z_loss)
+        return vocab_parallel_objective(
+            self.logits(hidden), batch.labels_T, batch.weights_T, shard.start, shard.stop, self.tp, penalties
         )
 
 

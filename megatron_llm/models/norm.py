@@ -88,8 +88,8 @@ def _of_heads(
     parameter = nn.Parameter((torch.ones if init == "ones" else torch.zeros)(size, dtype=dtype, device=device))
     held = ((Box.full(size), Box((rows.start, *(0 for _ in whole[1:])), size)),)
     summed = replica if replica.size > 1 else None
-    part = Part(name, whole, held, init, replica.size, replica.rank, summed)
-    parameter.shard = ShardSpec((part,), False, room)  # type: ignore[attr-defined]
+    part = Part(name, whole, held, init, replica.size, replica.rank, summed, room)
+    parameter.shard = ShardSpec((part,), False)  # type: ignore[attr-defined]
     return parameter
 
 

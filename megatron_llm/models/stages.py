@@ -4,14 +4,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
-from megatron_llm.config import Config, ModelConfig
+from megatron_llm.config import Config, ModelConfig, PeftConfig
 from megatron_llm.models.decoder import DecoderStage
+from megatron_llm.models.lora import adapted_layers
 from megatron_llm.models.recompute import Recompute
 from megatron_llm.models.split import layer_costs, split_layers
 from megatron_llm.parallel.grid import Grid
+from megatron_llm.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megatron_llm.parallel.lora import ColumnLora, RowLora
 
 
 def build_stages(
@@ -38,14 +43,28 @@ def build_stages(
                 attention_backend=config.kernels.attention,
                 recompute=Recompute.of(config.training),
             )
+    if config.peft is not None:
+        add_adapters(stages.values(), model, config.peft)
     if model.tie_word_embeddings and stages.keys() >= {0, last}:
         stages[last].head.weight = stages[0].embedding.weight
     return stages
 
 
-def whole_model(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> DecoderStage:
+def add_adapters(stages: Iterable[DecoderStage], model: ModelConfig, peft: PeftConfig) -> None:
+    """Give the linear layers that `peft.targets` names adapters of zeros, cut as they are."""
+    targets = frozenset(f"{name}.weight" for name in adapted_layers(model, peft))
+    for stage in stages:
+        for layer in stage.layers:
+            for linear in layer.modules():
+                if isinstance(linear, ColumnParallelLinear):
+                    linear.lora = ColumnLora.of(linear.weight, linear.tp, targets, peft.rank, peft.scale)
+                elif isinstance(linear, RowParallelLinear):
+                    linear.lora = RowLora.of(linear.weight, linear.tp, targets, peft.rank, peft.scale)
+
+
+def whole_model(model: ModelConfig, dtype: torch.dtype, device: torch.device, peft: PeftConfig | None = None) -> DecoderStage:
     """All of a model on one process, with zero weights: for inference, or without memory for the names in it."""
-    return DecoderStage(
+    stage = DecoderStage(
         model,
         Grid.single(),
         range(model.num_hidden_layers),
@@ -55,6 +74,9 @@ def whole_model(model: ModelConfig, dtype: torch.dtype, device: torch.device) ->
         dtype=dtype,
         device=device,
     )
+    if peft is not None:
+        add_adapters([stage], model, peft)
+    return stage
 
 
 def parameters(stages: dict[int, DecoderStage]) -> list[nn.Parameter]:

@@ -11,12 +11,29 @@ Shape suffixes: T tokens, V local vocabulary (padding columns already cut off).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from megatron_llm.ops.dtypes import stat_dtype
 
 CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 27}  # a chunk in cache; on a GPU, one that fills it
+
+
+@dataclass(frozen=True)
+class Penalties:
+    """What training adds to the loss of a token with logits z and label y, where lse = log(sum_v exp(z_v)):
+
+    (1 - smoothing) * (lse - z_y) + smoothing * mean_v(lse - z_v) + z_loss * lse^2
+
+    Label smoothing is that of torch's cross_entropy, z-loss that of PaLM (Chowdhery et al. 2022, arXiv 2204.02311, 5).
+    vocabulary: ids on all ranks, without padding.
+    """
+
+    vocabulary: int = 1
+    smoothing: float = 0.0
+    z_loss: float = 0.0
 
 
 def _chunks(logits_TV: Tensor) -> list[slice]:
@@ -48,17 +65,39 @@ def local_statistics(logits_TV: Tensor, local_labels_T: Tensor) -> tuple[Tensor,
     return maximum_T, total_T, torch.where(own_T, picked_T.to(wide), target_T)
 
 
-def logits_gradient_(logits_TV: Tensor, local_labels_T: Tensor, log_sum_exp_T: Tensor, scale_T: Tensor) -> None:
-    """Overwrite logits by scale * (softmax - onehot(label)), the gradient of sum over tokens of scale * loss."""
+def logits_sums(logits_TV: Tensor) -> Tensor:
+    """The sum of each token's logits, [T] in `stat_dtype`: with label smoothing every logit is a bit of a label's."""
+    sums_T = torch.zeros(len(logits_TV), dtype=stat_dtype(logits_TV.dtype), device=logits_TV.device)
+    if logits_TV.shape[1]:
+        for rows in _chunks(logits_TV):
+            torch.sum(logits_TV[rows], dim=1, dtype=sums_T.dtype, out=sums_T[rows])
+    return sums_T
+
+
+def logits_gradient_(
+    logits_TV: Tensor,
+    local_labels_T: Tensor,
+    log_sum_exp_T: Tensor,
+    scale_T: Tensor,
+    penalties: Penalties = Penalties(),
+) -> None:
+    """Overwrite logits by scale * (softmax - onehot(label)), the gradient of sum over tokens of scale * loss; with penalties by
+
+    scale * ((1 + 2 * z_loss * log_sum_exp) * softmax - (1 - smoothing) * onehot(label) - smoothing / vocabulary)
+    """
     vocab = logits_TV.shape[1]
     if vocab == 0:
         return
     wide = log_sum_exp_T.dtype
-    own_T = ((local_labels_T >= 0) & (local_labels_T < vocab)).to(wide)
+    own_T = ((local_labels_T >= 0) & (local_labels_T < vocab)).to(wide) * (1 - penalties.smoothing)
     index_T1 = local_labels_T.clamp(0, vocab - 1)[:, None]
     for rows in _chunks(logits_TV):
         chunk = logits_TV[rows]
         gradient = chunk.to(wide).sub_(log_sum_exp_T[rows, None]).exp_()  # the chunk itself if it is wide already
+        if penalties.z_loss:
+            gradient.mul_(log_sum_exp_T[rows, None] * (2 * penalties.z_loss) + 1)
+        if penalties.smoothing:
+            gradient.sub_(penalties.smoothing / penalties.vocabulary)
         gradient.scatter_add_(1, index_T1[rows], -own_T[rows, None]).mul_(scale_T[rows, None])
         if gradient.data_ptr() != chunk.data_ptr():
             chunk.copy_(gradient)

@@ -1,7 +1,7 @@
 """Counter-based random numbers: the value at an index is a pure function of (key, index).
 
-Weights are initialized by their logical index, so a fresh model is the same in every layout; later uses (dropout,
-noise) key by (seed, step, row, position, layer, site) for the same reason. Called by `training/sources.py`.
+Weights are initialized by their logical index, so a fresh model is the same in every layout; dropout and noise go by seed, site,
+layer, row, position and channel for the same reason. Called by `training/sources.py` and `ops/noise.py`.
 
 The generator is SplitMix64 (Steele, Lea, Flood 2014) in counter mode, in int64 arithmetic that wraps; torch has no
 logical right shift for it, hence the masks.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 
+import torch
 from torch import Tensor
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15
@@ -27,10 +28,18 @@ def stream_key(*parts: int | str) -> int:
 
 def random_bits(key: int, index: Tensor) -> Tensor:
     """64 random bits for each int64 index, as int64, same shape."""
-    z = index * _GOLDEN + key
-    z = (z ^ ((z >> 30) & ((1 << 34) - 1))) * _MIX_1
-    z = (z ^ ((z >> 27) & ((1 << 37) - 1))) * _MIX_2
-    return z ^ ((z >> 31) & ((1 << 33) - 1))
+    z = (index * _GOLDEN).add_(key)
+    shifted = z >> 30
+    z.bitwise_xor_(shifted.bitwise_and_((1 << 34) - 1)).mul_(_MIX_1)
+    torch.bitwise_right_shift(z, 27, out=shifted)
+    z.bitwise_xor_(shifted.bitwise_and_((1 << 37) - 1)).mul_(_MIX_2)
+    torch.bitwise_right_shift(z, 31, out=shifted)
+    return z.bitwise_xor_(shifted.bitwise_and_((1 << 33) - 1))
+
+
+def uniform(key: int, index: Tensor) -> Tensor:
+    """Numbers in [0, 1), multiples of 2**-53, float64, one per int64 index."""
+    return ((random_bits(key, index) >> 11) & ((1 << 53) - 1)).double().mul_(2.0**-53)
 
 
 def normal(key: int, index: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ Branches that share their input (q, k, v and the MLP of a parallel block) or who
 reduction, however many weights. The gathered input is not kept for backward: sequence parallelism would otherwise save nothing.
 In a split backward the weight gradients, and with them the second gather of x_s, wait in `parallel/weight_grad.py`; the
 reduction of dx then overlaps nothing. Biases of columns are cut with their rows; one of a row-parallel layer is added after the
-reduction, so its gradient is a partial sum where tokens are sharded.
+reduction, so its gradient is a partial sum where tokens are sharded. Low-rank adapters (`parallel/lora.py`) take part in these
+calls and send nothing of their own.
 
 Sizes that tp does not divide are cut unevenly: no weight is padded, so there is no padding to keep dead. Only the vocabulary is,
 because its ranks exchange statistics of equal shape.
@@ -50,6 +51,7 @@ from megatron_llm.parallel.collectives import (
     start_reduce_scatter,
 )
 from megatron_llm.parallel.grid import Axis
+from megatron_llm.parallel.lora import ColumnLora, RowLora
 from megatron_llm.parallel.shard import Box, Part, ShardSpec
 from megatron_llm.parallel.weight_grad import defer_linear_weight_gradients, linear_weight_gradient, vector_weight_gradient
 
@@ -122,10 +124,10 @@ def _sharded(
         size = (shard.stop - shard.start, *inner)
         held = ((Box((row, *rest), size), Box((shard.start, *rest), size)),) if size[0] else ()
         summed = shard.replica if shard.replica.size > 1 else None
-        parts.append(Part(shard.name, (shard.rows, *inner), held, init, shard.replica.size, shard.replica.rank, summed))
+        whole, room, copies = (shard.rows, *inner), shard.most_rows * math.prod(inner), shard.replica
+        parts.append(Part(shard.name, whole, held, init, copies.size, copies.rank, summed, room))
         row += shard.local_rows
-    room = sum(shard.most_rows for shard in shards) * math.prod(inner)
-    parameter.shard = ShardSpec(tuple(parts), decay, room)  # type: ignore[attr-defined]
+    parameter.shard = ShardSpec(tuple(parts), decay)  # type: ignore[attr-defined]
     return parameter
 
 
@@ -139,6 +141,7 @@ class ColumnParallelLinear(nn.Module):
     def __init__(self, weight_OI: nn.Parameter, tp: Axis, bias_O: nn.Parameter | None = None):
         super().__init__()
         self.weight, self.bias, self.tp = weight_OI, bias_O, tp
+        self.lora: ColumnLora | None = None
 
     def forward(self, x: Tensor, sequence_parallel: bool, keep_wide: bool = False) -> Tensor:
         return column_parallel(x, [self], sequence_parallel, keep_wide)[0]
@@ -170,13 +173,13 @@ class RowParallelLinear(nn.Module):
     ):
         super().__init__()
         self.tp = tp
+        self.lora: RowLora | None = None
         held = balanced(in_features, tp) if held is None else held
         self.weight = nn.Parameter(torch.zeros(out_features, len(held), dtype=dtype, device=device))
         size = (out_features, len(held))
         boxes = ((Box.full(size), Box((0, held.start), size)),) if len(held) else ()
         room = out_features * (most_of(in_features, tp) if most is None else most)
-        part = Part(name, (out_features, in_features), boxes)
-        self.weight.shard = ShardSpec((part,), room=room)  # type: ignore[attr-defined]
+        self.weight.shard = ShardSpec((Part(name, (out_features, in_features), boxes, room=room),))  # type: ignore[attr-defined]
         self.bias: nn.Parameter | None = None
         if bias:
             name = name.removesuffix("weight") + "bias"
@@ -211,23 +214,31 @@ def column_parallel(
     """The outputs of several layers of one input, which is gathered once and whose gradient is reduced once."""
     tp = linears[0].tp
     parameters = [parameter for linear in linears for parameter in (linear.weight, linear.bias)]
-    return _ColumnParallel.apply(x, tp, sequence_parallel and tp.size > 1, keep_wide, *parameters)
+    adapters = [linear.lora for linear in linears if linear.lora is not None]
+    parameters += [parameter for lora in adapters for parameter in (lora.a, None)]  # more products of the same input
+    outputs = _ColumnParallel.apply(x, tp, sequence_parallel and tp.size > 1, keep_wide, *parameters)
+    inner = iter(outputs[len(linears) :])
+    return tuple(
+        y if linear.lora is None else linear.lora.add(y, next(inner)) for y, linear in zip(outputs, linears, strict=False)
+    )
 
 
 def row_parallel(inputs: Sequence[Tensor], linears: Sequence[RowParallelLinear], sequence_parallel: bool) -> Tensor:
     """The sum of several layers' outputs, which is reduced once."""
     tp = linears[0].tp
-    tensors = [
-        tensor for x, linear in zip(inputs, linears, strict=True) for tensor in (x, linear.weight, linear.bias)
-    ]  # fmt: skip
-    return _RowParallel.apply(tp, sequence_parallel and tp.size > 1, *tensors)
+    tensors: list[Tensor | None] = []
+    for x, linear in zip(inputs, linears, strict=True):
+        adapter = (None, None) if linear.lora is None else (linear.lora.a, linear.lora.b)
+        tensors += (x, linear.weight, linear.bias, *adapter)
+    scales = tuple(0.0 if linear.lora is None else linear.lora.scale for linear in linears)
+    return _RowParallel.apply(tp, sequence_parallel and tp.size > 1, scales, *tensors)
 
 
 class _ColumnParallel(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: Axis, gather: bool, keep_wide: bool, *parameters: Tensor | None) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(x)
-        ctx.parameters, ctx.tp, ctx.gather = parameters, tp, gather
+        ctx.save_for_backward(x if any(weight.requires_grad for weight, _ in _pairs(parameters)) else None)
+        ctx.parameters, ctx.tp, ctx.gather, ctx.dtype = parameters, tp, gather, x.dtype
         x_TI = widen(all_gather(x, tp) if gather else x)
         dtype = x_TI.dtype if keep_wide else x.dtype
         return tuple(matmul(x_TI, weight.t(), dtype, bias) for weight, bias in _pairs(parameters))
@@ -243,7 +254,7 @@ class _ColumnParallel(torch.autograd.Function):
         reducing = None
         dys = tuple(widen(dy) for dy in dys)  # once for both products
         if need_dx:
-            dx = matmul(dys[0], pairs[0][0], x.dtype)
+            dx = matmul(dys[0], pairs[0][0], ctx.dtype)
             for dy_TO, (weight_OI, _) in zip(dys[1:], pairs[1:], strict=True):
                 accumulate_matmul(dx, dy_TO, weight_OI)
             reducing = start_reduce_scatter(dx, ctx.tp) if ctx.gather else start_all_reduce(dx, ctx.tp)
@@ -257,35 +268,66 @@ class _ColumnParallel(torch.autograd.Function):
 
 
 class _RowParallel(torch.autograd.Function):
+    """tensors: (x, weight, bias, A, B) of every layer; scales: of A and B, which are None where there is no adapter.
+
+    x, which has the dtype of y, is kept for gradients of weights only.
+    """
+
     @staticmethod
-    def forward(ctx: Any, tp: Axis, scatter: bool, *tensors: Any) -> Tensor:
-        inputs, parameters = tensors[::3], [tensor for place, tensor in enumerate(tensors) if place % 3]
-        ctx.save_for_backward(*inputs)
-        ctx.parameters, ctx.tp, ctx.scatter = parameters, tp, scatter
-        pairs = _pairs(parameters)
-        y_TO = matmul(inputs[0], pairs[0][0].t())
-        for x_TI, (weight_OI, _) in zip(inputs[1:], pairs[1:], strict=True):
-            accumulate_matmul(y_TO, x_TI, weight_OI.t())
+    def forward(ctx: Any, tp: Axis, scatter: bool, scales: tuple[float, ...], *tensors: Any) -> Tensor:
+        layers = _layers(tensors)
+        y_TO: Tensor | None = None
+        saved: list[Tensor | None] = []
+        for (x_TI, weight_OI, _, a_RI, b_OR), scale in zip(layers, scales, strict=True):
+            if y_TO is None:
+                y_TO = matmul(x_TI, weight_OI.t())
+            else:
+                accumulate_matmul(y_TO, x_TI, weight_OI.t())
+            h_TR = None
+            if a_RI is not None:  # a partial sum over the features of this rank, like the product with the weight
+                h_TR = matmul(x_TI, a_RI.t()).mul_(scale)
+                accumulate_matmul(y_TO, h_TR, b_OR.t())
+            needed = weight_OI.requires_grad or (a_RI is not None and a_RI.requires_grad)
+            saved += (x_TI if needed else None, h_TR)
+        assert y_TO is not None
+        ctx.save_for_backward(*saved)
+        ctx.parameters, ctx.tp, ctx.scatter, ctx.scales = [layer[1:] for layer in layers], tp, scatter, scales
         y = reduce_scatter(y_TO, tp) if scatter else all_reduce(y_TO, tp)
-        for _, bias in pairs:
+        for _, _, bias, _, _ in layers:
             if bias is not None:
                 y += bias
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        inputs, pairs, needs = ctx.saved_tensors, _pairs(ctx.parameters), ctx.needs_input_grad[2:]
+        saved, needs = ctx.saved_tensors, _layers(ctx.needs_input_grad[3:])
         dy_TO = all_gather(dy, ctx.tp) if ctx.scatter else dy
         wide_TO = widen(dy_TO)
         gradients: list[Tensor | None] = []
-        for place, (x_TI, (weight_OI, bias)) in enumerate(zip(inputs, pairs, strict=True)):
-            need_dx, need_dw, need_bias = needs[3 * place : 3 * place + 3]
-            if need_dw and defer_linear_weight_gradients([(weight_OI, dy_TO)], x_TI):
-                need_dw = False
-            gradients.append(matmul(wide_TO, weight_OI, x_TI.dtype) if need_dx else None)
-            gradients.append(linear_weight_gradient(weight_OI, wide_TO, x_TI) if need_dw else None)
-            gradients.append(_bias_gradient(bias, dy) if need_bias else None)
-        return None, None, *gradients
+        for x_TI, h_TR, (weight_OI, bias, a_RI, b_OR), need, scale in zip(
+            saved[::2], saved[1::2], ctx.parameters, needs, ctx.scales, strict=True
+        ):
+            need_dx, need_dw, need_bias, need_da, need_db = need
+            dx_TI = dweight = da = db = None
+            if need_dw and not defer_linear_weight_gradients([(weight_OI, dy_TO)], x_TI):
+                dweight = linear_weight_gradient(weight_OI, wide_TO, x_TI)
+            if need_dx:
+                dx_TI = matmul(wide_TO, weight_OI, dy.dtype)
+            if need_db and not defer_linear_weight_gradients([(b_OR, dy_TO)], h_TR):
+                db = linear_weight_gradient(b_OR, wide_TO, h_TR)
+            if a_RI is not None and (need_dx or need_da):
+                dh_TR = matmul(wide_TO, b_OR, dy.dtype).mul_(scale)
+                if dx_TI is not None:
+                    accumulate_matmul(dx_TI, dh_TR, a_RI)
+                if need_da and not defer_linear_weight_gradients([(a_RI, dh_TR)], x_TI):
+                    da = linear_weight_gradient(a_RI, dh_TR, x_TI)
+            gradients += (dx_TI, dweight, _bias_gradient(bias, dy) if need_bias else None, da, db)
+        return None, None, None, *gradients
+
+
+def _layers(flat: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """What belongs to x, weight, bias, A and B of every layer."""
+    return [tuple(flat[place : place + 5]) for place in range(0, len(flat), 5)]
 
 
 def _pairs(flat: Sequence[Any]) -> list[tuple[Any, Any]]:

@@ -69,19 +69,21 @@ class Part:
         name: logical name in the whole model; independent of the layout, layer indices are global.
         shape: shape of the whole logical tensor, without any padding.
         pairs: (box of the local tensor, box of the logical tensor), equal shapes; none where a rank holds only padding.
-        init: how a fresh model fills it.
+        init: how a fresh model fills it; uniform: within the root of one over the inputs, as an adapter's A.
         replicas: how many ranks of one model copy (tensor and pipeline axes) hold these very elements.
         replica_rank: this rank's number among them; number 0 writes checkpoints.
         gradient_sum: axis over which the replicas' gradients are partial and must be added; None if each is complete.
+        room: elements of it on the rank with the most, where ranks have different shares; 0: as many everywhere.
     """
 
     name: str
     shape: tuple[int, ...]
     pairs: tuple[tuple[Box, Box], ...]
-    init: Literal["normal", "ones", "zeros"] = "normal"
+    init: Literal["normal", "ones", "zeros", "uniform"] = "normal"
     replicas: int = 1
     replica_rank: int = 0
     gradient_sum: Axis | None = None
+    room: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,12 +92,15 @@ class ShardSpec:
 
     Attributes:
         decay: whether weight decay applies to it.
-        room: elements that it has on the rank with the most of it, where ranks have different shares; 0: as many everywhere.
     """
 
     parts: tuple[Part, ...]
     decay: bool = True
-    room: int = 0
+
+    @property
+    def room(self) -> int:
+        """Elements that it has on the rank with the most of it, where ranks have different shares; 0: as many everywhere."""
+        return sum(part.room for part in self.parts)
 
 
 class TensorSource(Protocol):

@@ -2,7 +2,9 @@
 
 From F to B, per layer, what autograd saves (tensors that several operations save count once; weights do not count), and the
 setting of recompute_modules with which it is made again instead. Full recomputation keeps the input of the layer only, and
-that of a norm behind the MLP.
+that of a norm behind the MLP. What a projection alone keeps, for the gradient of its weight, falls away beside adapters where it
+has none: a normalized input, attention's output (joined, or explicit), the product. (So does the input of a layer without norms
+before it; that is not subtracted.)
 
     tensor                                    elements of the compute dtype        of at least float32     made again
     input of the layer; of the MLP's part     2 * S * H, side by side S * H
@@ -18,6 +20,7 @@ that of a norm behind the MLP.
     inputs of a gated MLP's product           T * 2 F
     input of a plain MLP's activation         T * F, unless that is relu
     what either makes of them                 T * F                                                        activation
+    an adapter's product with its A           T * R
 
 A norm keeps the reciprocal deviation of a token, LayerNorm its mean too; a norm before keeps its output (its input is the
 layer's), one behind its input. relu is the one activation whose backward reads its result: recomputing it exchanges the result
@@ -27,6 +30,8 @@ for the input. With `attn_logit_softcapping` attention is explicit, and keeps in
     tanh and softmax of the scores                                                 2 T * N * L             attention
     the mask                                  L * L bytes                                                  attention
     attention output                          T * N * D                                                    attention
+
+Dropout and noise keep nothing: they are made again from counters (`ops/noise.py`). Penalties of the loss need what it saves.
 
 What is made again comes back in B: one layer at a time with full recomputation, else one norm, one attention or one product;
 attention and product at once where they are side by side.
@@ -45,10 +50,13 @@ From B to W, per layer and however recomputed, the inputs and the output gradien
     output gradients                          2 * T * H (side by side T * H) + T * (N + 2 K) * D + T * 2 F (plain: T * F)
     gradients of norms and biases                                                  as many as they have here
 
-and those of the head and of the final norm on the last stage, the ids and the gradient of the embedding on the first.
+and those of the head and of the final norm on the last stage, the ids and the gradient of the embedding on the first. Beside
+adapters the weights themselves wait for nothing, and what waits is, of the layers that have one,
+
+    inputs and output gradients               as above, and 2 * T * R for each adapter
 
 T tokens of a micro-batch in rows of L, S = T / t with sequence parallelism and else T; on one of t tensor-parallel ranks: N query
-heads, K key/value heads of D channels, F intermediate size, V vocabulary; H hidden size.
+heads, K key/value heads of D channels, F intermediate size, V vocabulary; H hidden size; R rank of an adapter.
 """
 
 from __future__ import annotations
@@ -57,10 +65,12 @@ from functools import cached_property
 from typing import NamedTuple
 
 from megatron_llm.config import Config
+from megatron_llm.models.lora import KINDS, adapted_layers
 from megatron_llm.models.names import norm_names
 from megatron_llm.models.recompute import Recompute
 from megatron_llm.planning.share import Share
 
+_QKV, _UP = ("attention.q", "attention.k", "attention.v"), ("mlp.gate", "mlp.up")
 IDS = 8  # bytes of an int64
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -108,6 +118,8 @@ class _Stage:
         self.qkv = self.t * (self.n + 2 * self.k) * self.d
         self.center = self.model.norm == "layer_norm"
         self.side_by_side = self.model.parallel_block != "none"
+        self.peft = config.peft
+        self.adapted = set(adapted_layers(config.model, config.peft)) if config.peft else set[str]()
         self.explicit = self.model.attn_logit_softcapping is not None
         self.before, self.after = (len(names) for names in norm_names(self.model))
         self.normalized = self.size * self.s * self.h + self.wide * self.s * (
@@ -120,15 +132,15 @@ class _Stage:
         saved = sum(self._kept(layer, chosen) for layer, chosen in zip(layers, parts, strict=True))
         again = max((self._again(layer, chosen) for layer, chosen in zip(layers, parts, strict=True)), default=0.0)
         saved += self._tables(layers, any(chosen & {"layer", "attention"} for chosen in parts)) + self._masks(layers)
-        deferred = len(layers) * self._operands
+        deferred = sum(self._operands if self.peft is None else self._adapter_operands(layer) for layer in layers)
         if first:
             saved += self._embedding_kept()
-            deferred += self._embedding_operands()
+            deferred += self._embedding_operands() if self.peft is None else 0.0
         if last:
             saved += self._head_kept()
             if not (layers or self.model.final_norm) and self.model.logit_multiplier != 1.0:
                 saved += self.size * self.s * self.h  # the stage's input, which nothing else keeps
-            deferred += self._head_operands()
+            deferred += self._head_operands() if self.peft is None else 0.0
         return StageBytes(saved, deferred, again)
 
     # From F to B
@@ -137,23 +149,40 @@ class _Stage:
         """By a layer."""
         stream = self.size * self.s * self.h
         if "layer" in recomputed:
-            return stream + (self.normalized if self.after else 0.0)
-        kept = stream * (1 if self.side_by_side else 2) + self.after * self.normalized
+            last = ("attention.o", "mlp.down") if self.side_by_side else ("mlp.down",)
+            return stream + (self.normalized if self.after else 0.0) + self._low_rank(layer, *last)
+        kept = self._low_rank(layer) + stream * (1 if self.side_by_side else 2) + self.after * self.normalized
         if "norms" not in recomputed:
-            kept += self.before * self.normalized
+            readers = [_QKV, _UP] if self.before == 2 else [_QKV + _UP] * self.before
+            kept += self.before * self.normalized - stream * sum(not self._reads(layer, *kinds) for kinds in readers)
         if "attention" in recomputed or self.model.clip_qkv is not None or self._viewed(layer):
             kept += self.size * self.qkv
         if "attention" not in recomputed:
             kept += self._attention(layer)
         matrices = 2 if self.model.mlp_gated else 0 if self._reads_result and "activation" not in recomputed else 1
-        return kept + self.size * self.t * self.f * (matrices + ("activation" not in recomputed))
+        product = 0.0 if "activation" in recomputed else self._product(layer)
+        return kept + self.size * self.t * self.f * matrices + product
+
+    def _low_rank(self, layer: int, *of: str) -> float:
+        """The products with the A of those linear layers of a layer, or of all, that have an adapter."""
+        if self.peft is None:
+            return 0.0
+        return float(self.size * self.t * self.peft.rank * sum(f"layers.{layer}.{kind}" in self.adapted for kind in of or KINDS))
+
+    def _reads(self, layer: int, *kinds: str) -> bool:
+        """Whether the gradient of a weight, or of an adapter, needs the input of a projection; kinds: of what it projects."""
+        return self.peft is None or any(f"layers.{layer}.{kind}" in self.adapted for kind in kinds)
+
+    def _product(self, layer: int) -> float:
+        """What the activation makes, if anything needs it."""
+        return self.size * self.t * self.f if self._reads_result or self._reads(layer, "mlp.down") else 0.0
 
     def _again(self, layer: int, recomputed: frozenset[str]) -> float:
         """What recomputation of a layer brings back at once, at most."""
         if "layer" in recomputed:
             return self._kept(layer, frozenset()) - self._kept(layer, recomputed)
         attention = self._attention(layer) if "attention" in recomputed else 0.0
-        product = self.size * self.t * self.f if "activation" in recomputed else 0.0
+        product = self._product(layer) if "activation" in recomputed else 0.0
         norm = self.normalized if "norms" in recomputed and self.before else 0.0
         return max(norm, attention + product if self.side_by_side else max(attention, product))
 
@@ -173,17 +202,17 @@ class _Stage:
         """Between the projections on either side."""
         t, n, k, d, size, wide = self.t, self.n, self.k, self.d, self.size, self.wide
         model, length = self.model, self.training.sequence_length
-        isolated = self.training.document_isolation
+        read = self._reads(layer, "attention.o")
         kept = 0.0
         if model.clip_qkv is not None and self._viewed(layer):
             kept += size * self.qkv
         if model.qk_norm != "none":
             kept += wide * t * (2 if model.qk_norm == "full" else (n + k) * (1 + self.center))
         if self.explicit:
-            return kept + wide * (3 * t * n * d + 2 * t * n * length) + self._square() + size * t * n * d
+            return kept + wide * (3 * t * n * d + 2 * t * n * length) + self._square() + read * size * t * n * d
         if self._rotates(layer) or model.qk_norm != "none":
             kept += size * t * (n + k) * d
-        return kept + size * t * n * d * (1 + isolated) + wide * t * n
+        return kept + size * t * n * d * (1 + (read and self.training.document_isolation)) + wide * t * n
 
     def _square(self) -> int:
         """Elements of the masks of all lengths of documents."""
@@ -241,6 +270,17 @@ class _Stage:
         if model.qk_norm != "none" and model.norm_weight:
             vectors += (2 * d if model.qk_norm == "head" else (n + k) * d) * (1 + model.qk_norm_bias)
         return self.size * (inputs + gradients) + self.wide * (vectors + biases)
+
+    def _adapter_operands(self, layer: int) -> float:
+        """Of the weight gradients of a layer's adapters."""
+        t, s, h, f = self.t, self.s, self.h, self.f
+
+        qkv, up, o, down = (self._reads(layer, *kinds) for kinds in (_QKV, _UP, ("attention.o",), ("mlp.down",)))
+        normalized = (qkv or up) if self.model.parallel_block == "one_norm" else qkv + up
+        inputs = normalized * s * h + o * t * self.n * self.d + down * t * f
+        gradients = ((o or down) if self.side_by_side else o + down) * t * h + qkv * self.qkv
+        gradients += up * t * f * (2 if self.model.mlp_gated else 1)
+        return self.size * (inputs + gradients) + 2.0 * self._low_rank(layer)
 
     @cached_property
     def _norm(self) -> int:

@@ -7,17 +7,27 @@ are recomputation (model FLOPs, not hardware FLOPs), norms, rotary embeddings, b
 
 from __future__ import annotations
 
-from megatron_llm.config import ModelConfig
-from megatron_llm.models.split import layer_costs
+from megatron_llm.config import ModelConfig, PeftConfig
+from megatron_llm.models.lora import adapted_layers
+from megatron_llm.models.names import logical_tensors
+from megatron_llm.models.split import layer_costs, layer_products
 
 
-def model_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
+def model_flops_per_token(model: ModelConfig, sequence_length: int, peft: PeftConfig | None = None) -> float:
     """FLOPs of forward and backward per token: 6 per multiply-add of every matrix product and of the attention scores.
 
-    Forward takes 2 FLOPs a multiply-add, and backward twice the forward: for both factors of a product.
+    Forward takes 2 FLOPs a multiply-add, and backward twice the forward: for both factors of a product. A matrix that is frozen
+    beside adapters takes one of them, and the adapters, [R, I] and [O, R], are two products more. (What `optimizer.rules` freeze
+    or thaw is not looked at.)
     """
     embedding, layer, head = layer_costs(model, sequence_length)
-    return 6.0 * (embedding + model.num_hidden_layers * layer + head)
+    flops = 6.0 * (embedding + model.num_hidden_layers * layer + head)
+    if peft is None:
+        return flops
+    products = layer_products(model, model.num_attention_heads, model.num_key_value_heads, model.intermediate_size)
+    shapes = dict(logical_tensors(model))
+    adapters = peft.rank * sum(sum(shapes[f"{name}.weight"]) for name in adapted_layers(model, peft))
+    return flops - 2.0 * (model.num_hidden_layers * products + head) + 6.0 * adapters
 
 
 # Dense bfloat16 peaks in FLOP/s from the vendors' data sheets, by a part of the device name, most specific first.

@@ -17,6 +17,7 @@ stale. What comes and goes is the peak of the simulated schedule (`planning/acti
 
 At the end of the backward activations are gone, but gradients that are sent in another dtype than they are kept in need a copy.
 Not counted: what a process needs before it has a model (on a GPU mostly CUDA's and NCCL's own), and what an allocator loses.
+Dropout works with S * H and a chunk of random words (`ops/noise.py`), less than the MLP before or after it.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ class _Rank:
     def buckets(self) -> list[int]:
         """Elements that a data-parallel rank owns of every bucket."""
         held, config = parameters(self.stages), self.config
-        freeze(held, config.optimizer)
+        freeze(held, config.optimizer, config.peft is not None)
         layouts = bucket_layout(held, self.grid.dp_cp.size, config.parallel.bucket_size, lambda p: rules_of(p, config.optimizer))
         return [layout.share for layout in layouts]
 

@@ -2,14 +2,16 @@
 
 Time is FLOPs over an assumed rate: forward, input gradient and weight gradient of a matrix product cost the same; attention
 scores have no weights, and their gradient costs twice their forward. The embedding costs nothing, the head what its product
-costs. Recomputation adds to the backward what it runs again: of a whole layer the forward without its last product (two in a
-parallel block), of attention its scores. Of tensor-parallel ranks the first counts, which has the most heads and channels. Norms,
-rotary embeddings, the loss, tensor-parallel communication and the optimizer are left out.
+costs. Beside adapters only their own weight gradients are made. Recomputation adds to the backward what it runs again: of a whole
+layer the forward without its last product (two in a parallel block), of attention its scores. Of tensor-parallel ranks the first
+counts, which has the most heads and channels. Norms, rotary embeddings, the loss, tensor-parallel communication and the
+optimizer are left out.
 """
 
 from __future__ import annotations
 
 from megatron_llm.config import Config
+from megatron_llm.models.lora import adapted_layers
 from megatron_llm.models.recompute import Recompute
 from megatron_llm.models.split import layer_costs, layer_products, layer_scores, split_layers
 from megatron_llm.pipeline.simulate import Costs
@@ -44,17 +46,30 @@ def stage_costs(config: Config, placement: tuple[int, ...], flops: float, bandwi
     first_products = linear - model.hidden_size * last
     recompute = Recompute.of(training)
     again = [sum(_again(recompute.at(layer), first_products, scores[layer]) for layer in held) for held in layers]
+    adapters = [_adapters(config, held, share) for held in layers]
+    weights = products if config.peft is None else adapters  # what else there is, is frozen
     seconds = 2.0 * tokens / flops  # of one multiply-add per token
     messages = tokens // (parallel.tensor_parallel if parallel.sequence_parallel else 1)
     held_bytes = [stage_bytes(config, held, stage == 0, stage == len(layers) - 1) for stage, held in enumerate(layers)]
     return Costs(
-        forward=tuple(seconds * sum(parts) for parts in zip(products, attention, strict=True)),
-        backward=tuple(seconds * sum(parts) for parts in zip(products, attention, attention, again, strict=True)),
-        weight=tuple(seconds * product for product in products),
+        forward=tuple(seconds * sum(parts) for parts in zip(products, adapters, attention, strict=True)),
+        backward=tuple(seconds * sum(parts) for parts in zip(products, adapters, attention, attention, again, strict=True)),
+        weight=tuple(seconds * product for product in weights),
         message=messages * model.hidden_size * compute_bytes(config) / bandwidth,
         held_after_forward=tuple(stage.forward for stage in held_bytes),
         held_after_backward=tuple(stage.backward for stage in held_bytes),
     )
+
+
+def _adapters(config: Config, layers: range, share: Share) -> float:
+    """Multiply-adds per token with both matrices of the adapters of some layers, on a tensor-parallel rank."""
+    model, peft = config.model, config.peft
+    if peft is None:
+        return 0.0
+    queries, keys = share.queries * model.head_dim, share.keys * model.head_dim
+    local = {"q": queries, "k": keys, "v": keys, "o": queries, "gate": share.inner, "up": share.inner, "down": share.inner}
+    kinds = [name.rpartition(".")[2] for name in adapted_layers(model, peft) if int(name.split(".")[1]) in layers]
+    return float(peft.rank * sum(model.hidden_size + local[kind] for kind in kinds))
 
 
 def _again(parts: frozenset[str], products: float, scores: float) -> float:

@@ -136,7 +136,7 @@ def build_engine(
         check(schedule)
     owners = schedules[training.global_batch_size].placement
     stages = build_stages(config, grid, owners, compute_dtype(config, device), device)
-    freeze(parameters(stages), config.optimizer)
+    freeze(parameters(stages), config.optimizer, config.peft is not None)
     optimizer = ZeroOptimizer(
         parameters(stages), grid, config.optimizer, parallel.bucket_size, config.precision, parallel.zero_stage
     )

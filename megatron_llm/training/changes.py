@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_llm.config import Config
 
-OF_ANOTHER_RUN = ("model.*", "training.sequence_length")
+OF_ANOTHER_RUN = ("model.*", "peft*", "training.sequence_length")
 DECIDES_NUMBERS = (
     "data.*",
     "lr_schedule.*",
@@ -23,6 +23,7 @@ DECIDES_NUMBERS = (
     "training.document_isolation",
     "training.global_batch_size",
     "training.loss_spike*",
+    "training.regularization.*",
     "training.seed",
 )
 FREE = (
@@ -38,6 +39,7 @@ FREE = (
     "model.initializer_range",
     "model.max_position_embeddings",
     "parallel.*",
+    "peft.init",
     "training.check_replicas_every",
     "training.eval_*",
     "training.hang_timeout",

@@ -147,7 +147,7 @@ def _begin(
     checkpoint = choose_checkpoint(lambda damaged: find_resume(config, allow_change, damaged), config, grid.world, verifying)
     if checkpoint is None and isinstance(resolved.source, Checkpoint):
         check_source(resolved.source, config, grid.world, verifying)
-    weights = checkpoint.source("weights") if checkpoint else resolved.weights()
+    weights = checkpoint.state("weights") if checkpoint else resolved.weights()
     engine = build_engine(config, grid, device, weights, Progress("loading weights"))
     state = load_run(engine, checkpoint, Progress("loading the optimizer")) if checkpoint else RunState()
     changes = changes_since(checkpoint, config) if checkpoint else Changes()
@@ -180,13 +180,14 @@ def _announce(run: Run, resolved: ResolvedRun, resumed: Checkpoint | None, chang
     changes: those that decide no numbers.
     """
     config, grid = run.config, run.engine.grid
-    local = sum(parameter.numel() for parameter in parameters(run.engine.stages))
+    held = parameters(run.engine.stages)
+    local, trained = (sum(p.numel() for p in held if p.requires_grad or not only) for only in (False, True))
     dtype = str(compute_dtype(config, run.engine.device)).removeprefix("torch.")
     pipeline = f"pp {grid.pp.size}" + (f" ({config.parallel.pipeline_schedule})" if grid.pp.size > 1 else "")
     logger.info(
         f"{grid.world.size} ranks: tp {grid.tp.size}, {pipeline}, dp {grid.dp.size} on {run.engine.device}, {dtype} | "
         f"{run.engine.microbatches} micro-batches of {config.training.micro_batch_size} rows a step | "
-        f"{local:,} parameters on rank 0"
+        f"{local:,} parameters on rank 0" + (f", of which {trained:,} are trained" if trained < local else "")
     )
     if ramp := config.training.batch_size_rampup:
         logger.info(

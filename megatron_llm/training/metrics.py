@@ -40,7 +40,7 @@ class Metrics:
     def __init__(self, config: Config, world_size: int, device: torch.device, start: int):
         self.config, self.world_size, self.device = config, world_size, device
         self.path = Path(config.logging.run_dir) / "metrics.jsonl"
-        self.flops_per_token = model_flops_per_token(config.model, config.training.sequence_length)
+        self.flops_per_token = model_flops_per_token(config.model, config.training.sequence_length, config.peft)
         self.peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self.mean_row_seconds: float | None = None
         self.forget_after(start or -1)  # step 0 is evaluated again

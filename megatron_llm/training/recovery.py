@@ -246,9 +246,9 @@ def load_run(engine: Engine, checkpoint: Checkpoint, progress: Callable[[float],
             continue
         average = kind == "ema"
         if kind in checkpoint.kinds and (average or saved_by == name):
-            optimizer.load(kind, checkpoint.source(kind) if average else _Moments(checkpoint, kind), progress)
+            optimizer.load(kind, checkpoint.state(kind) if average else _Moments(checkpoint, kind), progress)
             continue
-        optimizer.load(kind, checkpoint.source("weights") if average else _Zeros(), progress)
+        optimizer.load(kind, checkpoint.state("weights") if average else _Zeros(), progress)
         if engine.grid.world.first:
             reason = f"are of {saved_by}" if kind in checkpoint.kinds else "are not there"
             start = "from the weights" if average else "at zero"
@@ -272,7 +272,7 @@ class _Moments:
     """The moments of a checkpoint, and zeros for weights that were frozen when it was saved."""
 
     def __init__(self, checkpoint: Checkpoint, kind: str):
-        self._source, self._saved, self._frozen = checkpoint.source(kind), checkpoint.tensors(kind), checkpoint.source("weights")
+        self._source, self._saved, self._frozen = checkpoint.state(kind), checkpoint.tensors(kind), checkpoint.state("weights")
 
     def read(self, part: Part, box: Box) -> Tensor:
         if part.name in self._saved:

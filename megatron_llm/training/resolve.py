@@ -31,8 +31,12 @@ from megatron_llm.config import (
 from megatron_llm.data.stream import build_train_stream, check_data, steps_of_epochs, tokenizer_sizes
 from megatron_llm.data.tokenizer import fingerprint, vocabulary_size
 from megatron_llm.hf.assets import collect_assets, with_tokenizer
+from megatron_llm.hf.export import family_of
+from megatron_llm.hf.family import Family
+from megatron_llm.hf.peft import PeftFolder
 from megatron_llm.hf.reader import HFFolder
 from megatron_llm.models.heads import head_problem
+from megatron_llm.models.lora import WithAdapters, target_problems
 from megatron_llm.models.stages import whole_model
 from megatron_llm.models.vocabulary import refuse_to_shrink, resized
 from megatron_llm.optim.rules import rule_problems
@@ -40,6 +44,7 @@ from megatron_llm.parallel.shard import TensorSource, TypedSource
 from megatron_llm.pipeline.schedules import placement
 from megatron_llm.planning.compare import GIB, Assumptions, choose
 from megatron_llm.training.run_folder import checkpoints_folder
+from megatron_llm.training.sources import FreshWeights
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,18 @@ class ResolvedRun:
 
     def weights(self) -> TensorSource | None:
         """Where the first weights come from; None: they are made."""
+        peft, weights = self.config.peft, self._model_weights()
+        if peft is None or (weights is None and peft.init is None):
+            return weights
+        fresh = FreshWeights(self.config.training.seed, self.config.model.initializer_range)
+        if peft.init is None:
+            return WithAdapters(weights or fresh, fresh)
+        assert self.source is not None
+        adapters = PeftFolder(peft.init).source(_family_of(self.source), self.stored_model(), peft)
+        return WithAdapters(weights or fresh, adapters)
+
+    def _model_weights(self) -> TensorSource | None:
+        """Those without adapters."""
         if self.source is None:
             return None
         model, stored = self.config.model, self.stored_model()
@@ -84,6 +101,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Resolve
     """The configuration with architecture filled in from its source. Raises ConfigError; looks at no data and no world."""
     raw = read_raw_config(path, overrides)
     source = _complete_model(raw)
+    _complete_peft(raw, source)
     config = parse_config(raw)
     if not config.model.max_position_embeddings:
         model = config.model.model_copy(update={"max_position_embeddings": config.training.sequence_length})
@@ -159,10 +177,12 @@ def _find_rate(run: ResolvedRun) -> tuple[ResolvedRun, list[str]]:
     config, training = run.config, run.config.training
     stream = build_train_stream(config)
     rows = min(training.global_batch_size, training.rows_after(max(1, training.steps)))  # the stream may end with the run
-    found = sum(int(stream.batch([row]).weights_T.count_nonzero()) for row in range(rows))
-    if not found:
+    weights = torch.cat([stream.batch([row]).weights_T for row in range(rows)]).double()
+    total, squares = float(weights.sum()), float(weights.square().sum())
+    if not total:
         return run, [f"optimizer.lr: auto, but none of the first {rows} rows of data.train has a token with loss; give a number"]
-    tokens = found * training.global_batch_size / rows
+    # With weights of 0 and 1 their number; else as many equal ones as give a mean of the same variance (Kish 1965).
+    tokens = total**2 / squares * training.global_batch_size / rows
     rate = 0.0003 * math.sqrt(tokens / 4e6)
     chat = config.data.kind == "chat" or any(source.kind == "chat" for source in config.data.train)
     all_tokens = training.global_batch_size * training.sequence_length
@@ -170,7 +190,7 @@ def _find_rate(run: ResolvedRun) -> tuple[ResolvedRun, list[str]]:
         f"optimizer.lr: auto is {rate:.3g}, for {tokens:,.0f} of {all_tokens:,} tokens of a batch with loss. "
         "It is an upper bound, known from packed fine-tuning"
         + ("" if chat else ", and data.train has no conversations")
-        + ": try lower rates, too"
+        + (": adapters want higher ones, some ten times that of all weights" if config.peft else ": try lower rates, too")
     )
     optimizer = config.optimizer.model_copy(update={"lr": rate})
     return dataclasses.replace(run, config=config.model_copy(update={"optimizer": optimizer}), notes=(*run.notes, note)), []
@@ -216,6 +236,40 @@ def _complete_model(raw: dict[str, Any]) -> HFFolder | Checkpoint | None:
         raise ConfigError(problems)
     section.update(fields)
     return source
+
+
+def _complete_peft(raw: dict[str, Any], source: HFFolder | Checkpoint | None) -> None:
+    """Fill `raw["peft"]` in place from the adapter folder that `peft.init` names. A field given as well must agree."""
+    section = raw.get("peft")
+    if not isinstance(section, dict) or section.get("init") is None:
+        return
+    place, targets = section["init"], section.get("targets")
+    if not isinstance(place, str):
+        raise ConfigError([f"peft.init: must be the path of a folder in PEFT's format, got {place!r}"])
+    own = _own_checkpoint(raw)
+    try:
+        if source is None and own is None:
+            raise ValueError("an adapter belongs to a model; name it with model.hf or model.checkpoint")
+        given = targets if isinstance(targets, list) and targets and all(isinstance(one, str) for one in targets) else None
+        if source is None:
+            raise ValueError("the model that the adapter belongs to is not there")
+        fields = PeftFolder(place).settings(_family_of(source), _model_of(source), given)
+    except ValueError as error:
+        if own is None or not own.config.get("peft"):
+            raise ConfigError([f"peft.init: {error}"]) from error
+        fields = own.config["peft"]  # a run that has its own adapters can do without those that it began with
+    problems = [
+        f"peft.{name}: {section[name]!r} contradicts {value!r} of {place}; remove it here"
+        for name, value in fields.items()
+        if name not in ("init", "targets") and name in section and section[name] != value
+    ]
+    if problems:
+        raise ConfigError(problems)
+    raw["peft"] = {**fields, **section}
+
+
+def _family_of(source: HFFolder | Checkpoint) -> Family:
+    return source.family if isinstance(source, HFFolder) else family_of(source.assets, source.model)
 
 
 def _model_of(source: HFFolder | Checkpoint) -> ModelConfig:
@@ -311,6 +365,11 @@ def _setting_problems(config: Config) -> list[str]:
         )
     if config.device == "cuda" and not torch.cuda.is_available():
         problems.append("device: cuda, but torch sees no GPU; use device: cpu or auto")
+    if config.training.regularization.hidden_dropout_profile == "rising" and model.num_hidden_layers == 1:
+        problems.append(
+            "training.regularization.hidden_dropout_profile: rising begins with 0 in the first layer, and "
+            "model.num_hidden_layers is 1: there would be no dropout; use constant"
+        )
     if config.training.loss_spike and config.data.kind != "synthetic" and config.data.order == "megatron":
         problems.append(
             "training.loss_spike: data.order megatron plans exactly the rows of training.steps, and has none in place of those "
@@ -337,11 +396,14 @@ def _setting_problems(config: Config) -> list[str]:
 
 
 def _rule_problems(config: Config) -> list[str]:
-    """What is wrong with rules for parameters by name, which the whole model knows, without its weights."""
+    """What is wrong with targets and rules for parameters by name, which the whole model knows, without its weights."""
+    peft = config.peft
+    if peft is not None and (problems := target_problems(config.model, peft)):
+        return problems
     if not config.optimizer.rules:
         return []
-    model = whole_model(config.model, torch.float32, torch.device("meta"))
-    return rule_problems(list(model.parameters()), config.optimizer)
+    model = whole_model(config.model, torch.float32, torch.device("meta"), peft)
+    return rule_problems(list(model.parameters()), config.optimizer, peft is not None)
 
 
 def _schedule_problems(config: Config) -> list[str]:

@@ -61,7 +61,7 @@ def go_back(engine: Engine, state: RunState, why: str, progress: Progress) -> Ru
     checkpoint = choose_checkpoint(lambda damaged: newest_checkpoint(config, damaged), config, engine.grid.world, progress)
     if checkpoint is None:
         return None
-    engine.optimizer.load("weights", checkpoint.source("weights"), progress)
+    engine.optimizer.load("weights", checkpoint.state("weights"), progress)
     back = load_run(engine, checkpoint, progress)
     # The rows of an earlier way from the same checkpoint are on record already.
     start = max([back.rows, *(stop for _, stop in state.skipped_rows)])

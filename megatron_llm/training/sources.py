@@ -7,14 +7,16 @@ import math
 import torch
 from torch import Tensor
 
-from megatron_llm.ops.random import normal, stream_key
+from megatron_llm.ops.random import normal, stream_key, uniform
 from megatron_llm.parallel.shard import Box, Part
 
 _CHUNK_ELEMENTS = 1 << 20
 
 
 class FreshWeights:
-    """Normal weights, ones for norms, zeros for biases; a function of (seed, standard deviation, name, logical index) alone.
+    """Normal weights, ones for norms, zeros for biases, and adapters as PEFT begins them (A uniform, B zero).
+
+    A function of (seed, standard deviation, name, logical index) alone.
 
     So a model starts from the same weights in every layout, and no rank makes more than it holds. They are made on `device`: a
     processor makes some ten million a second. Kinds of devices round the last bits of their float64 differently.
@@ -25,13 +27,16 @@ class FreshWeights:
 
     def read(self, part: Part, box: Box) -> Tensor:
         """float64 values of a box of the logical tensor."""
-        if part.init != "normal":
+        if part.init in ("ones", "zeros"):
             return torch.full(box.shape, float(part.init == "ones"), dtype=torch.float64, device=self.device)
         key = stream_key(self.seed, "init", part.name)
         values = torch.empty(box.numel, dtype=torch.float64, device=self.device)
         for start in range(0, box.numel, _CHUNK_ELEMENTS):
             flat = torch.arange(start, min(start + _CHUNK_ELEMENTS, box.numel), device=self.device)
-            values[start : start + flat.numel()] = normal(key, _logical_index(flat, box, part.shape))
+            index = _logical_index(flat, box, part.shape)
+            values[start : start + flat.numel()] = normal(key, index) if part.init == "normal" else uniform(key, index)
+        if part.init == "uniform":  # kaiming_uniform_ with a = sqrt(5), as PEFT: within 1 / sqrt(inputs)
+            return values.mul_(2.0).sub_(1.0).mul_(part.shape[-1] ** -0.5).view(box.shape)
         return values.mul_(self.standard_deviation).view(box.shape)
 
 

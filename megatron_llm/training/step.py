@@ -1,6 +1,7 @@
 """One optimizer step, and one evaluation: the heart of the engine. Called by `training/loop.py`.
 
     for every micro-batch: forward, backward of the *unnormalized* weighted sum of token losses      (pipeline runtime)
+                           (with noise and penalties, if training.regularization has any)
                            (in float16 of a multiple of it, see optim/loss_scale.py)
     reduce-scatter gradients, add replicas' partial ones                                             (optim/zero1.py)
     one all-reduce of (loss sum, weight sum, squared norm, votes: stop? saved?)
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from megatron_llm.config import Config
 from megatron_llm.data.stream import TokenStream
+from megatron_llm.models.regularization import Regularization
 from megatron_llm.ops.batch import Batch
 from megatron_llm.ops.dtypes import stat_dtype
 from megatron_llm.optim.loss_scale import INITIAL_LOSS_SCALE, loss_scale, next_loss_scale
@@ -101,7 +103,8 @@ def train_step(
     rows = range(state.rows, state.rows + config.training.batch_size(state.trained_rows))
     scale = loss_scale(config.precision, state.loss_scale)
     engine.optimizer.zero_gradients()
-    sums = _run_microbatches(engine, engine.schedules[len(rows)], stream, rows, scale, trace)
+    chosen = Regularization.of(config)
+    sums = _run_microbatches(engine, engine.schedules[len(rows)], stream, rows, scale, trace, chosen)
     squares = engine.optimizer.reduce_gradients()
     said = torch.tensor([float(vote) for vote in votes], dtype=sums.dtype, device=sums.device)
     totals = all_reduce(torch.cat((sums, squares.to(sums).view(1), said)), engine.grid.world).tolist()
@@ -174,10 +177,11 @@ def _run_microbatches(
     rows: Sequence[int | None],
     scale: float = 1.0,
     trace: list[Event] | None = None,
+    regularization: Regularization | None = None,
 ) -> Tensor:
     """Send the rows of a global batch that belong to this replica through the pipeline.
 
-    scale: factor on what is backpropagated.
+    scale: factor on what is backpropagated. regularization: what a training step adds; the sums have nothing of its penalties.
 
     Returns this rank's share of (loss sum, weight sum): [2] in `stat_dtype`; the first tp rank of each last stage
     contributes, the others hold zeros. Every rank builds its batches from row numbers: nothing is broadcast.
@@ -194,13 +198,13 @@ def _run_microbatches(
             batches[microbatch] = stream.batch(rows[first : first + size]).to(engine.device)
         batch = batches.pop(microbatch) if number == last_here else batches[microbatch]
         stage = engine.stages[number]
-        hidden = stage(x, batch, before_layer=engine.runtime.before_layer)
+        hidden = stage(x, batch, before_layer=engine.runtime.before_layer, regularization=regularization)
         if not stage.last:
             return hidden
-        loss = stage.loss(hidden, batch)
+        objective, loss = stage.objective(hidden, batch, regularization)
         if grid.tp.first:
-            sums.add_(torch.stack((loss.detach(), batch.weights_T.sum().to(dtype))))
-        return loss if scale == 1.0 else loss * scale
+            sums.add_(torch.stack((loss, batch.weights_T.sum().to(dtype))))
+        return objective if scale == 1.0 else objective * scale
 
     engine.runtime.run(schedule, forward, trace)
     return sums

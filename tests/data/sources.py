@@ -39,9 +39,10 @@ def write_pretrain(
 
 
 def write_chat(prefix: Path, lengths: list[int], first: int = 0) -> tuple[str, np.ndarray]:
-    """Conversations with random role bytes. Returns the prefix and the role byte of every token."""
+    """Conversations of random role bytes, the second a reply. Returns the prefix and the role byte of every token."""
     rng = np.random.default_rng(3)
     roles = rng.choice([0, USER, ASSISTANT, ASSISTANT, ASSISTANT | NOT_TRAINED], sum(lengths)).astype(np.uint8)
+    roles[[sum(lengths[:number]) + 1 for number, length in enumerate(lengths) if length > 1]] = ASSISTANT
     at = 0
     with IndexedWriter(prefix, np.int32, META, roles=True) as writer:
         for length in lengths:

@@ -66,6 +66,16 @@ def test_planned_epochs_are_met_at_the_end(sources: list[tuple[float, int]]) -> 
         assert abs(out - epochs * rows) <= 2 + planned / RESOLUTION
 
 
+@pytest.mark.parametrize(
+    "rows", [[4310, 1800, 4425, 3049, 2517, 3436, 5429, 5847, 2134, 4030, 4926], [65_535, 1], [1, 2, 40_000, 3], [7, 7, 7]]
+)
+def test_whole_numbers_are_met_exactly(rows: list[int]) -> None:
+    """As epochs of up to 65,536 rows in all are: at the end every source has given its rows, none of them twice."""
+    blend = Blend([float(count) for count in rows])
+    given_out = sorted(blend(row) for row in range(sum(rows)))
+    assert given_out == [(source, number) for source, count in enumerate(rows) for number in range(count)]
+
+
 def test_simple_shares_have_short_tables() -> None:
     assert Blend([3.0, 3.0]).period == 2
     assert Blend([0.75, 0.25]).counts == [3, 1]

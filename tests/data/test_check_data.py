@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_llm.config import ConfigError
 from megatron_llm.data.indexed import IndexedDataset
 from megatron_llm.data.stream import check_data
+from megatron_llm.data.writer import IndexedWriter
 from tests.data.sources import DOCUMENTS, META, make_config, write_chat, write_pretrain
 
 
@@ -123,3 +126,79 @@ def test_data_of_different_tokenizers_is_refused(tmp_path: Path) -> None:
     (problem,) = check_data(make_config(train=[{"path": c}, {"path": a}], valid=[{"path": b}]))
     assert problem.startswith("data.valid.0.path: made with tokenizer other (fingerprint 000000000000), but ")
     assert "data.train.1.path with tok (ffffffffffff); preprocess all with one tokenizer" in problem
+
+
+def test_settings_of_conversations_need_conversations(tmp_path: Path) -> None:
+    text = [{"path": write_pretrain(tmp_path / "a", DOCUMENTS)}]
+    talks = [{"path": write_chat(tmp_path / "c", [8])[0], "kind": "chat"}]
+    for setting, value in (
+        ("train_on", "all"),
+        ("train_on", "last_assistant"),
+        ("prompt_loss_weight", 0.1),
+        ("conversation_augment", {"flip": 0.1}),
+        ("overlong", "drop"),
+    ):
+        for sections in ({"train": text}, {"kind": "synthetic"}):
+            (problem,) = check_data(make_config(**{setting: value}, **sections))
+            assert problem.startswith(f"data.{setting}: ") and problem.endswith("; remove it, or set kind: chat")
+        (*problem,) = check_data(make_config(**{setting: value}, train=text, valid=talks))
+        assert len(problem) == (setting != "overlong"), "validation has over-long conversations, too, and is never augmented"
+        if setting != "conversation_augment":
+            assert check_data(make_config(**{setting: value}, train=[*text, *talks])) == []
+
+
+def test_a_curriculum_needs_conversations_of_all_sources(tmp_path: Path) -> None:
+    text = {"path": write_pretrain(tmp_path / "a", DOCUMENTS)}
+    talks = {"path": write_chat(tmp_path / "c", [8])[0], "kind": "chat"}
+    for train, packing in (([text], "auto"), ([text], "best_fit"), ([text, talks], "auto")):
+        (problem,) = check_data(make_config(train=train, packing=packing, order="short_to_long"))
+        assert "data.order: short_to_long sorts conversations, and data.train has kind pretrain" in problem
+    (problem,) = check_data(make_config(kind="synthetic", order="short_to_long"))
+    assert "has kind synthetic" in problem
+    (problem,) = check_data(make_config(train=[talks], packing="best_fit", order="short_to_long"))
+    assert "packing best_fit puts short conversations beside long ones; remove data.packing, or set it to in_order" in problem
+    for packing in ("auto", "in_order", "none"):
+        assert check_data(make_config(train=[talks], packing=packing, order="short_to_long", valid=[text])) == []
+
+
+@pytest.mark.parametrize(
+    "data, said",
+    [
+        ({"train_on": "all", "prompt_loss_weight": 0.5}, "prompt_loss_weight 0.5 says what train_on all says with 1: remove it"),
+        ({"prompt_loss_weight": 1.5}, "data.prompt_loss_weight: Input should be less than or equal to 1"),
+        (
+            {"conversation_augment": {"flip": 0.6, "predict_instruction": 0.6}},
+            "flip 0.6 and predict_instruction 0.6 are more",
+        ),
+        ({"conversation_augment": {"seed": 3}}, "seed 3 chooses nothing while all rates are 0"),
+        ({"conversation_augment": {"flop": 0.6}}, "flop"),
+    ],
+)
+def test_settings_of_conversations_that_contradict(data: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        make_config(kind="chat", **data)
+
+
+def test_variants_that_are_missing_or_of_something_else_are_refused(tmp_path: Path) -> None:
+    path, _ = write_chat(tmp_path / "c", [8, 8])
+
+    def problem(rates: dict[str, float]) -> str:
+        (found,) = check_data(make_config(kind="chat", train=[{"path": path}], conversation_augment=rates))
+        return found
+
+    found = problem({"predict_instruction": 0.1})
+    assert found.startswith("data.train.0.path: data.conversation_augment.predict_instruction needs ")
+    assert "c.predict_instruction.idx does not exist" in found
+    assert f"make it with `megatron-llm preprocess-chat ... --output {path} --variants predict_instruction`" in found
+    write_chat(tmp_path / "c.flip", [8])
+    assert f"c.flip has 1 documents, but {path} has 2; make it with" in problem({"flip": 0.1})
+    write_chat(tmp_path / "c.flip", [8, 8], first=99_990)
+    assert "c.flip.bin has token id 100000 at byte 40" in problem({"flip": 0.1})
+    write_pretrain(tmp_path / "c.flip", [8, 8])
+    assert "c.flip.roles.bin does not exist" in problem({"flip": 0.1})
+    with IndexedWriter(
+        tmp_path / "c.flip", np.int32, dataclasses.replace(META, tokenizer_fingerprint="0" * 64), roles=True
+    ) as writer:
+        for _ in range(2):
+            writer.add_document(np.arange(8), np.full(8, 3, np.uint8))
+    assert f"c.flip was made with tokenizer 000000000000, but {path} with ffffffffffff; make it with" in problem({"flip": 0.1})

@@ -86,8 +86,9 @@ def test_rows_are_those_of_the_rule(lengths: list[int], capacity: int, seed: int
     assert [packing.row(i).tolist() for i in range(packing.rows)] == plain_pack(lengths, capacity, seed, epoch, group)
 
 
-def test_near_the_lower_bound_on_log_normal_lengths() -> None:
-    lengths = np.clip(np.exp(np.random.default_rng(0).normal(5.5, 1.0, 100_000)).astype(np.int64), 1, 4096)
+@pytest.mark.parametrize("median", [245, 600])
+def test_near_the_lower_bound_on_log_normal_lengths(median: int) -> None:
+    lengths = np.clip(np.exp(np.random.default_rng(0).normal(np.log(median), 1.0, 100_000)).astype(np.int64), 1, 4096)
     packing = pack(lengths, 4096, "best_fit", 0, 0)
     assert packing.rows <= 1.001 * np.ceil(lengths.sum() / 4096)
 
@@ -127,6 +128,22 @@ def test_epochs_and_seeds_mix_items_of_equal_length() -> None:
     assert len(items) == 4
     again = pack(lengths, 40, "best_fit", 1, 1)
     assert tuple(again.items.tolist()) in items
+
+
+@settings(deadline=None)
+@given(lengths=LENGTHS, method=st.sampled_from(["in_order", "none"]), seed=st.integers(0, 9), epoch=st.integers(0, 9))
+def test_rising(lengths: list[int], method: Method, seed: int, epoch: int) -> None:
+    """Next-fit over rising lengths; equally long ones in another order for every seed and epoch."""
+    packing = pack(np.asarray(lengths), 64, method, seed, epoch, rising=True)
+    assert [lengths[item] for item in packing.items] == sorted(lengths)
+    assert sorted(packing.items.tolist()) == list(range(len(lengths)))
+    rows = [sum(lengths[item] for item in packing.row(row)) for row in range(packing.rows)]
+    assert max(rows) <= 64
+    for row in range(packing.rows - 1):
+        assert len(packing.row(row)) == 1 if method == "none" else rows[row] + lengths[packing.row(row + 1)[0]] > 64
+    equal = np.full(60, 10)
+    orders = {tuple(pack(equal, 64, method, s, e, rising=True).items.tolist()) for s in (seed, 10) for e in (epoch, 10)}
+    assert len(orders) == 4
 
 
 def test_in_order_closes_a_row_when_the_next_does_not_fit() -> None:

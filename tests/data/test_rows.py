@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_llm.data.chat_rows import ConversationPieces, Loss
 from megatron_llm.data.indexed import IndexedDataset
-from megatron_llm.data.rows import PretrainRows, Row, chat_rows, document_rows
+from megatron_llm.data.rows import PackedRows, PretrainRows, Row, document_rows
 from megatron_llm.data.writer import IndexedWriter
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=25)
@@ -140,7 +141,7 @@ def test_ids_outside_the_vocabulary_are_found_when_read(tmp_path: Path) -> None:
     for rows in (
         PretrainRows(dataset, 5, 0, False, True, True),
         document_rows(dataset, 6, 0, False),
-        chat_rows(dataset, 6, 0, False, "best_fit", "all", "error"),
+        PackedRows(ConversationPieces(dataset, 6, Loss("all"), "error"), 6, 0, "file", "best_fit"),
     ):
         with pytest.raises(ValueError, match=r"a\.bin has token id 50 at byte 12, outside the model's 0 to 49"):
             rows.row(0)

@@ -12,10 +12,19 @@ import pytest
 import torch
 
 from megatron_llm.config import Config
-from megatron_llm.data.indexed import IndexedDataset
+from megatron_llm.data.indexed import NOT_TRAINED, IndexedDataset
 from megatron_llm.data.megatron_order import MegatronBlend, MegatronRows, source_samples
-from megatron_llm.data.stream import TokenStream, build_train_stream, build_valid_streams, check_data, steps_of_epochs
+from megatron_llm.data.stream import (
+    TokenStream,
+    build_train_stream,
+    build_valid_streams,
+    check_data,
+    describe_data,
+    steps_of_epochs,
+)
 from megatron_llm.ops.batch import Batch
+from tests.data.conversations import META as CHAT_META
+from tests.data.conversations import WEIGHTS, Message, expect, number_tokens, write
 from tests.data.sources import ASSISTANT, DOCUMENTS, make_config, write_chat, write_pretrain
 
 
@@ -139,12 +148,14 @@ def test_chat_rows(tmp_path: Path, packing: str, train_on: str) -> None:
             count = CONVERSATIONS[starts.index(tokens[0])]
             assert tokens == list(range(tokens[0], tokens[0] + count))
             assert batch.labels_T[part].tolist()[:-1] == tokens[1:]
-            wanted = [1.0 if train_on == "all" or roles[token - 1] == ASSISTANT else 0.0 for token in tokens[1:]]
+            bytes_ = [roles[token - 1] for token in tokens[1:]]
+            wanted = [1.0 if byte == ASSISTANT or (train_on == "all" and not byte & NOT_TRAINED) else 0.0 for byte in bytes_]
             assert weights == [*wanted, 0.0]
             seen.append(tokens[0])
-        assert sorted(seen) == starts
+        assert sorted(seen) == [start for start, count in zip(starts, CONVERSATIONS, strict=True) if count > 1]
+    assert "1 without a token to learn left out (1 tokens)" in stream.summary[0]
     if packing == "none":
-        assert stream.rows_per_epoch == len(CONVERSATIONS)
+        assert stream.rows_per_epoch == len(CONVERSATIONS) - 1
 
 
 def test_chat_epochs_visit_rows_in_different_orders(tmp_path: Path) -> None:
@@ -179,7 +190,7 @@ def test_overlong_conversations(tmp_path: Path) -> None:
     assert "2 longer than 16 tokens cut" in cut.summary[0]
     batch = cut.batch([1])
     assert batch.tokens_T.tolist() == list(range(4, 20))
-    assert batch.weights_T.tolist() == [1.0] * 15 + [0.0]
+    assert batch.weights_T.tolist() == [float(not byte & NOT_TRAINED) for byte in roles[4:19]] + [0.0]
 
 
 def test_validation_is_in_file_order_ends_and_weighs_replies_only(tmp_path: Path) -> None:
@@ -315,6 +326,97 @@ def test_epochs_are_shares_of_rows(tmp_path: Path) -> None:
     assert sum(first >= 1000 for first in firsts) == 100 - len(from_a), "no row of b twice"
     assert "60.00% of the rows; this run reads 480 tokens of it, 2 epochs" in stream.summary[0]
     assert "this run reads 320 tokens of it, 0.4 epochs" in stream.summary[1]
+
+
+def test_a_mixture_of_two_sft_sets_and_text_in_epochs(tmp_path: Path) -> None:
+    """With steps -1 every source is read exactly as often as its epochs say, and weighs what it weighs alone."""
+    talks = [
+        [
+            [Message("user", 2 + n % 5), Message("assistant", 1 + (n + k) % 4, weight=WEIGHTS[n % 3], before=1)]
+            for n in range(40 + 17 * k)
+        ]
+        for k in (0, 1)
+    ]
+    sets = [write(tmp_path / f"chat{k}", talks[k], first=2 + 10_000 * k, meta=CHAT_META) for k in (0, 1)]
+    text = write_pretrain(tmp_path / "text", [7, 30, 11, 16 * 20 + 1 - 48], first=50_000, meta=None)
+    train = [
+        {"path": sets[0], "kind": "chat", "epochs": 3},
+        {"path": sets[1], "kind": "chat", "epochs": 2},
+        {"path": text, "epochs": 0.35},
+    ]
+    settings = {"train": train, "prompt_loss_weight": 0.125, "train_on": "last_assistant"}
+    config = make_config(16, **settings, training={"steps": -1, "global_batch_size": 1})
+    assert check_data(config) == []
+    steps = steps_of_epochs(config)
+    config = make_config(16, **settings, training={"steps": steps, "global_batch_size": 1})
+    stream = build_train_stream(config)
+    read: dict[int, Counter[Any]] = {0: Counter(), 1: Counter(), 5: Counter()}
+    rows: Counter[int] = Counter()
+    for number in range(steps):
+        batch = stream.batch([number])
+        source = int(batch.tokens_T[0]) // 10_000
+        rows[source] += 1
+        for part in segments(batch):
+            if batch.tokens_T[part][0]:
+                ids, weights = tuple(batch.tokens_T[part].tolist()), tuple(batch.weights_T[part].tolist())
+                read[source][ids, weights[:-1] if source < 5 else weights] += 1
+    for k, epochs in ((0, 3), (1, 2)):
+        expected = expect(talks[k], 16, "last_assistant", 0.125, "drop", number_tokens(talks[k], 2 + 10_000 * k))
+        assert read[k] == {piece: epochs for piece in expected.pieces}
+    assert rows[5] == 7, "0.35 of 20 rows"
+    assert all(weight == 1 for _, weights in read[5] for weight in weights[:-1]), "text has loss whatever train_on is"
+    assert steps == sum(rows.values())
+
+
+def test_a_mixture_by_weight_after_any_number_of_rows(tmp_path: Path) -> None:
+    paths = [write_chat(tmp_path / f"chat{k}", [10] * 9, first=1000 * k)[0] for k in (1, 2)]
+    text = write_pretrain(tmp_path / "text", [16 * 10 + 1], first=3000)
+    train = [{"path": path, "kind": "chat", "weight": weight} for path, weight in zip(paths, (0.5, 0.3), strict=True)]
+    stream = build_train_stream(make_config(16, train=[*train, {"path": text, "weight": 0.2}]))
+    taken = np.zeros(3)
+    for number in range(200):
+        taken[int(stream.batch([number]).tokens_T[0]) // 1000 - 1] += 1
+        assert (abs(taken - np.array([0.5, 0.3, 0.2]) * (number + 1)) < 1).all()
+
+
+def test_variants_of_training_only(tmp_path: Path) -> None:
+    talks = [[Message("user", 3), Message("assistant", 4, before=1)] for _ in range(50)]
+    path = write(tmp_path / "chat", talks)
+    write(tmp_path / "chat.flip", [[] if n % 2 else talk for n, talk in enumerate(talks)], first=10_000)
+
+    def config(**augment: Any) -> Config:
+        source = [{"path": path}]
+        return make_config(8, kind="chat", train=source, valid=source, packing="none", order="file", conversation_augment=augment)
+
+    assert check_data(config(flip=1.0)) == []
+    stream = build_train_stream(config(flip=1.0))
+    assert stream.rows_per_epoch == 50
+    for number in (0, 1, 50, 149):
+        assert (int(stream.batch([number]).tokens_T[0]) >= 10_000) == (number % 2 == 0), "the same in every epoch"
+    assert "25 replaced by flip (25 chosen have none)" in stream.summary[0]
+    (valid,) = build_valid_streams(config(flip=1.0)).values()
+    assert valid.batch(list(range(50))).tokens_T.max() < 10_000
+    by_seed = [build_train_stream(config(flip=0.5, seed=seed)).batch(list(range(50))).tokens_T.tolist() for seed in (1, 2, 1)]
+    assert by_seed[0] == by_seed[2] != by_seed[1]
+    assert by_seed[0] != build_train_stream(config(flip=0.5)).batch(list(range(50))).tokens_T.tolist()
+    without, described = (describe_data(config(**rates))["data"]["train"][0] for rates in ({}, {"flip": 0.5}))
+    assert described.pop("variants")["flip"]["tokens"] == 25 * 8
+    assert described == without
+
+
+def test_short_to_long_of_every_source_by_itself(tmp_path: Path) -> None:
+    lengths = [[9, 2, 15, 4, 7, 4, 12], [3, 11, 6, 14, 5, 5, 8]]
+    paths = [write_chat(tmp_path / f"chat{k}", lengths[k], first=1000 * (k + 1))[0] for k in (0, 1)]
+    config = make_config(16, kind="chat", train=[{"path": path} for path in paths], order="short_to_long")
+    assert check_data(config) == []
+    stream = build_train_stream(config)
+    found: dict[int, list[int]] = {1: [], 2: []}
+    for number in range(2 * max(source.rows_per_epoch for source in stream._sources)):
+        batch = stream.batch([number])
+        parts = [part for part in segments(batch) if batch.tokens_T[part][0]]
+        found[int(batch.tokens_T[0]) // 1000] += [part.stop - part.start for part in parts]
+    for k in (0, 1):
+        assert found[k + 1][: len(lengths[k])] == sorted(lengths[k])
 
 
 def test_megatron_order_of_one_source(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -30,6 +32,23 @@ def test_training_equals_the_cpu(compute: str, tolerance: float) -> None:
     config = config_of(optimizer={"lr": 1e-3}, precision={"compute": compute})
     expected = losses(config_of(optimizer={"lr": 1e-3}), "cpu")
     assert losses(config, "cuda") == [pytest.approx(pair, rel=tolerance) for pair in expected]
+
+
+@pytest.mark.parametrize("compute, tolerance", [("float64", 1e-9), ("bfloat16", 2e-2)])
+def test_training_of_adapters_equals_the_cpu(compute: str, tolerance: float) -> None:
+    """Products with B are added to columns of q, k and v in place."""
+    sections: dict[str, dict[str, Any]] = {"optimizer": {"lr": 1e-2}, "peft": {"rank": 4}}
+    expected = losses(config_of(**sections), "cpu")
+    assert losses(config_of(precision={"compute": compute}, **sections), "cuda") == [
+        pytest.approx(pair, rel=tolerance) for pair in expected
+    ]
+
+
+def test_noise_and_penalties_equal_those_of_the_cpu() -> None:
+    """The masks are the same to the bit, or losses would be far off."""
+    chosen = {"hidden_dropout": 0.2, "neftune_noise_alpha": 5.0, "label_smoothing": 0.1, "z_loss": 1e-3}
+    config = config_of(optimizer={"lr": 1e-3}, training={"regularization": chosen})
+    assert losses(config, "cuda") == [pytest.approx(pair, rel=1e-9) for pair in losses(config, "cpu")]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -188,7 +188,8 @@ def test_what_cannot_be_read_is_said_by_name(
 def test_rates_of_dropout_are_said_and_travel_along(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_folder(tmp_path / "hf")
     edit(tmp_path / "hf", attention_dropout=0.1)
-    note = "training applies no dropout: attention_dropout 0.1 in config.json travels along without effect"
+    note = "dropout in config.json travels along without effect: attention_dropout 0.1; what training applies, "
+    note += "training.regularization.hidden_dropout says"
     assert HFFolder(tmp_path / "hf").notes() == [f"{tmp_path / 'hf'}: {note}"]
     round_trip(tmp_path / "hf", tmp_path / "out")
     assert note in capsys.readouterr().out

@@ -16,6 +16,7 @@ from megatron_llm.config import Config
 from megatron_llm.data.stream import build_train_stream
 from megatron_llm.models.decoder import DecoderStage
 from megatron_llm.models.recompute import recomputed
+from megatron_llm.models.regularization import Regularization
 from megatron_llm.models.stages import parameters
 from megatron_llm.ops.batch import Batch
 from megatron_llm.parallel.grid import Grid
@@ -190,19 +191,23 @@ def _numbers(config: Config, weights: TensorSource | None) -> list[Tensor]:
     """What a rank has to show: sums and gradients of a global batch, then losses, norms and weights of two steps."""
     grid = Grid.build(config.parallel, config.model.num_key_value_heads)
     engine = build_engine(config, grid, torch.device("cpu"), weights)
-    sums = _run_microbatches(engine, engine.schedule, build_train_stream(config), range(config.training.global_batch_size))
+    rows, chosen = range(config.training.global_batch_size), Regularization.of(config)
+    sums = _run_microbatches(engine, engine.schedule, build_train_stream(config), rows, regularization=chosen)
     gradients = [parameter.main_grad.clone() for parameter in parameters(engine.stages)]  # type: ignore[attr-defined]
     history, pieces = train(config, 2, weights)
     assert not any(skipped for *_, skipped in history)
     return [sums, *gradients, torch.tensor([line[:2] for line in history], dtype=torch.float64), *(piece[3] for piece in pieces)]
 
 
-def _differences(compute: str, parallel: dict[str, Any], settings: list[str], decoder: str | None = None) -> list[str]:
+def _differences(
+    compute: str, parallel: dict[str, Any], settings: list[str], decoder: str | None = None, noise: bool = False
+) -> list[str]:
     """Those of the settings that change any bit on this rank. decoder: one of the others; a Llama by default."""
+    regularization = {"hidden_dropout": 0.2, "neftune_noise_alpha": 5.0, "label_smoothing": 0.1, "z_loss": 1e-3} if noise else {}
     model, weights = (DECODERS[decoder], AllRandom(5)) if decoder else ({}, None)
 
     def numbers(training: dict[str, Any]) -> list[Tensor]:
-        training = {"sequence_length": 12 if decoder else 16, **training}
+        training = {"sequence_length": 12 if decoder else 16, "regularization": regularization, **training}
         config = config_of(model=model, training=training, parallel=parallel, precision={"compute": compute})
         return _numbers(config, weights)
 
@@ -259,6 +264,22 @@ def test_not_one_bit_of_other_decoders_changes(decoder: str) -> None:
 def test_not_one_bit_of_other_decoders_changes_on_many_ranks(decoder: str, layout: str, compute: str) -> None:
     world, parallel = LAYOUTS[layout]
     assert run_ranks(world, _differences, compute, parallel, ["full", *SOME, "norms", "activation"], decoder) == [[]] * world
+
+
+@pytest.mark.parametrize(
+    ("decoder", "layout", "compute", "setting"),
+    [
+        (None, "tp2", "bfloat16", "full"),
+        pytest.param("neox", "tp2 pp2 zb_v", "float32", "selective", marks=pytest.mark.slow),
+        pytest.param(None, "tp2", "bfloat16", "selective", marks=pytest.mark.slow),
+        pytest.param("neox", "tp2 pp2 zb_v", "float32", "full", marks=pytest.mark.slow),
+        pytest.param("gemma2", "pp2 zb_h1", "float64", "full", marks=pytest.mark.slow),
+    ],
+)
+def test_not_one_bit_of_noise_changes(decoder: str | None, layout: str, compute: str, setting: str) -> None:
+    """Dropout is part of what full recomputation makes again, and behind what others do."""
+    world, parallel = LAYOUTS[layout]
+    assert run_ranks(world, _differences, compute, parallel, [setting], decoder, True) == [[]] * world
 
 
 @pytest.mark.slow

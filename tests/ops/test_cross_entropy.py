@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron_llm.ops import cross_entropy
-from megatron_llm.ops.cross_entropy import local_statistics, logits_gradient_
+from megatron_llm.ops.cross_entropy import Penalties, local_statistics, logits_gradient_, logits_sums
 
 VOCAB = 11
 CUTS = {"whole": (0, 11), "halves": (0, 6, 11), "one empty": (0, 4, 8, 11, 11)}
@@ -52,6 +52,31 @@ def test_loss_and_gradient_equal_torch(cuts: str, offset: float) -> None:
     for a, b in zip(CUTS[cuts][:-1], CUTS[cuts][1:], strict=True):
         logits_gradient_(gradient[:, a:b], labels - a, log_sum_exp, scale)
     torch.testing.assert_close(gradient, expected_gradient, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("cuts", CUTS)
+@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.1, 0.0), (0.0, 0.3), (0.7, 0.01)])
+@pytest.mark.usefixtures("chunk")
+def test_gradient_with_penalties_equals_torch(cuts: str, smoothing: float, z_loss: float) -> None:
+    logits, labels = _logits(7)
+    logits.requires_grad_()
+    scale = torch.tensor([1.0, 0.0, 0.5, 2.0, 1.0, -1.0, 3.0], dtype=torch.float64)
+    plain = functional.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+    (expected,) = torch.autograd.grad(plain + z_loss * logits.logsumexp(1).square(), logits, scale)
+    gradient, log_sum_exp = logits.detach().clone(), logits.detach().logsumexp(1)
+    for a, b in zip(CUTS[cuts][:-1], CUTS[cuts][1:], strict=True):
+        logits_gradient_(gradient[:, a:b], labels - a, log_sum_exp, scale, Penalties(VOCAB, smoothing, z_loss))
+    torch.testing.assert_close(gradient, expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.usefixtures("chunk")
+def test_sums_of_logits(dtype: torch.dtype) -> None:
+    logits, _ = _logits(7, dtype=dtype)
+    sums = logits_sums(logits[:, 2:9])
+    assert sums.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
+    torch.testing.assert_close(sums.double(), logits[:, 2:9].double().sum(1), rtol=1e-6, atol=1e-5)
+    assert logits_sums(logits[:, :0]).tolist() == [0.0] * 7
 
 
 def test_statistics_leave_the_logits_alone() -> None:

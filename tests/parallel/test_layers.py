@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from megatron_llm.config import ModelConfig, ParallelConfig
 from megatron_llm.models.heads import Heads
+from megatron_llm.ops.cross_entropy import Penalties
 from megatron_llm.parallel.embedding import VocabParallelEmbedding
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.parallel.linear import (
@@ -27,7 +28,7 @@ from megatron_llm.parallel.linear import (
     sharded_bias,
     sharded_weight,
 )
-from megatron_llm.parallel.loss import vocab_parallel_cross_entropy
+from megatron_llm.parallel.loss import vocab_parallel_cross_entropy, vocab_parallel_objective
 from megatron_llm.parallel.shard import ShardSpec
 from megatron_llm.parallel.weight_grad import WeightGradients
 from tests.ranks import run_ranks
@@ -293,36 +294,58 @@ def test_vocab_parallel_embedding(world: int, sequence_parallel: bool, main_grad
 # Cross-entropy
 
 
-def _loss(world: int, vocab: int, weights: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, gradient of this rank's true columns, gradient of its padding columns)."""
+def _loss(
+    world: int, vocab: int, weights: Tensor, labels: Tensor, penalties: Penalties | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, what it is without penalties, gradient of this rank's true columns, gradient of its padding columns)."""
     tp = _grid(world).tp
     shard = OutputShard.even("head", vocab, tp)
     logits = torch.full((TOKENS, shard.local_rows), 1e3, dtype=torch.float64)  # padding that would swamp everything
     logits[:, : shard.stop - shard.start] = _random(6, TOKENS, vocab)[:, shard.start : shard.stop]
     leaf = logits.requires_grad_()
-    loss = vocab_parallel_cross_entropy(leaf * 1.0, labels, weights, shard.start, shard.stop, tp)
+    if penalties is None:
+        loss = plain = vocab_parallel_cross_entropy(leaf * 1.0, labels, weights, shard.start, shard.stop, tp)
+    else:
+        loss, plain = vocab_parallel_objective(leaf * 1.0, labels, weights, shard.start, shard.stop, tp, penalties)
+        assert not plain.requires_grad
     (3 * loss).backward()
     assert leaf.grad is not None
-    return loss.detach(), *leaf.grad.split([shard.stop - shard.start, shard.local_rows - shard.stop + shard.start], dim=1)
+    parts = leaf.grad.split([shard.stop - shard.start, shard.local_rows - shard.stop + shard.start], dim=1)
+    return loss.detach(), plain.detach(), *parts
 
 
 @WORLDS
 @pytest.mark.parametrize("vocab", [9, 10])
 @pytest.mark.parametrize("zero_weights", [False, True], ids=["some weights zero", "all weights zero"])
 def test_vocab_parallel_cross_entropy(world: int, vocab: int, zero_weights: bool) -> None:
+    _assert_loss(world, vocab, zero_weights, None)
+
+
+@WORLDS
+@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.0), (0.0, 1e-2), (0.3, 0.2)])
+def test_vocab_parallel_objective_is_that_of_torch_on_whole_logits(world: int, smoothing: float, z_loss: float) -> None:
+    """Smoothed over the true vocabulary: of 9 ids two ranks have 5 and 4, and one that is padding."""
+    _assert_loss(world, 9, False, Penalties(9, smoothing, z_loss))
+
+
+def _assert_loss(world: int, vocab: int, zero_weights: bool, penalties: Penalties | None) -> None:
     labels, weights = _ids(vocab), torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0, 1.0, 0.0, 1.0])
     if zero_weights:
         weights = torch.zeros(TOKENS)
     ignored = labels.clone()
     ignored[weights == 0] = -100  # a label that is ignored need not be one
-    results = run_ranks(world, _loss, world, vocab, weights, ignored)
+    results = run_ranks(world, _loss, world, vocab, weights, ignored, penalties)
     logits = _random(6, TOKENS, vocab).requires_grad_()
-    expected = (functional.cross_entropy(logits, labels, reduction="none") * weights).sum()
+    chosen = penalties or Penalties()
+    plain = (functional.cross_entropy(logits, labels, reduction="none") * weights).sum()
+    terms = functional.cross_entropy(logits, labels, reduction="none", label_smoothing=chosen.smoothing)
+    expected = ((terms + chosen.z_loss * logits.logsumexp(1).square()) * weights).sum()
     (3 * expected).backward()
     assert logits.grad is not None
-    losses, gradients, padding = zip(*results, strict=True)
-    for loss in losses:
-        assert loss.dtype is torch.float64 and torch.equal(loss, losses[0])
+    losses, without, gradients, padding = zip(*results, strict=True)
+    for loss, other in zip(losses, without, strict=True):
+        assert loss.dtype is torch.float64 and torch.equal(loss, losses[0]) and torch.equal(other, without[0])
         assert_equal(loss, expected.detach())
+        assert_equal(other, plain.detach())
     assert_equal(torch.cat(gradients, dim=1), logits.grad)
     assert not torch.cat(padding, dim=1).any()

@@ -137,9 +137,9 @@ def test_spec_of_a_fused_weight_by_hand() -> None:
     spec: ShardSpec = weight.shard  # type: ignore[attr-defined]
     assert spec == ShardSpec(
         (
-            Part("q", (8, 7), ((Box((0, 0), (2, 7)), Box((6, 0), (2, 7))),)),
-            Part("x", (5, 7), ()),
-            Part("k", (4, 7), ((Box((4, 0), (2, 7)), Box((2, 0), (2, 7))),), "normal", 2, 1, replica),
+            Part("q", (8, 7), ((Box((0, 0), (2, 7)), Box((6, 0), (2, 7))),), room=14),
+            Part("x", (5, 7), (), room=14),
+            Part("k", (4, 7), ((Box((4, 0), (2, 7)), Box((2, 0), (2, 7))),), "normal", 2, 1, replica, 14),
         ),
-        room=42,
     )
+    assert spec.room == 42

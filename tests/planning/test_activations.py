@@ -22,7 +22,10 @@ from megatron_llm.config import Config
 from megatron_llm.models.decoder import DecoderStage
 from megatron_llm.models.heads import head_problem
 from megatron_llm.models.recompute import Recompute, _Recomputation
+from megatron_llm.models.regularization import Regularization
+from megatron_llm.models.stages import add_adapters
 from megatron_llm.ops.batch import Batch
+from megatron_llm.optim.rules import freeze
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.parallel.weight_grad import WeightGradients
 from megatron_llm.planning.activations import StageBytes, stage_bytes
@@ -46,9 +49,17 @@ STAGES = {  # layers, first, last
 
 
 def _config(
-    tp: int, dtype: str, isolated: bool, sequence_parallel: bool, model: dict[str, Any] | None = None, **training: Any
+    tp: int,
+    dtype: str,
+    isolated: bool,
+    sequence_parallel: bool,
+    model: dict[str, Any] | None = None,
+    peft: dict[str, Any] | None = None,
+    **training: Any,
 ) -> Config:
+    adapters = {"peft": peft} if peft else {}
     return config_of(
+        **adapters,
         model=model or {"num_hidden_layers": 3},
         parallel={"tensor_parallel": tp, "sequence_parallel": sequence_parallel},
         training={"sequence_length": LENGTH, "micro_batch_size": 2, "document_isolation": isolated, **training},
@@ -95,21 +106,25 @@ def _measured(config: Config, layers: range, first: bool, last: bool) -> StageBy
         device=torch.device("cpu"),
         recompute=Recompute.of(config.training),
     )
+    if config.peft is not None:
+        add_adapters([stage], config.model, config.peft)
+    freeze(stage.parameters(), config.optimizer, config.peft is not None)
     for parameter in stage.parameters():
         parameter.data.normal_()
         parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
     queue = WeightGradients([stage])
     queue.begin_step(1)
+    chosen = Regularization.of(config)
     bounds = (0, 11, LENGTH, tokens) if config.training.document_isolation else tuple(range(0, tokens + 1, LENGTH))
     positions = torch.cat([torch.arange(stop - start) for start, stop in zip(bounds, bounds[1:], strict=False)])
     rows = tokens // (grid.tp.size if stage.sequence_parallel else 1)
 
     def forward() -> tuple[Tensor | None, Tensor]:
         ids = torch.randint(0, config.model.vocab_size, (tokens,))
-        batch = Batch(ids, ids, torch.ones(tokens, dtype=dtype), positions, bounds)
+        batch = Batch(ids, ids, torch.ones(tokens, dtype=dtype), positions, bounds, rows=(0, 1))
         x = None if first else torch.randn(rows, config.model.hidden_size, dtype=dtype, requires_grad=True)
-        y = stage(x, batch)
-        return x, stage.loss(y, batch) if last else y
+        y = stage(x, batch, regularization=chosen)
+        return x, stage.objective(y, batch, chosen)[0] if last else y
 
     before = _alive()
     with saved_tensors_hooks(Tensor.detach, Tensor.detach):  # not run backward: hooks hide the parameters' attributes
@@ -171,6 +186,34 @@ def test_bytes_with_recomputation(setting: str, tp: int, dtype: str, isolated: b
     names = ["one layer", "three layers", "layers and head"]
     for measured in run_ranks(tp, _measured_stages, config, names):
         assert measured == [stage_bytes(config, *STAGES[name]) for name in names]
+
+
+@pytest.mark.parametrize(
+    ("tp", "model", "setting", "targets"),
+    [
+        (1, None, "none", ["attention.q", "layers.[1-2].*.down", "layers.0.mlp.gate"]),
+        (2, "cohere2", "selective", ["all-linear"]),
+        pytest.param(2, "qwen3", "full", ["all-linear"], marks=pytest.mark.slow),
+        pytest.param(2, "cohere2", "full", ["attention.q", "layers.[1-2].*.down", "layers.0.mlp.gate"], marks=pytest.mark.slow),
+    ],
+)
+def test_bytes_of_adapters(tp: int, model: str | None, setting: str, targets: list[str]) -> None:
+    fields = _variant(model) if model else None
+    config = _config(tp, "float32", False, True, fields, {"rank": 5, "targets": targets}, recompute=setting)
+    names = ["one layer", "three layers"]
+    for rank, measured in enumerate(run_ranks(tp, _measured_stages, config, names)):
+        assert measured == [stage_bytes(config, *STAGES[name], rank) for name in names]
+
+
+REGULARIZATION = {"hidden_dropout": 0.2, "neftune_noise_alpha": 5.0, "label_smoothing": 0.1, "z_loss": 1e-3}
+
+
+@pytest.mark.parametrize(("tp", "decoder", "setting"), [(1, "neox", "full"), (1, "gemma2", None), (2, None, "selective")])
+def test_noise_and_penalties_hold_nothing(tp: int, decoder: str | None, setting: str | None) -> None:
+    """The same bytes as without, of which the formulas know nothing."""
+    training = {**(RECOMPUTE[setting] if setting else {}), "regularization": REGULARIZATION}
+    config = _config(tp, "float64", False, True, VARIANTS[decoder] if decoder else None, **training)
+    _assert_bytes(tp, config, ["one layer", "embedding and layers", "layers and head"])
 
 
 def _variant(decoder: str, **fields: Any) -> dict[str, Any]:

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_llm.config import ModelConfig
+from megatron_llm.config import ModelConfig, OptimizerConfig, ParameterRuleConfig, PeftConfig
 from megatron_llm.models.stages import whole_model
 from megatron_llm.ops.attention import _causal_mask
 from megatron_llm.ops.batch import Batch
+from megatron_llm.optim.rules import freeze
 from megatron_llm.planning.flops import model_flops_per_token
 from tests.decoders import DECODERS
 from tests.runs import TINY
@@ -17,11 +18,19 @@ from tests.runs import TINY
 LENGTH = 24
 
 
-@pytest.mark.parametrize("decoder", ["llama", *DECODERS])
-def test_flops_are_those_that_torch_counts(decoder: str) -> None:
-    """Attention by explicit matrices, of which the part counts that a mask leaves."""
+PEFT = PeftConfig(rank=3, targets=["attention.[qo]", "layers.[12].mlp.*"])
+
+
+@pytest.mark.parametrize(("decoder", "peft"), [*((name, None) for name in ("llama", *DECODERS)), ("llama", PEFT), ("neox", PEFT)])
+def test_flops_are_those_that_torch_counts(decoder: str, peft: PeftConfig | None) -> None:
+    """Attention by explicit matrices, of which the part counts that a mask leaves.
+
+    With adapters the gradient of the embedding is made too, as everywhere but in the first layer of a real run.
+    """
     model = ModelConfig(**({"llama": TINY["model"]} | DECODERS)[decoder] | {"max_position_embeddings": LENGTH})
-    stage = whole_model(model, torch.float32, torch.device("cpu"))
+    stage = whole_model(model, torch.float32, torch.device("cpu"), peft)
+    if peft is not None:
+        freeze(stage.parameters(), OptimizerConfig(lr=1.0, rules=[ParameterRuleConfig(match="embed*", frozen=False)]), True)
     stage.attention_backend = "reference"
     ids = torch.arange(LENGTH)
     batch = Batch(ids, ids, torch.ones(LENGTH), ids, (0, LENGTH))
@@ -33,4 +42,4 @@ def test_flops_are_those_that_torch_counts(decoder: str) -> None:
     assert counts.keys() <= {"aten.mm", "aten.addmm"}
     products = sum(counts.values())
     expected = products + sum(scores * mask.float().mean().item() for mask in masks)
-    assert model_flops_per_token(model, LENGTH) * LENGTH == pytest.approx(expected, rel=1e-7)
+    assert model_flops_per_token(model, LENGTH, peft) * LENGTH == pytest.approx(expected, rel=1e-7)

@@ -103,6 +103,8 @@ _GEMMA: dict[str, Any] = {
 _ROWS = {"document_isolation": False}  # scores are predicted for documents as long as rows
 
 CASES |= {
+    "adapters": (1, {"peft": {"rank": 8}}),
+    "adapters, zb_h1": (2, {"parallel": {"pipeline_parallel": 2, "pipeline_schedule": "zb_h1"}, "peft": {"rank": 8}}),
     "falcon": (1, {"model": _FALCON}),
     "falcon, uneven tp2": (2, {"model": _FALCON, "parallel": {"tensor_parallel": 2}}),
     "neox zb_h1": (
@@ -167,6 +169,8 @@ OTHERS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     ),
     "frozen weights, zb_v tied": (4, {"optimizer": FROZEN, "parallel": V, "model": {"tie_word_embeddings": True}}),
     "tp4 over 2 kv heads": (4, {"parallel": {"tensor_parallel": 4}}),
+    "adapters, tp4 over 2 kv heads": (4, {"parallel": {"tensor_parallel": 4}, "peft": {"rank": 5}}),
+    "adapters of some layers, zb_v": (4, {"parallel": V, "peft": {"targets": ["q_proj", "layers.[1-2].mlp.down"]}}),
     "more pipeline ranks than layers": (4, {"parallel": {"pipeline_parallel": 4}, "model": {"num_hidden_layers": 1}}),
 }
 

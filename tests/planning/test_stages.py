@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_llm.config import Config
+from megatron_llm.config import Config, PeftConfig
 from megatron_llm.models.recompute import Recompute
 from megatron_llm.models.stages import build_stages
 from megatron_llm.ops.batch import Batch
@@ -44,6 +44,14 @@ def test_all_stages_together_do_the_model_flops(tp: int, name: str, decoder: str
     costs = stage_costs(config, placement(name, 4), flops=1.0, bandwidth=1.0)
     total = sum(costs.forward) + sum(costs.backward) + sum(costs.weight)
     assert total == pytest.approx(model_flops_per_token(config.model, 64) * 2 * 64 / tp, rel=1e-12)
+
+
+def test_all_stages_together_do_the_flops_of_adapters() -> None:
+    config = _config(1, name="zb_v", decoder="gemma2")
+    config = config.model_copy(update={"peft": PeftConfig(rank=3, targets=["attention.*", "layers.[12].mlp.up"])})
+    costs = stage_costs(config, placement("zb_v", 4), flops=1.0, bandwidth=1.0)
+    total = sum(costs.forward) + sum(costs.backward) + sum(costs.weight)
+    assert total == pytest.approx(model_flops_per_token(config.model, 64, config.peft) * 2 * 64, rel=1e-12)
 
 
 @pytest.mark.parametrize("decoder", DECODERS)

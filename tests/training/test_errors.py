@@ -46,6 +46,15 @@ def test_world_size_that_the_layout_does_not_divide(message: Any) -> None:
     assert "= 4 does not divide the world size 6" in text and "multiple of 4" in text
 
 
+def test_dropout_that_rises_over_one_layer(message: Any) -> None:
+    chosen = {"hidden_dropout": 0.3, "hidden_dropout_profile": "rising"}
+    text = message(model={"num_hidden_layers": 1}, training={"regularization": chosen})
+    assert (
+        "training.regularization.hidden_dropout_profile: rising begins with 0 in the first layer" in text
+        and "use constant" in text
+    )
+
+
 def test_only_rank_0_speaks(message: Any) -> None:
     assert message(world=6, rank=3, parallel={"tensor_parallel": 4}) == ""
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from megatron_llm.cli.main import main
 from megatron_llm.config import Config, ConfigError, TrainingConfig
+from megatron_llm.data.indexed import ROLE_MASK
 from megatron_llm.data.stream import build_train_stream
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.training.build import build_engine
@@ -216,6 +217,31 @@ def test_auto_is_the_rule_for_tokens_with_loss(tmp_path: Path, capsys: pytest.Ca
     assert rates == pytest.approx([run.config.optimizer.lr / 3, run.config.optimizer.lr * 2 / 3])
 
 
+def test_auto_weighs_tokens_by_what_they_add_to_the_mean(tmp_path: Path) -> None:
+    """Of a mean of 5 tokens and 20 of a tenth of their weight, (5 + 2)^2 / (5 + 0.2) = 9.4 equal ones would be as sure."""
+    lengths = [10, 16, 7, 9, 12, 7, 16, 5, 8]
+    path, roles = write_chat(tmp_path / "chat", lengths)
+    rates = {}
+    for prompt_weight in (0.0, 0.1, 1.0):
+        data = {
+            "kind": "chat",
+            "train": [{"path": path}],
+            "packing": "none",
+            "order": "file",
+            "prompt_loss_weight": prompt_weight,
+        }
+        raw = raw_config(tmp_path, data=data, optimizer={"lr": "auto"}, lr_schedule={"min_lr": 0.0, "min_lr_ratio": 0.1})
+        config = write_config(tmp_path / "config.yaml", raw | {"model": TINY["model"]})
+        rates[prompt_weight] = resolve(config, None, world_size=1).config.optimizer.lr
+    firsts = {sum(lengths[:count]) for count in range(len(lengths))}
+    bytes_ = [byte for at, byte in enumerate(roles[: sum(lengths[:8])]) if at not in firsts]
+    replies, prompts = bytes_.count(ASSISTANT), sum(byte & ROLE_MASK != ASSISTANT for byte in bytes_)
+    assert replies > 10 and prompts > 10 and replies + prompts < len(bytes_), "and some are not to be trained"
+    equal = (replies + 0.1 * prompts) ** 2 / (replies + 0.01 * prompts)
+    for prompt_weight, tokens in ((0.0, replies), (0.1, equal), (1.0, replies + prompts)):
+        assert rates[prompt_weight] == pytest.approx(0.0003 * math.sqrt(tokens / 4e6), rel=1e-6)
+
+
 def test_steps_of_epochs_with_a_growing_batch(tmp_path: Path) -> None:
     """59 rows are batches of 4, 4, 4, 6, 6, and then of 8, 8, 8, 8; 3 rows are left over."""
     data = {"kind": "pretrain", "train": [{"path": write_pretrain(tmp_path / "text", [59 * 16 + 1]), "epochs": 1}]}
@@ -224,9 +250,9 @@ def test_steps_of_epochs_with_a_growing_batch(tmp_path: Path) -> None:
 
 
 def test_auto_without_a_token_to_learn(tmp_path: Path) -> None:
-    path, _ = write_chat(tmp_path / "chat", [1] * 9)
-    data = {"kind": "chat", "train": [{"path": path}]}
-    raw = raw_config(tmp_path, data=data, optimizer={"lr": "auto"}, lr_schedule={"min_lr": 0.0})
+    """Documents of one token, none of which predicts the next."""
+    data = {"kind": "pretrain", "train": [{"path": write_pretrain(tmp_path / "text", [1] * 200)}]}
+    raw = raw_config(tmp_path, data=data, optimizer={"lr": "auto"}, lr_schedule={"min_lr": 0.0}, model={"vocab_size": 1000})
     with pytest.raises(ConfigError, match="none of the first 8 rows of data.train has a token with loss; give a number"):
         resolve(write_config(tmp_path / "config.yaml", raw), None, world_size=1)
 

@@ -77,6 +77,13 @@ def interrupted_and_not(make: Make, layout: str, factors: Factors | None = None,
     return parts
 
 
+@pytest.mark.parametrize("layout", ["single", pytest.param("tp2", marks=pytest.mark.slow)])
+def test_noise_goes_on_where_it_was(make: Make, layout: str) -> None:
+    """The losses of steps are compared, which dropout and noise on embeddings are part of."""
+    chosen = {"hidden_dropout": 0.2, "neftune_noise_alpha": 5.0, "label_smoothing": 0.1, "z_loss": 1e-3}
+    interrupted_and_not(make, layout, regularization=chosen)
+
+
 @pytest.mark.parametrize("layout", [*[name for name in LAYOUTS if name != MANY], pytest.param(MANY, marks=pytest.mark.slow)])
 def test_in_the_middle_of_epochs_and_blend(make: Make, layout: str) -> None:
     job = interrupted_and_not(make, layout)

@@ -37,11 +37,11 @@ def rows_of_step(rank: int, replicas: int, micro_batch: int, batch: int, state: 
     class Stage:
         last, dtype = True, torch.float32
 
-        def __call__(self, x: Any, batch: Batch, before_layer: Any) -> torch.Tensor:
+        def __call__(self, x: Any, batch: Batch, before_layer: Any, regularization: Any) -> torch.Tensor:
             return torch.zeros(())
 
-        def loss(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
-            return batch.weights_T.sum()
+        def objective(self, hidden: torch.Tensor, batch: Batch, regularization: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            return batch.weights_T.sum(), batch.weights_T.sum()
 
     def run(microbatches: int, forward: Any, trace: Any) -> None:
         for microbatch in range(microbatches):

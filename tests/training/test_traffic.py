@@ -18,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_llm.config import Config
+from megatron_llm.config import Config, PeftConfig
 from megatron_llm.data.stream import build_train_stream
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.parallel.traffic import Exchange, Traffic
@@ -295,3 +295,43 @@ def test_metrics_tell_the_bytes_of_each_step(tmp_path: Path) -> None:
     assert [line["step"] for line in steps] == [1, 2, 3]
     for line in steps:
         assert {key: value for key, value in line.items() if key.startswith("traffic")} == expected
+
+
+RANK = 3
+
+
+@pytest.mark.parametrize(
+    ("world", "sequence_parallel"),
+    [(2, False), (4, True), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, True), (4, False)))],
+)
+def test_adapters_add_no_message_to_a_micro_batch(world: int, sequence_parallel: bool) -> None:
+    """What a full step exchanges, less what is for gradients that nobody needs; once a step, the sums of what all ranks hold."""
+    parallel = {"tensor_parallel": world, "sequence_parallel": sequence_parallel}
+    full = _config(compute="float64", **parallel)
+    adapters = full.model_copy(update={"peft": PeftConfig(rank=RANK)})
+    needed = _needed(full, world, (0, 0), LAYERS)
+    activations = ROWS * LENGTH * HIDDEN * 8
+    if sequence_parallel:
+        needed["tp"]["all_gather"] -= 2 * activations  # for the gradients of embedding and head
+        needed["tp"]["reduce_scatter"] -= activations  # of what enters the first layer
+        needed["tp"]["all_reduce"] -= (2 * LAYERS + 1) * HIDDEN * 8  # gradients of norms
+    else:
+        needed["tp"]["all_reduce"] -= activations
+    needed["tp"]["all_reduce"] += 7 * LAYERS * RANK * HIDDEN * 8  # A of q, k, v, gate and up, B of o and down
+    if world > KV_HEADS:
+        needed["kv_replica"]["all_reduce"] = 2 * LAYERS * HEAD_DIM * RANK * 8
+    for _, _, added, _ in run_ranks(world, _step, adapters):
+        for axis in ("tp", "kv_replica"):
+            assert +added[axis].payload == +needed[axis] if axis in added else not +needed[axis]
+
+
+def test_data_parallel_ranks_exchange_adapters_only() -> None:
+    config = _config(compute="float64").model_copy(update={"peft": PeftConfig(rank=RANK)})
+    keys = KV_HEADS * HEAD_DIM
+    outputs = [HIDDEN, keys, keys, HIDDEN, FFN, FFN, HIDDEN]
+    inputs = [HIDDEN] * 6 + [FFN]
+    elements = LAYERS * RANK * (sum(outputs) + sum(inputs))
+    for _, _, added, _ in run_ranks(2, _step, config):
+        payload = added["dp_cp"].payload
+        assert payload.keys() == {"reduce_scatter", "all_gather"} and payload["reduce_scatter"] == payload["all_gather"]
+        assert elements <= payload["all_gather"] // 8 < elements + (LAYERS * 12 + 2) * LINE  # each begins a line
