@@ -58,8 +58,8 @@ class DatasetMeta:
             from, the same for all that belong together.
         weights: loss weights that bits 4-7 of a role byte choose from, at most 16, the first of which is 1.
         input_bytes, skipped: bytes of input after decompression; records not taken, by reason.
-        records, formats, changed: of chat data the records read, how many had each format, and conversations that were
-            changed, by what was done.
+        records: number of records read. formats, changed: of chat data how many records had each format, and conversations
+            that were changed, by what was done.
         variant: "flip" or "predict_instruction" if document i is another task from the conversation in document i of the
             data set whose name is this one's without `.VARIANT`, or empty if there is none; `skipped` then counts those, by
             reason. Both have the same `made_by`.

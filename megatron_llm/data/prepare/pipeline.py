@@ -238,8 +238,7 @@ class Pipeline:
             counts: dict[str, Any] = {
                 name: dict(sorted(getattr(summary, name).items())) for name in ("skipped", "formats", "changed")
             }
-            records = summary.records if summary.formats else 0
-            return replace(self.meta, input_bytes=summary.bytes, records=records, **counts)
+            return replace(self.meta, input_bytes=summary.bytes, records=summary.records, **counts)
         of = f"{variant}: "
         missing = {what.removeprefix(of): count for what, count in sorted(summary.missing.items()) if what.startswith(of)}
         return replace(self.meta, input_bytes=summary.bytes, variant=variant, skipped=missing)
