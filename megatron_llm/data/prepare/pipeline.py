@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing
@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from megatron_llm.data.indexed import DatasetMeta, IndexedDataset, IntArray
+from megatron_llm.data.indexed import WEIGHT_SHIFT, DatasetMeta, IndexedDataset, IntArray
 from megatron_llm.data.prepare.chunks import Chunk, InputFile, Position, Skipped
 from megatron_llm.data.prepare.inputs import read_chunks
 from megatron_llm.data.writer import IndexedWriter, Journal, publish, remove_staged
@@ -46,7 +46,9 @@ MAX_WAITING_BYTES = 256 << 20  # and of all workers together
 class Encoded:
     """Documents back to back: ids [n], tokens of each [d], role bytes [n] or None, and the records that gave none.
 
-    `sides`: number of the output that each document goes to, uint8 [d]; None: the only one.
+    `sides`: number of the output that each document goes to, uint8 [d]; None: the only one. `weights`: the loss weights other
+    than 1 that role bytes choose from, numbered from 1 in this order, and the record that has each first. `notes`: how often
+    there is something to tell about records that were taken.
     """
 
     tokens: IntArray
@@ -54,6 +56,8 @@ class Encoded:
     skipped: list[Skipped]
     roles: npt.NDArray[np.uint8] | None = None
     sides: npt.NDArray[np.uint8] | None = None
+    weights: Mapping[float, str] = field(default_factory=dict)
+    notes: Counter[str] = field(default_factory=Counter)
 
 
 class Encoder(Protocol):
@@ -74,6 +78,7 @@ class Summary:
     tokens: int = 0
     bytes: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
     how: str = field(default="", compare=False)
     seconds: float = field(default=0.0, compare=False)
@@ -90,6 +95,7 @@ class Summary:
             lines[0] += "; already done (--force does it again)"
         else:
             lines.append(f"{self.seconds:.1f} s, {self.new_bytes / 1e6 / self.seconds:.1f} MB/s with {self.how}")
+        lines += [f"{count:,} records: {note}" for note, count in self.notes.most_common()]
         return "\n".join(lines + self.skipped_lines())
 
     def skipped_lines(self) -> list[str]:
@@ -159,6 +165,7 @@ class Pipeline:
     def _write(self, journal: Journal, entry: dict[str, Any] | None) -> Summary:
         summary = _restored(self.outputs, entry) if entry else Summary(list(self.outputs))
         counts = entry["outputs"] if entry else {}
+        weights: list[float] = entry.get("weights", [1.0]) if entry else [1.0]
         start: Position | None = tuple(entry["position"]) if entry else None
         with ExitStack() as stack:
             writers = [
@@ -179,11 +186,13 @@ class Pipeline:
             def save(finished: bool = False) -> None:
                 outputs = {Path(writer.prefix).name: writer.checkpoint() for writer in writers}
                 content = {"outputs": outputs, "position": start, "disk_bytes": bar.n, "summary": vars(summary)}
-                journal.save({**content, "finished": finished})
+                journal.save({**content, "weights": weights, "finished": finished})
 
             saved, saved_bytes = time.monotonic(), summary.bytes
             chunks = read_chunks(self.inputs, start, columns=self.columns)
             for chunk, encoded in _encode_all(self.encoder, chunks, self.workers, summary):
+                if encoded.weights:
+                    encoded = _with_table(encoded, weights)
                 _add(encoded, writers)
                 self._count(summary, encoded)
                 summary.bytes += chunk.input_bytes
@@ -196,13 +205,19 @@ class Pipeline:
             summary.documents, summary.tokens = sum(w.documents for w in writers), sum(w.tokens for w in writers)
             self._check_outputs(summary, writers)
             for writer in writers:
-                writer.meta = replace(self.meta, input_bytes=summary.bytes, skipped=dict(sorted(summary.skipped.items())))
+                writer.meta = replace(
+                    self.meta,
+                    weights=tuple(weights),
+                    input_bytes=summary.bytes,
+                    skipped=dict(sorted(summary.skipped.items())),
+                )
                 writer.finish()
             save(finished=True)
         return summary
 
     def _count(self, summary: Summary, encoded: Encoded) -> None:
-        """Account for what was skipped. Raises ValueError with `strict`."""
+        """Account for what was skipped, and what is to be told. Raises ValueError with `strict`."""
+        summary.notes.update(encoded.notes)
         for skipped in encoded.skipped:
             if self.strict and skipped.bad:
                 raise ValueError(f"{skipped.where}: {skipped.reason}")
@@ -262,7 +277,27 @@ def summary_of(outputs: Sequence[str]) -> Summary:
 def _restored(outputs: Sequence[str], entry: dict[str, Any]) -> Summary:
     """The summary of a journal's entry."""
     content = dict(entry["summary"], outputs=list(outputs), new_bytes=0)
-    return Summary(**{**content, "skipped": Counter(content["skipped"])})
+    return Summary(**{**content, **{name: Counter(content.get(name, {})) for name in ("skipped", "notes")}})
+
+
+def _with_table(encoded: Encoded, weights: list[float]) -> Encoded:
+    """The documents with role bytes that choose from `weights`, to which theirs are added.
+
+    Chunks come in order, so the table is that of the order of the input. Raises ValueError naming the record with one too many.
+    """
+    places = np.zeros(1 << 8 - WEIGHT_SHIFT, np.uint8)  # by the chunk's number of a weight
+    for number, (weight, where) in enumerate(encoded.weights.items(), 1):
+        if weight not in weights:
+            if len(weights) == len(places):
+                raise ValueError(
+                    f"{where}: 'weight' {weight:g} is one too many, {len(places)} with 1 can be told apart "
+                    f"({', '.join(f'{known:g}' for known in sorted(weights))}); round them"
+                )
+            weights.append(weight)
+        places[number] = weights.index(weight)
+    assert encoded.roles is not None
+    kept = encoded.roles & ((1 << WEIGHT_SHIFT) - 1)
+    return replace(encoded, roles=kept | places[encoded.roles >> WEIGHT_SHIFT] << WEIGHT_SHIFT)
 
 
 def _add(encoded: Encoded, writers: Sequence[IndexedWriter]) -> None:

@@ -52,7 +52,7 @@ CONVERSATIONS = [
     say("u: hello", "a: hello world"),
     say("s: the world", "u: say é 😀", "a: 😀é\n\n", "u: again", "a: \n\nagain and again"),
     say("u: <|im_end|>", "a: the user says <|im_end|> here", "u: x"),
-    say("u: a", "a: ", "u: b", "a: assistant\n"),
+    say("u: a", "a: b", "u:  ", "a: assistant\n"),
 ]
 
 
@@ -78,7 +78,7 @@ def test_ids_and_replies_are_those_of_transformers(
     tmp_path: Path, make_tokenizer: Callable[..., Path], template: str | None
 ) -> None:
     folder = make_tokenizer(chat_template=template) if template else make_tokenizer()
-    _, dataset = run(tmp_path, folder, [{"messages": messages} for messages in CONVERSATIONS])
+    _, dataset = run(tmp_path, folder, [{"messages": messages} for messages in CONVERSATIONS], allow_special=True)
     reference = AutoTokenizer.from_pretrained(folder)
     assert dataset.documents == len(CONVERSATIONS)
     for number, messages in enumerate(CONVERSATIONS):
