@@ -47,14 +47,15 @@ def reply_end_ids(tokenizer: Any) -> frozenset[int]:
         raise ValueError("this tokenizer has no chat template")
     special = {*special_ids(tokenizer), tokenizer.eos_token_id}
     user = {"role": "user", "content": "a"}
-    called = {"type": "function", "id": "123456789", "function": {"name": "f", "arguments": {"x": 1}}}
+    called = {"type": "function", "id": "123456789", "function": {"name": PROBE, "arguments": {"x": 1}}}
     found: set[int] = set()
     text = _rendered(tokenizer, [user, {"role": "assistant", "content": PROBE}])
     ids = tokenizer(text.rpartition(PROBE)[2], add_special_tokens=False)["input_ids"]
     found.update([id_ for id_ in ids if id_ in special][:1])
     text = _rendered(tokenizer, [user, {"role": "assistant", "content": "", "tool_calls": [called]}])
-    ids = tokenizer(text.rstrip(), add_special_tokens=False)["input_ids"]
-    found.update(id_ for id_ in ids[-1:] if id_ in special)
+    if PROBE in text:  # else the template has no calls
+        ids = tokenizer(text.rstrip(), add_special_tokens=False)["input_ids"]
+        found.update(id_ for id_ in ids[-1:] if id_ in special)
     return frozenset(found)
 
 

@@ -35,6 +35,7 @@ ROLES = {"none": 0, "system": 1, "user": 2, "assistant": 3, "tool": 4}
 ROLE_MASK = 0b0111
 NOT_TRAINED = 0b1000
 WEIGHT_SHIFT = 4  # bits 4-7 of a role byte: index into DatasetMeta.weights
+MAX_WEIGHTS = 16
 
 IntArray = npt.NDArray[np.integer[Any]]
 

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_llm.data.chat_tokenizer import load_chat_tokenizer, reply_end_ids, special_ids
-from megatron_llm.data.indexed import NOT_TRAINED, ROLES, WEIGHT_SHIFT, token_dtype
+from megatron_llm.data.indexed import MAX_WEIGHTS, NOT_TRAINED, ROLES, WEIGHT_SHIFT, token_dtype
 from megatron_llm.data.prepare.chunks import Chunk, Skipped, check_unicode, is_record, record_json
 from megatron_llm.data.prepare.inputs import describe_inputs, find_inputs
 from megatron_llm.data.prepare.layout import Message
@@ -35,7 +35,6 @@ from megatron_llm.data.writer import check_prefix
 
 FORMAT_VERSION = 3  # to be raised when the same input should give other files
 COMPARED = 4  # conversations of a chunk whose ids are made by transformers as well
-WEIGHTS = 1 << 8 - WEIGHT_SHIFT
 SPOKEN = ("tool_calls", "reasoning_content", "reasoning", "thinking")  # what a reply without content may consist of
 
 
@@ -161,9 +160,9 @@ class ChatEncoder:
                     conversations.append((index, *self._render(chunk, index, weights)))
                 except ValueError as error:
                     skipped.append(Skipped(chunk.where(index), str(error)))
-        if len(weights) >= WEIGHTS:
-            weight, where = list(weights.items())[WEIGHTS - 1]
-            raise ValueError(f"{where}: 'weight' {weight:g} is one too many, {WEIGHTS} with 1 can be told apart; round them")
+        if len(weights) >= MAX_WEIGHTS:
+            weight, where = list(weights.items())[MAX_WEIGHTS - 1]
+            raise ValueError(f"{where}: 'weight' {weight:g} is one too many, {MAX_WEIGHTS} with 1 can be told apart; round them")
         documents = [np.empty(0, np.int32)]
         role_bytes = [np.empty(0, np.uint8)]
         notes: Counter[str] = Counter()

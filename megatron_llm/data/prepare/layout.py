@@ -13,8 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-from megatron_llm.data.indexed import ROLES
-
 Message = dict[str, Any]
 Region = tuple[int, int]
 
@@ -30,7 +28,13 @@ class Place(NamedTuple):
 
 
 class Template(Protocol):
-    """A chat template: what it makes of messages (ValueError: it refuses them), and which of that its markers mark."""
+    """A chat template: what it makes of messages (ValueError: it refuses them), and which of that its markers mark.
+
+    `stops`: the texts of the tokens with which it ends replies.
+    """
+
+    @property
+    def stops(self) -> Sequence[str]: ...
 
     def text(self, messages: Sequence[Message], tools: Any = None, prompt: bool = False) -> str: ...
 
@@ -109,24 +113,33 @@ def find_layout(template: Template, shape: Sequence[Message], tools: Any) -> Lay
             raise ValueError(f"the chat template leaves out message {index} ({message['role']})")
         if any(name not in text for name in function_names(message.get("tool_calls"))):
             raise ValueError(f"the chat template leaves out the tool calls of message {index}")
+    blocks = template.blocks(messages, tools, text) if template.marked(tools) else None
     places: list[tuple[int, int]] = []  # of each message, to sort them by
+    starts: dict[int, int] = {}
     ends: dict[int, int] = {}
     for index, message in enumerate(messages):
-        reply = message["role"] == "assistant"
-        start = _reply_start(template, messages, index, tools, layout, ends) if reply else None
-        end = len(text) if index == len(messages) - 1 else _end(template, messages[: index + 1], tools, layout)
-        if reply:
+        start = end = None
+        if message["role"] == "assistant":
+            start = _reply_start(template, messages, index, tools, layout, ends)
+            if start is None and index in layout.regions:
+                at = layout.regions[index][0]
+                start = next((first for first, last in blocks or () if first <= at < last), None)
+            if start is not None:
+                end = _reply_end(template, messages[: index + 1], tools, layout, start)
             if start is None or end is None or end < start:
                 raise ValueError(f"it cannot be told where the reply of message {index} starts and ends")
-            layout.starts[index] = layout.place_of(start)
+            starts[index] = start
+        else:
+            end = len(text) if index == len(messages) - 1 else _end(template, messages[: index + 1], tools, layout)
         if end is not None:
             ends[index] = end
-            layout.ends[index] = layout.place_of(end)
         known = layout.regions[index][0] if index in layout.regions else start if start is not None else end
         places.append((places[-1][0] if known is None and places else known or 0, index))
     layout.messages = [index for _, index in sorted(places)]
-    if template.marked(tools):
-        layout.blocks = _blocks(template, messages, tools, layout, ends)
+    layout.starts = {index: layout.place_of(start) for index, start in starts.items()}
+    layout.ends = {index: layout.place_of(end) for index, end in ends.items()}
+    if blocks is not None:
+        layout.blocks = _by_reply(blocks, layout, starts, ends)
     return layout
 
 
@@ -146,6 +159,12 @@ def common_prefix(one: str, other: str) -> int:
         else:
             high = middle - 1
     return low
+
+
+def first_end(text: str, start: int, end: int, parts: Sequence[str]) -> int | None:
+    """Where the first of some texts that lies in text[start:end] ends."""
+    found = [(at, at + len(part)) for part in parts if (at := text.find(part, start, end)) >= 0]
+    return min(found)[1] if found else None
 
 
 def _regions(messages: Sequence[Message], text: str) -> dict[int, Region]:
@@ -171,6 +190,17 @@ def _after_marks(part: str, layout: Layout) -> tuple[int, str] | None:
         return 0, part
     index = int(part[part.rfind("\ue000", 0, close) + 1 : close])
     return (layout.regions[index][1], part[close + 1 :]) if index in layout.regions else None
+
+
+def _reply_end(template: Template, part: Sequence[Message], tools: Any, layout: Layout, start: int) -> int | None:
+    """Where the reply that ends `part` ends in the layout's text: behind the token that ends it.
+
+    Where the template writes no such token, where it ends with nothing after it.
+    """
+    begin = max(start, layout.regions.get(len(part) - 1, (start, start))[1])
+    limit = next((layout.regions[index][0] for index in layout.order if layout.regions[index][0] >= begin), len(layout.text))
+    stop = first_end(layout.text, begin, limit, template.stops)
+    return _end(template, part, tools, layout) if stop is None else stop
 
 
 def _end(template: Template, part: Sequence[Message], tools: Any, layout: Layout) -> int | None:
@@ -199,7 +229,7 @@ def _reply_start(
     except ValueError:
         found = None
     if found is None:
-        return ends.get(index - 1)
+        return None
     anchor, prompt = found
     shown = layout.text[anchor:]
     if index not in layout.regions:  # what it writes here may begin like the prompt by accident: compare with a plain reply
@@ -209,42 +239,54 @@ def _reply_start(
             plain = None
         if plain is not None and plain[0] == anchor:
             shown = plain[1]
+    before = ends.get(index - 1)
     shared = prompt[: common_prefix(prompt, shown)]
     start = anchor + (len(shared) if layout.text.startswith(shared, anchor) else 0)
-    if prompt != shared and layout.place_of(start).anchor == layout.place_of(anchor).anchor:
-        layout.prompts[index] = prompt
-    before = ends.get(index - 1)
+    if prompt != shared:
+        header = _added_by_prompt(template, messages[:index], tools)
+        limit = layout.regions[index][0] if index in layout.regions else len(layout.text)
+        if header and (at := layout.text.find(header, max(start, before or 0), limit)) >= 0:
+            return at + len(header)  # what lies before it differs, as a line's end that only the last message lacks
+        if len(shared) <= len(prompt) - len(header):
+            return None  # not even what precedes the prompt is the same
+        if layout.place_of(start).anchor == layout.place_of(anchor).anchor:
+            layout.prompts[index] = prompt
     return start if before is None else max(start, before)
+
+
+def _added_by_prompt(template: Template, messages: Sequence[Message], tools: Any) -> str:
+    """What the generation prompt adds to a conversation; empty if the template refuses it."""
+    try:
+        without, prompted = template.text(messages, tools), template.text(messages, tools, prompt=True)
+    except ValueError:
+        return ""
+    return prompted[common_prefix(without, prompted) :]
 
 
 def _opening_start(template: Template, tools: Any, layout: Layout) -> int | None:
     """Where the reply starts that opens the conversation: after what a prompt adds to a user's message."""
     user = [{"role": "user", "content": PROBE}]
     end = layout.regions[0][0] if 0 in layout.regions else len(layout.text)
-    try:
-        without, prompted = template.text(user, tools), template.text(user, tools, prompt=True)
-    except ValueError:
-        return None
-    prompt = prompted[common_prefix(without, prompted) :]
-    at = layout.text.rfind(prompt, 0, end) if prompt else -1
-    return at + len(prompt) if at >= 0 else None
+    prompt = _added_by_prompt(template, user, tools)
+    if prompt and (at := layout.text.rfind(prompt, 0, end)) >= 0:
+        return at + len(prompt)
+    shown = (layout.text.endswith(prompt[:length], 0, end) for length in range(len(prompt) // 2, len(prompt)))
+    return end if prompt and any(shown) else None  # the rest opens a thought that finished replies do not have
 
 
 def _reply(content: str) -> Message:
     return {"role": "assistant", "content": content}
 
 
-def _blocks(
-    template: Template, messages: Sequence[Message], tools: Any, layout: Layout, ends: Mapping[int, int]
+def _by_reply(
+    blocks: Sequence[Region], layout: Layout, starts: Mapping[int, int], ends: Mapping[int, int]
 ) -> dict[int, list[tuple[Place, Place]]]:
     """The generation blocks of each reply. Raises ValueError for one that holds anything else, as markers in a macro do."""
-    replies = [index for index in layout.messages if ROLES[messages[index]["role"]] == ROLES["assistant"]]
     found: dict[int, list[tuple[Place, Place]]] = {}
-    for start, end in template.blocks(messages, tools, layout.text):
-        inside = [index for index, (first, last) in layout.regions.items() if start < last and first < end]
-        at = [layout.locate(layout.starts[index], layout.regions, layout.text) for index in replies]
-        owners = inside or [index for index, first in zip(replies, at, strict=True) if start < ends[index] and first < end]
-        if len(owners) != 1 or owners[0] not in replies:
+    for start, end in blocks:
+        owners = [index for index, (first, last) in layout.regions.items() if start < last and first < end]
+        owners = owners or [index for index, first in starts.items() if start < ends[index] and first < end]
+        if len(owners) != 1 or owners[0] not in starts:
             raise ValueError(
                 "the generation markers of the chat template do not enclose one reply each; "
                 "transformers places them wrongly inside of macros and captured blocks"

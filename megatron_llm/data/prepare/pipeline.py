@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from megatron_llm.data.indexed import WEIGHT_SHIFT, DatasetMeta, IndexedDataset, IntArray
+from megatron_llm.data.indexed import MAX_WEIGHTS, WEIGHT_SHIFT, DatasetMeta, IndexedDataset, IntArray
 from megatron_llm.data.prepare.chunks import Chunk, InputFile, Position, Skipped
 from megatron_llm.data.prepare.inputs import read_chunks
 from megatron_llm.data.writer import IndexedWriter, Journal, publish, remove_staged
@@ -285,7 +285,7 @@ def _with_table(encoded: Encoded, weights: list[float]) -> Encoded:
 
     Chunks come in order, so the table is that of the order of the input. Raises ValueError naming the record with one too many.
     """
-    places = np.zeros(1 << 8 - WEIGHT_SHIFT, np.uint8)  # by the chunk's number of a weight
+    places = np.zeros(MAX_WEIGHTS, np.uint8)  # by the chunk's number of a weight
     for number, (weight, where) in enumerate(encoded.weights.items(), 1):
         if weight not in weights:
             if len(weights) == len(places):

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_llm.data.indexed import NOT_TRAINED, ROLE_MASK, ROLES
-from megatron_llm.data.prepare.layout import Layout, Message, Place, Region, common_prefix, find_layout, function_names
+from megatron_llm.data.prepare.layout import Layout, Message, Place, Region, common_prefix, find_layout, first_end, function_names
 from megatron_llm.data.prepare.spans import ASSISTANT, Span
 
 LAYOUTS = 128  # kept for later records of the same shape
@@ -39,7 +39,7 @@ class Renderer:
 
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()):
         """`stops`: the tokens that end replies, as text; a generation block that leaves one out is extended to it."""
-        self._tokenizer, self._stops = tokenizer, tuple(stops)
+        self._tokenizer, self.stops = tokenizer, tuple(stops)
         self._layouts: OrderedDict[str, Layout | ValueError] = OrderedDict()
 
     def render(self, messages: Sequence[Message], tools: Any = None, role_bytes: Sequence[int] | None = None) -> Rendered:
@@ -56,16 +56,16 @@ class Renderer:
             notes.append("the template does not show the tools")
         regions = match(layout, messages, text)
         if regions is not None:
-            spans = _spans(layout, roles, regions, text)
+            spans = _spans(layout, roles, regions, text, self.stops)
             if layout.blocks is not None:
-                spans = _with_blocks(spans, roles, _placed(layout, layout.blocks, regions, text), text, self._stops)
+                spans = _with_blocks(spans, roles, _placed(layout, layout.blocks, regions, text), text, self.stops)
             return Rendered(text, spans, notes)
         regions = self._by_substitution(layout, messages, tools, text)
-        spans = _spans(layout, roles, regions, text, strict=True)
+        spans = _spans(layout, roles, regions, text, self.stops, strict=True)
         if any(_shortened(message, text[slice(*_shown(number, regions, spans))]) for number, message in enumerate(messages)):
             notes.append("the template leaves out a part of a message, as some do with earlier thoughts")
         if layout.blocks is not None:
-            spans = _with_blocks(spans, roles, _owners(self.blocks(messages, tools, text), spans), text, self._stops)
+            spans = _with_blocks(spans, roles, _owners(self.blocks(messages, tools, text), spans), text, self.stops)
         return Rendered(text, spans, notes)
 
     def text(self, messages: Sequence[Message], tools: Any = None, prompt: bool = False) -> str:
@@ -89,7 +89,7 @@ class Renderer:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        texts, ranges = render_jinja_template(
+        rendered: Any = render_jinja_template(  # annotated as one text, but it gives lists of texts and of blocks
             conversations=[plain],
             tools=tools,
             chat_template=self._tokenizer.get_chat_template(tools=tools),
@@ -97,6 +97,7 @@ class Renderer:
             add_generation_prompt=False,
             **self._tokenizer.special_tokens_map,
         )
+        texts, ranges = rendered
         if texts[0] != text:
             raise ValueError("the chat template does not give the same text twice")
         return [(start, end) for start, end in ranges[0] if end > start]
@@ -164,19 +165,33 @@ def _strippings(content: str) -> list[str]:
 
 
 def _shape(messages: Sequence[Message]) -> list[Message]:
-    """The messages with True for every content that has a visible character: all that a layout depends on."""
+    """The messages with True for their contents: all that a layout depends on.
+
+    A blank content counts as itself where templates write another text for it: a system message, and text beside tool calls.
+    """
     return [
-        {**message, "content": True} if isinstance(content := message.get("content"), str) and content.strip() else message
+        {**message, "content": True}
+        if isinstance(content := message.get("content"), str)
+        and (content.strip() or not (message["role"] == "system" or message.get("tool_calls")))
+        else message
         for message in messages
     ]
 
 
-def _spans(layout: Layout, roles: Sequence[int], regions: Mapping[int, Region], text: str, strict: bool = False) -> list[Span]:
+def _spans(
+    layout: Layout,
+    roles: Sequence[int],
+    regions: Mapping[int, Region],
+    text: str,
+    stops: Sequence[str],
+    strict: bool = False,
+) -> list[Span]:
     """Spans of all messages in `text`, whose contents lie in `regions`.
 
-    What introduces a reply belongs to nobody; what introduces another message belongs to that message. Of a message that the
-    template writes into the next one (a system message in the first user's) only its content and what precedes it is its own.
-    Raises ValueError for replies that overlap, and with `strict` if the text around replies is not the layout's.
+    What introduces a reply belongs to nobody, nor does what follows the first of the `stops` behind it, and white space after
+    that; what introduces another message belongs to that message. Of a message that the template writes into the next one (a
+    system message in the first user's) only its content and what precedes it is its own. Raises ValueError for replies that
+    overlap, and with `strict` if the text around replies is not the layout's.
     """
     spans: list[Span] = []
     done = 0  # everything before belongs to a span or to nobody
@@ -184,6 +199,8 @@ def _spans(layout: Layout, roles: Sequence[int], regions: Mapping[int, Region], 
         end, shown = layout.ends.get(index), regions.get(index, (done, done))
         if roles[index] & ROLE_MASK != ASSISTANT:
             stop = shown[1] if end is None else max(shown[1], layout.locate(end, regions, text))
+            if spans and spans[-1].role & ROLE_MASK == ASSISTANT:
+                done += len(text[done:stop]) - len(text[done:stop].lstrip())
             if stop > done:
                 spans.append(Span(done, stop, roles[index], index))
                 done = stop
@@ -195,7 +212,8 @@ def _spans(layout: Layout, roles: Sequence[int], regions: Mapping[int, Region], 
             raise ValueError(f"it cannot be told which tokens are the reply (message {index})")
         if spans and spans[-1].message not in layout.ends and spans[-1].end == done:
             spans[-1] = replace(spans[-1], end=start)
-        spans.append(Span(start, stop, roles[index], index))
+        ended = first_end(text, max(start, shown[1]), stop, stops)
+        spans.append(Span(start, stop if ended is None else ended, roles[index], index))
         done = stop
     return spans
 
