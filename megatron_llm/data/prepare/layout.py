@@ -286,7 +286,8 @@ def _by_reply(
     for start, end in blocks:
         owners = [index for index, (first, last) in layout.regions.items() if start < last and first < end]
         owners = owners or [index for index, first in starts.items() if start < ends[index] and first < end]
-        if len(owners) != 1 or owners[0] not in starts:
+        cut = any(first < edge < last for first, last in layout.regions.values() for edge in (start, end))
+        if cut or len(owners) != 1 or owners[0] not in starts:
             raise ValueError(
                 "the generation markers of the chat template do not enclose one reply each; "
                 "transformers places them wrongly inside of macros and captured blocks"
