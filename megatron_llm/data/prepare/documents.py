@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from megatron_llm.data.prepare.turns import Message, Record
 
@@ -46,6 +49,14 @@ class Tokens:
 Document = Conversation | Segments | Tokens
 Found = Sequence[Document | ValueError]
 """What a record gives, in order; an error in the place of a document that cannot be used."""
+
+
+class Made(NamedTuple):
+    """A document in tokens: ids [n], role bytes [n], and what is worth telling about it, in words."""
+
+    ids: npt.NDArray[np.int32]
+    roles: npt.NDArray[np.uint8]
+    notes: Sequence[str] = ()
 
 
 def describe_fields(record: Record) -> str:

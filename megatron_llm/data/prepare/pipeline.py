@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing
@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from megatron_llm.data.indexed import DatasetMeta, IndexedDataset, IntArray
+from megatron_llm.data.indexed import MAX_WEIGHTS, WEIGHT_SHIFT, DatasetMeta, IndexedDataset, IntArray
 from megatron_llm.data.prepare.chunks import Chunk, InputFile, Position, Skipped
 from megatron_llm.data.prepare.inputs import read_chunks
 from megatron_llm.data.writer import IndexedWriter, Journal, publish, remove_staged
@@ -46,9 +46,10 @@ MAX_WAITING_BYTES = 256 << 20  # and of all workers together
 class Encoded:
     """Documents back to back: ids [n], tokens of each [d], role bytes [n] or None, and the records that gave none.
 
-    `sides`: number of the output that each document goes to, uint8 [d]; None: the only one. `records`: how many records the
-    documents and `skipped` together come from; None: one each. `formats`: records by their format. `changed`: documents by
-    what was changed in them. `missing`: empty documents of variants, by "VARIANT: reason".
+    `sides`: number of the output that each document goes to, uint8 [d]; None: the only one. `weights`: the loss weights other
+    than 1 that role bytes choose from, numbered from 1 in this order, and the record that has each first. `notes`: how often
+    there is something to tell about documents. `records`: how many records the documents and `skipped` together come from;
+    None: one each. `formats`: records by their format. `missing`: empty documents of variants, by "VARIANT: reason".
     """
 
     tokens: IntArray
@@ -56,9 +57,10 @@ class Encoded:
     skipped: list[Skipped]
     roles: npt.NDArray[np.uint8] | None = None
     sides: npt.NDArray[np.uint8] | None = None
+    weights: Mapping[float, str] = field(default_factory=dict)
+    notes: Counter[str] = field(default_factory=Counter)
     records: int | None = None
     formats: Counter[str] = field(default_factory=Counter)
-    changed: Counter[str] = field(default_factory=Counter)
     missing: Counter[str] = field(default_factory=Counter)
 
 
@@ -84,9 +86,9 @@ class Summary:
     bytes: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
     records: int = 0
     formats: Counter[str] = field(default_factory=Counter)
-    changed: Counter[str] = field(default_factory=Counter)
     missing: Counter[str] = field(default_factory=Counter)
     how: str = field(default="", compare=False)
     seconds: float = field(default=0.0, compare=False)
@@ -112,7 +114,7 @@ class Summary:
             lines.append(f"{self.records:,} records gave {found:,} conversations")
         if self.formats:
             lines.append(f"formats: {', '.join(f'{name} {count:,}' for name, count in self.formats.most_common())}")
-        lines += [f"{count:,} conversations: {what}" for what, count in self.changed.most_common()]
+        lines += [f"{count:,} conversations: {note}" for note, count in self.notes.most_common()]
         lines += [f"{count:,} conversations without {what}" for what, count in self.missing.most_common()]
         return lines
 
@@ -184,6 +186,7 @@ class Pipeline:
     def _write(self, journal: Journal, entry: dict[str, Any] | None) -> Summary:
         summary = _restored(self.outputs, entry) if entry else Summary(list(self.outputs))
         counts = entry["outputs"] if entry else {}
+        weights: list[float] = entry.get("weights", [1.0]) if entry else [1.0]
         start: Position | None = tuple(entry["position"]) if entry else None
         with ExitStack() as stack:
             writers = [
@@ -206,11 +209,13 @@ class Pipeline:
             def save(finished: bool = False) -> None:
                 outputs = {Path(writer.prefix).name: writer.checkpoint() for writer in writers}
                 content = {"outputs": outputs, "position": start, "disk_bytes": bar.n, "summary": vars(summary)}
-                journal.save({**content, "finished": finished})
+                journal.save({**content, "weights": weights, "finished": finished})
 
             saved, saved_bytes = time.monotonic(), summary.bytes
             chunks = read_chunks(self.inputs, start, columns=self.columns)
             for chunk, encoded in _encode_all(self.encoder, chunks, self.workers, summary):
+                if encoded.weights:
+                    encoded = _with_table(encoded, weights)
                 _add(encoded, writers)
                 self._count(summary, encoded)
                 summary.bytes += chunk.input_bytes
@@ -223,7 +228,7 @@ class Pipeline:
             summary.documents, summary.tokens = sum(w.documents for w in originals), sum(w.tokens for w in originals)
             self._check_outputs(summary, originals)
             for writer, variant in zip(writers, self._variants(), strict=True):
-                writer.meta = self._described(summary, variant)
+                writer.meta = replace(self._described(summary, variant), weights=tuple(weights))
                 writer.finish()
             save(finished=True)
         return summary
@@ -235,18 +240,16 @@ class Pipeline:
     def _described(self, summary: Summary, variant: str | None) -> DatasetMeta:
         """The description of an output: all that was counted, or of a variant why some documents are empty."""
         if variant is None:
-            counts: dict[str, Any] = {
-                name: dict(sorted(getattr(summary, name).items())) for name in ("skipped", "formats", "changed")
-            }
-            return replace(self.meta, input_bytes=summary.bytes, records=summary.records, **counts)
+            skipped, formats = dict(sorted(summary.skipped.items())), dict(sorted(summary.formats.items()))
+            return replace(self.meta, input_bytes=summary.bytes, skipped=skipped, records=summary.records, formats=formats)
         of = f"{variant}: "
         missing = {what.removeprefix(of): count for what, count in sorted(summary.missing.items()) if what.startswith(of)}
         return replace(self.meta, input_bytes=summary.bytes, variant=variant, skipped=missing)
 
     def _count(self, summary: Summary, encoded: Encoded) -> None:
-        """Account for what was read and skipped. Raises ValueError with `strict`."""
+        """Account for what was read and skipped, and what is to be told. Raises ValueError with `strict`."""
         summary.records += len(encoded.lengths) + len(encoded.skipped) if encoded.records is None else encoded.records
-        for name in ("formats", "changed", "missing"):
+        for name in ("notes", "formats", "missing"):
             getattr(summary, name).update(getattr(encoded, name))
         for skipped in encoded.skipped:
             if self.strict and skipped.bad:
@@ -304,7 +307,6 @@ def summary_of(outputs: Sequence[str]) -> Summary:
         skipped=Counter(metas[0].skipped),
         records=metas[0].records,
         formats=Counter(metas[0].formats),
-        changed=Counter(metas[0].changed),
         missing=Counter(
             {f"{meta.variant}: {why}": count for meta in every if meta.variant for why, count in meta.skipped.items()}
         ),
@@ -314,7 +316,28 @@ def summary_of(outputs: Sequence[str]) -> Summary:
 def _restored(outputs: Sequence[str], entry: dict[str, Any]) -> Summary:
     """The summary of a journal's entry."""
     content = dict(entry["summary"], outputs=list(outputs), new_bytes=0)
-    return Summary(**{**content, **{name: Counter(content[name]) for name in ("skipped", "formats", "changed", "missing")}})
+    counted = {name: Counter(content[name]) for name in ("skipped", "notes", "formats", "missing")}
+    return Summary(**{**content, **counted})
+
+
+def _with_table(encoded: Encoded, weights: list[float]) -> Encoded:
+    """The documents with role bytes that choose from `weights`, to which theirs are added.
+
+    Chunks come in order, so the table is that of the order of the input. Raises ValueError naming the record with one too many.
+    """
+    places = np.zeros(MAX_WEIGHTS, np.uint8)  # by the chunk's number of a weight
+    for number, (weight, where) in enumerate(encoded.weights.items(), 1):
+        if weight not in weights:
+            if len(weights) == len(places):
+                raise ValueError(
+                    f"{where}: 'weight' {weight:g} is one too many, {len(places)} with 1 can be told apart "
+                    f"({', '.join(f'{known:g}' for known in sorted(weights))}); round them"
+                )
+            weights.append(weight)
+        places[number] = weights.index(weight)
+    assert encoded.roles is not None
+    kept = encoded.roles & ((1 << WEIGHT_SHIFT) - 1)
+    return replace(encoded, roles=kept | places[encoded.roles >> WEIGHT_SHIFT] << WEIGHT_SHIFT)
 
 
 def _add(encoded: Encoded, writers: Sequence[IndexedWriter]) -> None:

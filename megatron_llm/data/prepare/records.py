@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from megatron_llm.data.prepare.chunks import Chunk, InputFile, Skipped, is_record, record_json, record_text
 from megatron_llm.data.prepare.conversations import ALIASES, FORMATS, decoded, recognize
-from megatron_llm.data.prepare.documents import Conversation, Document, Found
+from megatron_llm.data.prepare.documents import Conversation, Document, Found, Made
 from megatron_llm.data.prepare.inputs import read_chunks
 from megatron_llm.data.prepare.mapping import Mapping, read_mapping
 from megatron_llm.data.prepare.pipeline import Encoded
@@ -30,9 +29,8 @@ from megatron_llm.data.prepare.variants import VARIANTS
 AUTO = "auto"
 PEEK_BYTES = 1 << 16
 
-Made = tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]
-Encode = Callable[[Sequence[Document]], Sequence[Made | ValueError]]
-"""Ids [n] and role bytes [n] of each document, or why there are none."""
+Encode = Callable[[Sequence[tuple[str, Document]]], Sequence[Made | ValueError]]
+"""Tokens of each of some documents, which come with the names of their records, or why there are none."""
 
 
 @dataclass(frozen=True)
@@ -141,14 +139,14 @@ def encode_chunk(chunk: Chunk, reader: RecordReader, variants: Sequence[str], en
             else:
                 found += [(f"{where} conversation {number}", one) for number, one in enumerate(several, 1)]
     records = len(chunk.skipped) + sum(is_record(chunk, index) for index in range(len(chunk.records)))
-    made = iter(encode([one for _, one in found if not isinstance(one, ValueError)]))
+    made = iter(encode([(where, one) for where, one in found if not isinstance(one, ValueError)]))
     skipped, taken = list(chunk.skipped), _Taken(variants)
     for where, one in found:
         result = one if isinstance(one, ValueError) else next(made)
         if isinstance(one, ValueError) or isinstance(result, ValueError):
             skipped.append(Skipped(where, str(result)))
         else:
-            taken.documents.append(one)
+            taken.documents.append((where, one))
             taken.made.append(result)
     return taken.encoded(encode, skipped, records, formats)
 
@@ -158,32 +156,33 @@ class _Taken:
 
     def __init__(self, variants: Sequence[str]):
         self.variants = variants
-        self.documents: list[Document] = []
+        self.documents: list[tuple[str, Document]] = []
         self.made: list[Made] = []
 
     def encoded(self, encode: Encode, skipped: list[Skipped], records: int, formats: Counter[str]) -> Encoded:
-        changed = Counter(what for one in self.documents if isinstance(one, Conversation) for what in one.changed)
+        notes = Counter(note for made in self.made for note in made.notes)
+        notes.update(what for _, one in self.documents if isinstance(one, Conversation) for what in one.changed)
         missing: Counter[str] = Counter()
         outputs = [self.made] + [self._variant(name, encode, missing) for name in self.variants]
         flat = [_NOTHING] + [made for output in outputs for made in output]
-        lengths = np.array([len(ids) for ids, _ in flat[1:]], np.int64)
+        lengths = np.array([len(made.ids) for made in flat[1:]], np.int64)
         sides = np.repeat(np.arange(len(outputs), dtype=np.uint8), len(self.made)) if self.variants else None
-        ids, roles = (np.concatenate(parts) for parts in zip(*flat, strict=True))
-        return Encoded(ids, lengths, skipped, roles, sides, records, formats, changed, missing)
+        ids, roles = np.concatenate([made.ids for made in flat]), np.concatenate([made.roles for made in flat])
+        return Encoded(ids, lengths, skipped, roles, sides, notes=notes, records=records, formats=formats, missing=missing)
 
     def _variant(self, name: str, encode: Encode, missing: Counter[str]) -> list[Made]:
         """A document for each of the originals, an empty one where there is no such variant; the reasons go into `missing`."""
-        found: list[Document | ValueError] = []
-        for document in self.documents:
+        found: list[tuple[str, Document] | ValueError] = []
+        for where, document in self.documents:
             try:
-                found.append(VARIANTS[name](document))
+                found.append((where, VARIANTS[name](document)))
             except ValueError as error:
                 found.append(error)
         made = iter(encode([one for one in found if not isinstance(one, ValueError)]))
         output = []
         for one in found:
             result = one if isinstance(one, ValueError) else next(made)
-            if isinstance(result, tuple):
+            if isinstance(result, Made):
                 output.append(result)
             else:
                 missing[f"{name}: {result}"] += 1
@@ -191,4 +190,4 @@ class _Taken:
         return output
 
 
-_NOTHING: Made = (np.empty(0, np.int32), np.empty(0, np.uint8))
+_NOTHING = Made(np.empty(0, np.int32), np.empty(0, np.uint8))

@@ -24,6 +24,11 @@ from megatron_llm.data.prepare.documents import Segments
 from megatron_llm.data.prepare.turns import LEADING
 from tests.data.prepare.format_samples import SAMPLES, qa, say, turn
 
+CALLS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}{{ m.tool_calls | tojson if m.tool_calls }}<|im_end|>"
+    "\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
 
 def write(path: Path, rows: list[Any]) -> Path:
     """Rows in the format that the suffix says."""
@@ -56,8 +61,9 @@ def contents(prefix: Path) -> tuple[list[list[int]], list[int]]:
     return [dataset.document(number).tolist() for number in range(dataset.documents)], dataset.roles.tolist()
 
 
-def test_every_format_at_once(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_every_format_at_once(tmp_path: Path, make_tokenizer: Callable[..., Path]) -> None:
     """Records in are records in documents and records skipped; and each document is what it is with its format named."""
+    tokenizer_folder = make_tokenizer(chat_template=CALLS)
     rows, formats = [], Counter[str]()
     for name, cases in SAMPLES.items():
         if name in ("dolphin", "prompt_completion_text", "oasst_best", "hc3_human", "hc3_chatgpt"):
@@ -77,7 +83,7 @@ def test_every_format_at_once(tmp_path: Path, tokenizer_folder: Path) -> None:
     assert dataset.meta is not None
     assert dataset.meta.records == len(rows) and dataset.meta.formats == dict(sorted(summary.formats.items()))
     again = chat.preprocess_chat([tmp_path / "a.jsonl"], tokenizer_folder, tmp_path / "out", progress=False)
-    assert again.done_before and (again.formats, again.changed) == (summary.formats, summary.changed)
+    assert again.done_before and (again.formats, again.records) == (summary.formats, summary.records)
     documents, _ = contents(tmp_path / "out")
     for name in formats:
         records = [record for record, _ in SAMPLES[name]]
@@ -250,6 +256,9 @@ def test_the_command(tmp_path: Path, tokenizer_folder: Path, capsys: pytest.Capt
         assert call(preprocess_chat, *arguments) == 0 and "already done" in capsys.readouterr().out
     assert call(inspect, tmp_path / "parquet.flip", "--verify") == 0
     assert "2 documents" in capsys.readouterr().out
+    words["csv"] = ["--input", tmp_path / "in.csv", "--tokenizer", tokenizer_folder, "--show", 2, *words["csv"]]
+    assert call(preprocess_chat, *words["csv"]) == 0
+    assert f"{tmp_path}/in.csv row 2: " in capsys.readouterr().out
     system = write(tmp_path / "dolphin.jsonl", [{"instruction": "S", "input": "Q", "output": "A"}])
     assert (
         call(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_llm.data.indexed import NOT_TRAINED, IndexedDataset
+from megatron_llm.data.indexed import NOT_TRAINED, WEIGHT_SHIFT, IndexedDataset
 from megatron_llm.data.prepare import inputs, pipeline
 from megatron_llm.data.prepare.chat import preprocess_chat
 from megatron_llm.data.prepare.conversations import FORMATS
@@ -140,6 +140,18 @@ def test_a_reply_that_is_not_to_be_trained_has_no_variant(tmp_path: Path, tokeni
     assert {3, 3 | NOT_TRAINED} <= set(flipped.roles.tolist())
 
 
+def test_weights_of_replies_go_with_their_questions(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """The number in a role byte means the same weight in all data sets, whatever the chunk that had it first."""
+    rows = [{"messages": [*say("u: Q"), {**say("a: A")[0], "weight": weight}]} for weight in (1, 0.5, 2, 0.5)]
+    preprocess_chat([write(tmp_path / "a.jsonl", rows)], tokenizer_folder, tmp_path / "out", variants=["flip"], progress=False)
+    for name in ("out", "out.flip"):
+        dataset = IndexedDataset(tmp_path / name)
+        offsets = dataset.document_offsets()
+        assert dataset.meta is not None and dataset.meta.weights == (1.0, 0.5, 2.0) and dataset.roles is not None
+        for number, expected in enumerate((0, 1, 2, 1)):
+            assert dataset.roles[offsets[number] : offsets[number + 1]].max() >> WEIGHT_SHIFT == expected
+
+
 def test_workers_and_interruptions_change_nothing(
     tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,7 +175,7 @@ def test_workers_and_interruptions_change_nothing(
     summary = preprocess_chat([source], tokenizer_folder, tmp_path / "out", journal_seconds=0, workers=2, **options)
     assert files(tmp_path, "out") == files(tmp_path, "whole")
     assert len(files(tmp_path, "out")) == 12
-    for name in ("documents", "records", "skipped", "formats", "changed", "missing", "bytes"):
+    for name in ("documents", "records", "skipped", "formats", "notes", "missing", "bytes"):
         assert getattr(summary, name) == getattr(whole, name)
 
 
