@@ -51,6 +51,7 @@ def prepare(folder: Path) -> None:
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in sources))
     chat = [{"role": "user", "content": "What is 1 + 1?"}, {"role": "assistant", "content": "2"}]
     (folder / "chat.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 20)
+    (folder / "faq.csv").write_text("question,answer,context\nWhat is 1 + 1?,2,\nAnd 1 + 2?,3,Of numbers.\n")
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_end|>"]
@@ -96,7 +97,7 @@ def test_every_command_of_the_data_page_runs(tmp_path: Path) -> None:
     assert (tmp_path / "data/text.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "dedup.json").read_text())
 
-    (shown,) = blocks("yaml", "docs/data.md")
+    shown, *_ = blocks("yaml", "docs/data.md")
     config = yaml.safe_load((tmp_path / "config.yaml").read_text()) | yaml.safe_load(shown)
     config["training"] |= {"steps": 2, "eval_every": 2}
     config["logging"]["run_dir"] = "runs/data"

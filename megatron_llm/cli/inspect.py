@@ -27,13 +27,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data sets")
     data.add_argument("--documents", type=int, default=3, metavar="N", help="decode the first N documents (default: 3)")
     data.add_argument("--random", type=int, metavar="SEED", help="decode N documents from all over instead, drawn by this seed")
+    data.add_argument("--show", type=int, metavar="N", help="print N documents of chat data token by token, with roles, instead")
+    data.add_argument("--show-ids", action="store_true", help="with --show: the id of each token too")
     data.add_argument("--plot", metavar="FILE.png", help="draw document lengths and token frequencies")
     data.add_argument("--tokenizer", metavar="PATH", help="decode with this one, if it is not where it was at preprocessing")
 
 
 def run(args: argparse.Namespace) -> int:
     path = Path(args.path)
-    if Path(f"{path}.idx").is_file():
+    if Path(f"{path}.idx").is_file() and args.show is not None:
+        show_prefix(str(path), args.show, args.random, args.tokenizer, args.show_ids)
+    elif Path(f"{path}.idx").is_file():
         print(inspect_prefix(str(path), args.documents, args.random, args.verify, args.plot, args.tokenizer))
     elif "://" in args.path:
         print(inspect_checkpoint(args.path, verify=args.verify))
@@ -115,6 +119,19 @@ def inspect_prefix(
     return "\n".join([*lines, *_documents(dataset, documents, random_seed, decode)])
 
 
+def show_prefix(prefix: str, count: int, random_seed: int | None, tokenizer: str | None, with_ids: bool) -> None:
+    """Print documents token by token. Raises ValueError if the data set has no roles or its tokenizer is not to be had."""
+    from megatron_llm.data.indexed import IndexedDataset
+    from megatron_llm.data.prepare.show import show_dataset, use_colours
+
+    dataset = IndexedDataset(prefix)
+    decode, problem = _decoder(dataset.meta, tokenizer)
+    if decode is None:
+        raise ValueError(problem or f"{prefix} does not say which tokenizer made it; give it with --tokenizer")
+    for line in show_dataset(dataset, _numbers(dataset, count, random_seed), decode, colour=use_colours(), with_ids=with_ids):
+        print(line)
+
+
 def _describe_meta(meta: DatasetMeta) -> list[str]:
     special = ", ".join(f"{name} {getattr(meta, name + '_id')}" for name in ("eod", "bos", "eos"))
     lines = [f"kind: {meta.kind}" + (f", shard {meta.shard[0]} of {meta.shard[1]}" if meta.shard else "")]
@@ -163,16 +180,20 @@ def _decoder(meta: DatasetMeta | None, tokenizer: str | None) -> tuple[Decoder |
         return None, f"ids instead of text: {error}; --tokenizer PATH names the right one"
 
 
-def _documents(dataset: IndexedDataset, count: int, random_seed: int | None, decode: Decoder | None) -> list[str]:
-    """The start of some documents, as text or as ids."""
+def _numbers(dataset: IndexedDataset, count: int, random_seed: int | None) -> Sequence[int]:
+    """The first `count` documents, or as many from all over."""
     import random
 
     count = max(0, min(count, dataset.documents))
-    numbers: Sequence[int] = range(count)
-    if random_seed is not None:
-        numbers = sorted(random.Random(random_seed).sample(range(dataset.documents), count))
+    if random_seed is None:
+        return range(count)
+    return sorted(random.Random(random_seed).sample(range(dataset.documents), count))
+
+
+def _documents(dataset: IndexedDataset, count: int, random_seed: int | None, decode: Decoder | None) -> list[str]:
+    """The start of some documents, as text or as ids."""
     lines = []
-    for number in numbers:
+    for number in _numbers(dataset, count, random_seed):
         document = dataset.document(number)
         ids = document[:SHOWN_TOKENS].tolist()
         text = repr(decode(ids)) if decode else " ".join(map(str, ids))

@@ -35,6 +35,7 @@ ROLES = {"none": 0, "system": 1, "user": 2, "assistant": 3, "tool": 4}
 ROLE_MASK = 0b0111
 NOT_TRAINED = 0b1000
 WEIGHT_SHIFT = 4  # bits 4-7 of a role byte: index into DatasetMeta.weights
+MAX_WEIGHTS = 16
 
 IntArray = npt.NDArray[np.integer[Any]]
 
@@ -58,6 +59,10 @@ class DatasetMeta:
             from, the same for all that belong together.
         weights: loss weights that bits 4-7 of a role byte choose from, at most 16, the first of which is 1.
         input_bytes, skipped: bytes of input after decompression; records not taken, by reason.
+        records: number of records read. formats: of chat data how many of them had each format.
+        variant: "flip" or "predict_instruction" if document i is another task from the conversation in document i of the
+            data set whose name is this one's without `.VARIANT`, or empty if there is none; `skipped` then counts those, by
+            reason. Both have the same `made_by`.
     """
 
     kind: str
@@ -76,6 +81,9 @@ class DatasetMeta:
     weights: tuple[float, ...] = (1.0,)
     input_bytes: int = 0
     skipped: dict[str, int] = dataclasses.field(default_factory=dict)
+    records: int = 0
+    formats: dict[str, int] = dataclasses.field(default_factory=dict)
+    variant: str | None = None
 
     @classmethod
     def read(cls, path: Path) -> DatasetMeta:

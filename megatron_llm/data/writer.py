@@ -149,13 +149,15 @@ class IndexedWriter:
         roles: bool = False,
         *,
         allow_empty: bool = False,
+        empty_documents: bool = False,
         resume: dict[str, int] | None = None,
     ):
-        """`roles`: every document comes with role bytes. `allow_empty`: a data set without documents is no mistake.
+        """`roles`: every document comes with role bytes. `allow_empty`: a data set without documents is no mistake, nor, with
+        `empty_documents`, is a document without tokens.
 
         Raises ValueError if another process writes this prefix, or if the files are shorter than `resume` says.
         """
-        self.prefix, self.meta, self._allow_empty = str(prefix), meta, allow_empty
+        self.prefix, self.meta, self._allow_empty, self._least = str(prefix), meta, allow_empty, 0 if empty_documents else 1
         self._files = StagedFiles(prefix, dtype, roles)
         self._limit = np.iinfo(self._files.dtype).max
         self._counts = dict(resume) if resume else {"documents": 0, "tokens": 0, "max_token_id": -1}
@@ -174,18 +176,18 @@ class IndexedWriter:
     def add_documents(self, tokens: IntArray, lengths: IntArray, roles: npt.NDArray[np.uint8] | None = None) -> None:
         """Append documents back to back: integer ids [n], tokens of each document [d], and with `roles=True` uint8 [n].
 
-        Raises ValueError naming the document if it is empty or has ids that do not fit.
+        Raises ValueError naming the document if it is empty and must not be, or has ids that do not fit.
         """
         assert (roles is None) == (self._files.roles is None), "role bytes are given for all documents or for none"
         assert int(lengths.sum()) == len(tokens) and (roles is None or len(roles) == len(tokens))
         if len(lengths) == 0:
             return
-        if lengths.min() < 1:
+        if lengths.min() < self._least:
             raise ValueError(f"{self.prefix}: document {self.documents + int(np.argmax(lengths < 1))} has no tokens")
         if lengths.max() > np.iinfo(np.int32).max:
             at = int(np.argmax(lengths))
             raise ValueError(f"{self.prefix}: document {self.documents + at} has {lengths[at]} tokens; .idx counts in int32")
-        largest, smallest = int(tokens.max()), int(tokens.min())
+        largest, smallest = (int(tokens.max()), int(tokens.min())) if len(tokens) else (-1, 0)
         if smallest < 0 or largest > self._limit:
             at = int(np.argmax((tokens < 0) | (tokens > self._limit)))
             document = self.documents + int(np.searchsorted(np.cumsum(lengths), at, side="right"))

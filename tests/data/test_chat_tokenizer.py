@@ -19,7 +19,7 @@ TEMPLATES = {
     "two ends": (EACH + "<|im_start|>{{ m.content }}<|eot|><|im_end|>{% endfor %}", "<|eot|>"),
     "trimmed and quoted": (EACH + "<|im_start|>{{ m.content | trim }}\n\n<|im_end|>{% endfor %}<s>", "<|im_end|>"),
     "text only": (EACH + "{{ m.role }}: {{ m.content }}\n{% endfor %}", None),
-    "text, and then a token": (EACH + "{{ m.content }} END <|im_end|>{% endfor %}", None),
+    "text, and then a token": (EACH + "{{ m.content }} END <|im_end|>{% endfor %}", "<|im_end|>"),
     "refuses": ("{{ raise_exception('a system message is needed') }}", None),
     "silent": ("<s>", None),
 }  # fmt: skip

@@ -1,45 +1,45 @@
 """Conversations to token files: ids exactly as the tokenizer's chat template gives them, and the role of every token.
 
-A record is `{"messages": [{"role": ..., "content": ...}, ...]}`; `"tools"` beside it is passed to the template, and a message
-with `"train": false` is marked as not to be trained. In tables a field that is null is one that the record lacks: all rows of
-a table have all fields. Roles come from rendering: the text of messages 0..i is the start of
-the text of the whole conversation, so rendering prefixes tells where each message ends, and rendering one with the
-generation prompt tells where a reply starts. Tokens are mapped by the character offsets of one tokenization of the whole.
-Called by `cli/preprocess_chat.py`.
+`records.py` makes conversations of records of any format: `{"messages": [{"role": ..., "content": ...}, ...]}`; `"tools"` beside
+them is passed to the template. A message with `"train": false` is marked as not to be trained, one with `"weight": 0.5` by the
+loss weight of its tokens. `render.py` tells where in the rendered text each message lies, `spans.py` which tokens these are;
+what has no template is `untemplated.py`'s. Called by `cli/preprocess_chat.py`.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+import math
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_llm.data.indexed import NOT_TRAINED, ROLE_MASK, ROLES, token_dtype
-from megatron_llm.data.prepare.chunks import Chunk, Skipped, check_unicode, is_record, record_json
+from megatron_llm.data.chat_tokenizer import load_chat_tokenizer, reply_end_ids, special_ids
+from megatron_llm.data.indexed import MAX_WEIGHTS, NOT_TRAINED, ROLES, WEIGHT_SHIFT, token_dtype
+from megatron_llm.data.prepare.chunks import Chunk, check_unicode
+from megatron_llm.data.prepare.documents import Conversation, Document, Made, Segments, Tokens
 from megatron_llm.data.prepare.inputs import describe_inputs, find_inputs
+from megatron_llm.data.prepare.layout import Message
+from megatron_llm.data.prepare.mapping import describe_mapping
+from megatron_llm.data.prepare.named_templates import check_tokens, read_template, save_tokenizer
 from megatron_llm.data.prepare.pipeline import JOURNAL_SECONDS, Encoded, Pipeline, Summary, digest
 from megatron_llm.data.prepare.preprocess import carry_out
-from megatron_llm.data.tokenizer import describe, load_pretrained
+from megatron_llm.data.prepare.records import AUTO, RecordReader, check_variants, encode_chunk, group_trees, open_reader
+from megatron_llm.data.prepare.render import Rendered, Renderer
+from megatron_llm.data.prepare.spans import token_ranges, unended_reply
+from megatron_llm.data.prepare.untemplated import given_tokens, segment_spans, segment_tokens
+from megatron_llm.data.tokenizer import describe
 from megatron_llm.data.writer import check_prefix
 
-FORMAT_VERSION = 2  # to be raised when the same input should give other files
-
-Message = dict[str, Any]
-Render = Callable[[Sequence[Message], bool], str]
-
-
-@dataclass(frozen=True)
-class Span:
-    """Characters [start, end) of a rendered conversation and the role byte of the tokens in it."""
-
-    start: int
-    end: int
-    role: int
+FORMAT_VERSION = 4  # to be raised when the same input should give other files
+COMPARED = 4  # conversations of a chunk whose ids are made by transformers as well
+SPOKEN = ("tool_calls", "reasoning_content", "reasoning", "thinking")  # what a reply without content may consist of
 
 
 def preprocess_chat(
@@ -47,35 +47,55 @@ def preprocess_chat(
     tokenizer: str | Path,
     output: str | Path,
     *,
+    record_format: str = AUTO,
+    mapping: Sequence[str] = (),
+    variants: Sequence[str] = (),
+    template: str | None = None,
+    save_to: str | Path | None = None,
+    allow_special: bool = False,
     workers: int = 1,
     strict: bool = False,
     force: bool = False,
     progress: bool = True,
     journal_seconds: float = JOURNAL_SECONDS,
 ) -> Summary:
-    """Tokenize conversations to `output`.bin/.idx/.roles.bin/.meta.json, one document a record, in the order of the input.
+    """Tokenize conversations to `output`.bin/.idx/.roles.bin/.meta.json in the order of the input.
 
-    A record that cannot be used, one without an assistant's token for instance, is counted and named; with `strict` it ends
-    the run. Work that is done already is not done again but with `force`; interrupted work is continued. Raises ValueError for
-    bad records with `strict`, for unusable input files or tokenizer folders, or if no conversation is left.
+    `record_format`: a name in `conversations.FORMATS`, or "auto": by the fields of each record. `mapping`: what `--map` takes,
+    instead. `variants`: names in `variants.VARIANTS`; each is written to `output`.VARIANT, document for document. `template`
+    and `save_to` as in `open_encoder`.
+
+    A record that cannot be used, one without an assistant's token for instance, is counted and named; with `strict` it ends the
+    run. Text of special tokens in a content is such a reason unless `allow_special`. Work that is done already is not done
+    again but with `force`; interrupted work is continued.
+
+    Raises ValueError for bad records with `strict`, for unusable input files, tokenizers or templates, for more than 16
+    different weights, or if no conversation is left.
     """
     check_prefix(output)
     if workers < 1:
         raise ValueError(f"--workers {workers}: at least 1 is needed")
-    files = find_inputs(inputs)
-    meta = describe(tokenizer, "chat")
-    template = load_chat_tokenizer(tokenizer).get_chat_template()
+    check_variants(variants)
+    reader = open_reader(record_format, mapping)
+    files = group_trees(find_inputs(inputs), reader)
+    encoder = replace(open_encoder(tokenizer, template, save_to, allow_special), reader=reader, variants=tuple(variants))
+    meta = describe(encoder.tokenizer, "chat")
     command = digest(
-        version=FORMAT_VERSION, inputs=describe_inputs(files), meta=asdict(meta), template=template, options=[strict]
+        version=FORMAT_VERSION,
+        inputs=describe_inputs(files),
+        meta=asdict(meta),
+        template=check_template(encoder),
+        options=[strict, allow_special, reader.format, describe_mapping(reader.mapping), list(variants)],
     )
     pipeline = Pipeline(
         name=str(output),
-        outputs=[str(output)],
+        outputs=[str(output), *(f"{output}.{variant}" for variant in variants)],
         inputs=files,
-        encoder=ChatEncoder(str(tokenizer)),
+        encoder=encoder,
         meta=replace(meta, made_by=command),
         dtype=token_dtype(meta.vocab_size),
         roles=True,
+        variants=variants,
         workers=workers,
         strict=strict,
         progress=progress,
@@ -84,98 +104,193 @@ def preprocess_chat(
     return carry_out(pipeline, force)
 
 
-def load_chat_tokenizer(folder: str | Path) -> Any:
-    """The transformers tokenizer of a folder. Raises ValueError if it cannot render conversations or trace tokens to text."""
-    tokenizer = load_pretrained(folder)
-    if not tokenizer.chat_template:
-        raise ValueError(f"{folder} has no chat template; put a chat_template.jinja into the folder")
-    if not tokenizer.is_fast:
-        raise ValueError(f"{folder} has no fast tokenizer, so tokens cannot be traced to text; save it with tokenizer.json")
-    tokenizer.model_max_length = 1 << 60  # only a warning depends on it; long records are training's decision
-    return tokenizer
+def open_encoder(
+    tokenizer: str | Path, template: str | None = None, save_to: str | Path | None = None, allow_special: bool = False
+) -> ChatEncoder:
+    """The encoder of a tokenizer folder with its own template, or with `template`: a name or a FILE.jinja.
+
+    `save_to`: folder to which the tokenizer is written with the template and the special tokens that it lacks; the encoder
+    then uses that one. Raises ValueError if they do not go together.
+    """
+    named = None if template is None else read_template(template)
+    if save_to is not None:
+        print("\n".join(save_tokenizer(tokenizer, named, save_to)), file=sys.stderr)
+        return ChatEncoder(str(save_to), None, allow_special)
+    if named is not None:
+        own = load_chat_tokenizer(tokenizer, named.text)
+        check_tokens(own, named)
+        print(
+            f"{tokenizer} keeps its own chat template: training and export would go on with that one; "
+            f"--save-tokenizer DIR writes a tokenizer with --template {template}",
+            file=sys.stderr,
+        )
+    return ChatEncoder(str(tokenizer), named.text if named else None, allow_special)
+
+
+def check_template(encoder: ChatEncoder) -> Any:
+    """The encoder's chat template, after a conversation was tried with it.
+
+    Raises ValueError if it begins with two bos tokens, or ends a reply with a token that does not end generation.
+    """
+    encoder.load(threads=True)
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        rendered = encoder.renderer.render(messages)
+    except ValueError as error:
+        if "refuses" not in str(error):  # it may want a system message, say; records will show
+            raise ValueError(f"{encoder.tokenizer}: {error}") from error
+    else:
+        encoder.roles(rendered, *next(encoder.tokenize([rendered.text])))
+    return encoder.template_text
 
 
 @dataclass
 class ChatEncoder:
-    """Documents of ids and role bytes, one a conversation."""
+    """Documents of ids and role bytes, one a conversation, and as many of each variant.
+
+    `template`: Jinja text to use instead of the tokenizer's own.
+    """
 
     tokenizer: str
+    template: str | None = None
+    allow_special: bool = False
+    reader: RecordReader = field(default_factory=RecordReader)
+    variants: Sequence[str] = ()
 
     def load(self, threads: bool) -> str:
-        self._tokenizer = load_chat_tokenizer(self.tokenizer)
-        self._special = [id_ for id_, token in self._tokenizer.added_tokens_decoder.items() if token.special]
+        self._tokenizer = load_chat_tokenizer(self.tokenizer, self.template)
+        self.template_text = self._tokenizer.chat_template
+        self._special = np.array(special_ids(self._tokenizer), np.int32)
+        ends = reply_end_ids(self._tokenizer)
+        eos = self._tokenizer.eos_token_id
+        self._ends = np.array(sorted(ends if eos is None else ends | {eos}), np.int32)
+        self.renderer = Renderer(self._tokenizer, self._tokenizer.convert_ids_to_tokens(sorted(ends)))
+        texts = sorted(map(str, self._tokenizer.convert_ids_to_tokens(self._special.tolist())), key=len, reverse=True)
+        self._special_text = re.compile("|".join(map(re.escape, texts)) or "(?!)")
         return "transformers"
 
     def encode(self, chunk: Chunk) -> Encoded:
-        skipped = list(chunk.skipped)
-        rendered = []
-        for index in range(len(chunk.records)):
-            if is_record(chunk, index):
-                try:
-                    rendered.append((index, *self._render(chunk, index)))
-                except ValueError as error:
-                    skipped.append(Skipped(chunk.where(index), str(error)))
-        documents = [np.empty(0, np.int32)]
-        role_bytes = [np.empty(0, np.uint8)]
-        for (index, text, spans), (tokens, offsets_n2) in zip(rendered, self._tokenize([r[1] for r in rendered]), strict=True):
-            roles = token_roles(spans, text, offsets_n2, np.isin(tokens, self._special))
-            if ((roles & (ROLE_MASK | NOT_TRAINED)) == ROLES["assistant"]).any():
-                documents.append(tokens)
-                role_bytes.append(roles)
-            else:
-                skipped.append(Skipped(chunk.where(index), "no assistant token to learn from"))
-        lengths = np.array([len(document) for document in documents[1:]], np.int64)
-        return Encoded(np.concatenate(documents), lengths, skipped, roles=np.concatenate(role_bytes))
+        weights: dict[float, str] = {}
+        return replace(encode_chunk(chunk, self.reader, self.variants, partial(self._make, weights)), weights=weights)
 
-    def _tokenize(self, texts: list[str]) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]]:
+    def _make(self, weights: dict[float, str], documents: Sequence[tuple[str, Document]]) -> list[Made | ValueError]:
+        """Ids and role bytes of documents, each beside the name of its record, or what is wrong with them.
+
+        Loss weights that are not in `weights` yet are added. Raises ValueError if they become too many.
+        """
+        made: dict[int, Made | ValueError] = {}
+        texts: list[tuple[int, Rendered]] = []
+        for place, (where, document) in enumerate(documents):
+            try:
+                if isinstance(document, Tokens):
+                    made[place] = given_tokens(document, len(self._tokenizer))
+                elif isinstance(document, Segments):
+                    texts.append((place, Rendered(*segment_spans(document))))
+                else:
+                    texts.append((place, self._render(document, weights, where)))
+            except ValueError as error:
+                made[place] = error
+        if len(weights) >= MAX_WEIGHTS:
+            weight, where = list(weights.items())[MAX_WEIGHTS - 1]
+            raise ValueError(f"{where}: 'weight' {weight:g} is one too many, {MAX_WEIGHTS} with 1 can be told apart; round them")
+        tokenized = self.tokenize([rendered.text for _, rendered in texts])
+        for number, ((place, rendered), (tokens, offsets_n2)) in enumerate(zip(texts, tokenized, strict=True)):
+            where, document = documents[place]
+            if isinstance(document, Conversation) and (number < COMPARED or rendered.notes or self.allow_special):
+                self._compare(tokens, document, where)
+            try:
+                if isinstance(document, Segments):
+                    eos = self._tokenizer.eos_token_id if document.eos else None
+                    made[place] = segment_tokens(rendered.spans, tokens, offsets_n2, eos)
+                else:
+                    made[place] = Made(tokens, self.roles(rendered, tokens, offsets_n2), rendered.notes)
+            except ValueError as error:
+                made[place] = error
+        return [made[place] for place in range(len(documents))]
+
+    def tokenize(self, texts: list[str]) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]]:
         """Ids [n] of each text, and the first character and the end of each: int64 [n, 2]."""
         if texts:
             encoding = self._tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
             for ids, offsets in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
                 yield np.asarray(ids, np.int32), np.asarray(offsets, np.int64).reshape(-1, 2)
 
-    def _render(self, chunk: Chunk, index: int) -> tuple[str, list[Span]]:
-        """Text and spans of a record. Raises ValueError saying what is wrong with it."""
-        import jinja2
+    def roles(
+        self, rendered: Rendered, tokens: npt.NDArray[np.int32], offsets_n2: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.uint8]:
+        """Role bytes [n] of a conversation's tokens [n].
 
-        content = record_json(chunk, index)
-        if chunk.kind == "row":
-            content = _unpadded(content)
-        messages, tools = _messages(content), content.get("tools")
+        Raises ValueError for two bos tokens at the start, for a trained reply that ends without a token that ends generation,
+        and if no token is trained.
+        """
+        bos = self._tokenizer.bos_token_id
+        if bos is not None and (tokens[:2] == bos).sum() == 2:
+            raise ValueError(
+                f"two {self._tokenizer.bos_token} at the start, which the model never saw; the chat template writes both "
+                "(or the first content begins with one): remove one"
+            )
+        ranges = token_ranges(rendered.spans, rendered.text, offsets_n2, np.isin(tokens, self._special))
+        roles = np.zeros(len(tokens), np.uint8)
+        for span, (first, end) in zip(rendered.spans, ranges, strict=True):
+            roles[first:end] = span.role
+        if not any(span.trained and end > first for span, (first, end) in zip(rendered.spans, ranges, strict=True)):
+            raise ValueError("no assistant token to learn from")
+        unended = unended_reply(rendered.spans, ranges, tokens, self._ends)
+        if unended is not None:
+            known = ", ".join(map(str, self._tokenizer.convert_ids_to_tokens(self._ends.tolist()))) or "none is known"
+            raise ValueError(
+                f"the reply of message {unended} does not end with a token that ends generation ({known}), so the model "
+                "would not learn to stop; write eos_token after replies in the chat template, or use --template"
+            )
+        return roles
 
-        def render(part: Sequence[Message], prompt: bool) -> str:
-            try:
-                text: str = self._tokenizer.apply_chat_template(
-                    list(part), tools=tools, tokenize=False, add_generation_prompt=prompt
-                )
-            except (jinja2.TemplateError, TypeError, IndexError, KeyError) as error:
-                raise ValueError(f"the chat template refuses it: {error}") from error
-            return text
+    def _compare(self, tokens: npt.NDArray[np.int32], document: Conversation, where: str) -> None:
+        """Raises ValueError if transformers, asked for ids, gives others."""
+        wanted = self._tokenizer.apply_chat_template(
+            _messages(document.content), tools=document.content.get("tools"), tokenize=True, return_dict=False
+        )
+        if tokens.tolist() != list(wanted):
+            raise ValueError(f"{where}: the ids are not those of apply_chat_template; please report it")
 
-        text = render(messages, False)
-        check_unicode(text)
-        return text, role_spans(render, messages, text)
+    def _render(self, document: Conversation, weights: dict[float, str], where: str) -> Rendered:
+        """A conversation as text and spans. Raises ValueError saying what is wrong with it."""
+        messages, tools = _messages(document.content), document.content.get("tools")
+        if not self.allow_special:
+            self._check_special(messages, tools)
+        rendered = self.renderer.render(messages, tools, _role_bytes(document.content["messages"], weights, where))
+        check_unicode(rendered.text)
+        return rendered
+
+    def _check_special(self, messages: Sequence[Message], tools: Any) -> None:
+        """Raises ValueError if a content would become a special token: a user could end its own turn and begin another's."""
+        for index, message in enumerate([*messages, {"tools": tools}]):
+            for text in _strings(message):
+                if (found := self._special_text.search(text)) is not None:
+                    where = f"message {index} ({message['role']})" if index < len(messages) else "a tool"
+                    raise ValueError(
+                        f"text of a special token in {where}: {found[0]}; it would become that token (--allow-special lets it)"
+                    )
 
 
-def _unpadded(value: Any) -> Any:
-    """A value of a table without the nulls in fields that the record lacks.
-
-    A template would show them: the schema of one tool would name the arguments of all others. (Of messages, transformers
-    itself drops the fields that are null.)
-    """
-    if isinstance(value, list):
-        return [_unpadded(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _unpadded(item) for key, item in value.items() if item is not None}
-    return value
+def _strings(value: Any) -> Iterator[str]:
+    """All text in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _strings(key)
+            yield from _strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
 
 
 def _messages(content: dict[str, Any]) -> list[Message]:
-    """The checked messages of a record. Raises ValueError."""
+    """The checked messages of a record, without what is not for the template. Raises ValueError."""
     messages = content.get("messages")
     if not isinstance(messages, list) or not messages:
         raise ValueError("no list 'messages'")
-    for message in messages:
+    for index, message in enumerate(messages):
         if not isinstance(message, dict):
             raise ValueError("a message is not a JSON object")
         role, text = message.get("role"), message.get("content")
@@ -186,79 +301,32 @@ def _messages(content: dict[str, Any]) -> list[Message]:
         train = message.get("train")
         if train is not None and not isinstance(train, bool):  # the string "false" would count as true
             raise ValueError(f"'train' of a message is not true or false but {type(train).__name__}")
-    return messages
+        weight = _weight(message)
+        empty = not (text or "").strip() and not any(message.get(key) for key in SPOKEN)
+        if role == "assistant" and empty and train is not False and weight:
+            raise ValueError(f'the reply of message {index} is empty; "train": false keeps it, as context')
+    return [{key: value for key, value in message.items() if key not in ("train", "weight")} for message in messages]
 
 
-def role_spans(render: Render, messages: Sequence[Message], full: str) -> list[Span]:
-    """Where each message lies in `full`, the text of all messages; `render(messages, generation_prompt)` gives text.
-
-    What introduces a reply belongs to nobody; what introduces another message belongs to that message. Messages that cannot
-    be told apart (a system message that the template puts into the first user message) form one span with the role of the
-    last of them. Raises ValueError if it cannot be told where a reply starts or ends.
-    """
-    texts = [_try(render, messages[:count], False) for count in range(len(messages))] + [full]
-    ends = [len(text) if text is not None and full.startswith(text) else None for text in texts]
-    spans: list[Span] = []
-    done = 0  # everything before belongs to a span or to nobody
-    for index, message in enumerate(messages):
-        role, end = ROLES[message["role"]], ends[index + 1]
-        if role != ROLES["assistant"]:
-            if end is not None and end > done:
-                spans.append(Span(done, end, role))
-                done = end
-            continue
-        start = _reply_start(_try(render, messages[:index], True), ends[index], full)
-        if start is None or end is None or not done <= start <= end:
-            raise ValueError(
-                "the chat template changes a reply or the text before it when more messages follow, "
-                f"so it cannot be told which tokens are the reply (message {index})"
-            )
-        before = ROLES[messages[index - 1]["role"]] if index else ROLES["none"]
-        if ends[index] is None and before != ROLES["assistant"]:
-            spans.append(Span(done, start, before))
-        spans.append(Span(start, end, role | NOT_TRAINED if message.get("train") is False else role))
-        done = end
-    return spans
+def _weight(message: Message) -> float:
+    """The loss weight of a message. Raises ValueError if it is no finite number from 0 on."""
+    weight = message.get("weight")
+    if weight is None:
+        return 1.0
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+        raise ValueError(f"'weight' of a message is not a number from 0 on: {weight!r}")
+    return float(weight)
 
 
-def _try(render: Render, messages: Sequence[Message], prompt: bool) -> str | None:
-    """Text of some of the messages; None if the template refuses them, as many do without a user's message."""
-    try:
-        return render(messages, prompt)
-    except ValueError:
-        return None
-
-
-def _reply_start(prompted: str | None, unprompted_end: int | None, full: str) -> int | None:
-    """Where a reply starts in `full`: after the generation prompt, of which `full` may hold only a part.
-
-    Thinking models' prompts open a `<think>` that the template leaves out of finished replies.
-    """
-    if prompted is None:
-        return unprompted_end
-    if full.startswith(prompted):
-        return len(prompted)
-    if unprompted_end is None:
-        return None
-    return max(unprompted_end, len(os.path.commonprefix([prompted, full])))
-
-
-def token_roles(
-    spans: Sequence[Span], text: str, offsets: npt.NDArray[np.int64], special: npt.NDArray[np.bool_]
-) -> npt.NDArray[np.uint8]:
-    """Role byte of each token: uint8 [n], from `offsets` [n, 2] (first character, end) and which tokens are special [n].
-
-    A token belongs to the span of its last character: one that joins the introduction of a reply with its first letters
-    is part of the reply. White space that the template puts after the token that ends a reply belongs to nobody, because
-    generation stops before it; the ending token itself is the reply's, or the model would never learn to stop.
-    """
-    roles = np.zeros(len(offsets), np.uint8)
-    last = offsets[:, 1] - 1
-    for span in spans:
-        inside = np.flatnonzero((last >= span.start) & (last < span.end))
-        if span.role & ROLE_MASK == ROLES["assistant"]:
-            ending = inside[special[inside]]
-            if len(ending) and not text[offsets[ending[-1], 1] : span.end].strip():
-                inside = inside[inside <= ending[-1]]
-        roles[inside] = span.role
-    return roles
+def _role_bytes(messages: Sequence[Message], weights: dict[float, str], where: str) -> list[int]:
+    """Role byte of each message, with the numbers of their weights in `weights`, to which new ones are added."""
+    found = []
+    for message in messages:
+        byte, weight = ROLES[message["role"]], _weight(message)
+        if message.get("train") is False or weight == 0:
+            byte |= NOT_TRAINED
+        elif weight != 1:
+            weights.setdefault(weight, where)
+            byte |= (list(weights).index(weight) + 1) << WEIGHT_SHIFT
+        found.append(byte)
+    return found

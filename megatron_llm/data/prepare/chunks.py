@@ -23,7 +23,7 @@ Position = tuple[int, int, int]
 it in the file or -1 if not known). Can be stored as JSON."""
 
 Kind = Literal["json", "text", "row"]
-Unit = Literal["line", "record", "row", "file"]
+Unit = Literal["line", "record", "row", "file", "tree"]
 _JSON_BLANK = b" \t\r\n"
 
 
@@ -32,7 +32,8 @@ class InputFile:
     """An input that was found, and the part of it to read: what begins in bytes [start, end) of its `size` bytes on disk.
 
     `format`: lines, array or values (JSON: an object a line, one array, values one after the other), csv, tsv, text, parquet,
-    arrow or hub. `version` changes when the content may have. `rows` is set for `hub` only.
+    arrow, hub, or trees (of the rows in all of `parts`). `version` changes when the content may have. `rows` is set for
+    `hub` only.
     """
 
     path: str
@@ -43,6 +44,7 @@ class InputFile:
     start: int
     end: int
     rows: int = 0
+    parts: tuple[InputFile, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,11 @@ class Chunk:
     skipped: Sequence[Skipped] = ()
 
     def where(self, index: int) -> str:
-        """The record in words: file and line, row or byte."""
+        """The record in words: file and line, row, byte, or tree."""
         if self.unit == "file":
             return self.path
+        if self.unit == "tree":
+            return f"{self.path} tree {cast(dict[str, Any], self.records[index])['message_tree_id']}"
         if self.unit == "line":
             if self.first:
                 return f"{self.path}:{self.first + index}"

@@ -17,6 +17,7 @@ from megatron_llm.data.prepare.chunks import CHUNK_BYTES, MAX_RECORD_BYTES, Chun
 from megatron_llm.data.prepare.formats import json_layout, read_csv, read_lines, read_text, read_values
 from megatron_llm.data.prepare.streams import DECOMPRESSORS
 from megatron_llm.data.prepare.tables import HUB_PREFIX, find_hub, read_hub, read_table
+from megatron_llm.data.prepare.trees import read_trees
 from megatron_llm.data.writer import SUFFIXES
 
 FORMATS = {
@@ -29,6 +30,13 @@ FORMATS = {
     "parquet": "parquet",
     "arrow": "arrow",
 }
+
+
+def _read_trees(job: Job) -> Iterator[Chunk]:
+    parts = list(job.file.parts)
+    return read_trees(job, read_chunks(parts, chunk_bytes=job.chunk_bytes, max_record_bytes=job.max_record_bytes))
+
+
 _READERS: dict[str, Callable[[Job], Iterator[Chunk]]] = {
     "lines": read_lines,
     "array": read_values,
@@ -39,6 +47,7 @@ _READERS: dict[str, Callable[[Job], Iterator[Chunk]]] = {
     "parquet": read_table,
     "arrow": read_table,
     "hub": read_hub,
+    "trees": _read_trees,
 }
 
 
@@ -103,8 +112,9 @@ def _is_divisible(file: InputFile) -> bool:
 def describe_inputs(files: list[InputFile]) -> list[list[str | int]]:
     """What tells these inputs from others and from what they were before they changed. Can be stored as JSON."""
     return [
-        [file.path if file.format == "hub" else os.path.abspath(file.path), file.size, file.version, file.start, file.end]
+        [one.path if one.format == "hub" else os.path.abspath(one.path), one.size, one.version, one.start, one.end]
         for file in files
+        for one in file.parts or (file,)
     ]
 
 

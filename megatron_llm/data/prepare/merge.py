@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import numpy.typing as npt
 from tqdm import tqdm
 
-from megatron_llm.data.indexed import BLOCK, HEADER, DatasetMeta, IndexedDataset, IntArray
+from megatron_llm.data.indexed import BLOCK, HEADER, MAX_WEIGHTS, WEIGHT_SHIFT, DatasetMeta, IndexedDataset, IntArray
 from megatron_llm.data.prepare.shuffle import SourceFiles, shuffle_dataset
 from megatron_llm.data.writer import StagedFiles, check_prefix, publish, remove_dataset
 
@@ -131,6 +132,7 @@ def merged_meta(sources: Sequence[IndexedDataset]) -> DatasetMeta | None:
             continue
         for name, why in (
             ("kind", "kinds of data"),
+            ("variant", "variants of their conversations"),
             ("tokenizer_fingerprint", "tokenizers (sha256 of tokenizer.json)"),
             ("vocab_size", "vocabulary sizes"),
             ("eod_id", "ids at the end of documents"),
@@ -141,20 +143,47 @@ def merged_meta(sources: Sequence[IndexedDataset]) -> DatasetMeta | None:
     metas = [source.meta for source in sources if source.meta is not None]
     if not metas:
         return None
-    skipped: Counter[str] = Counter()
+    counted: dict[str, Counter[str]] = {name: Counter() for name in ("skipped", "formats")}
     for meta in metas:
-        skipped.update(meta.skipped)
+        for name, counts in counted.items():
+            counts.update(getattr(meta, name))
     return dataclasses.replace(
         metas[0],
         documents=sum(meta.documents for meta in metas),
         tokens=sum(meta.tokens for meta in metas),
         max_token_id=max(meta.max_token_id for meta in metas),
+        weights=_merged_weights(sources),
         input_bytes=sum(meta.input_bytes for meta in metas),
-        skipped=dict(sorted(skipped.items())),
+        records=sum(meta.records for meta in metas),
+        skipped=dict(sorted(counted["skipped"].items())),
+        formats=dict(sorted(counted["formats"].items())),
         made_by=None,
         shard=None,
         part_of=None,
     )
+
+
+def _merged_weights(sources: Sequence[IndexedDataset]) -> tuple[float, ...]:
+    """The loss weights of all sources in the order of their first appearance. Raises ValueError if there are too many."""
+    metas = [source.meta for source in sources if source.meta is not None]
+    weights = tuple(dict.fromkeys(weight for meta in metas for weight in meta.weights))
+    if len(weights) > MAX_WEIGHTS:
+        raise ValueError(
+            f"the data sets have {len(weights)} different loss weights of messages, {MAX_WEIGHTS} can be told apart; "
+            "preprocess with rounded ones"
+        )
+    return weights
+
+
+def _weight_bytes(source: IndexedDataset, weights: tuple[float, ...]) -> npt.NDArray[np.uint8] | None:
+    """What becomes of each role byte of a source whose weights are chosen from `weights` now: uint8 [256]; None: nothing."""
+    own = source.meta.weights if source.meta is not None else (1.0,)
+    if own == weights[: len(own)]:
+        return None
+    places = np.zeros(MAX_WEIGHTS, np.uint8)
+    places[: len(own)] = [weights.index(weight) for weight in own]
+    codes = np.arange(256, dtype=np.uint8)
+    return (codes & ((1 << WEIGHT_SHIFT) - 1)) | (places[codes >> WEIGHT_SHIFT] << WEIGHT_SHIFT)
 
 
 def _join(sources: Sequence[IndexedDataset], output: str, meta: DatasetMeta | None, progress: bool) -> None:
@@ -168,7 +197,7 @@ def _join(sources: Sequence[IndexedDataset], output: str, meta: DatasetMeta | No
         files.cut(0, 0)
         with tqdm(total=total, desc="merge", unit="B", unit_scale=True, disable=not progress) as bar:
             for source in sources:
-                _append(source, files)
+                _append(source, files, meta.weights if meta is not None else (1.0,))
                 bar.update(len(source.tokens) * dtype.itemsize)
         files.finish(meta, _document_indices(sources))
         publish(output, roles=files.roles is not None, meta=meta is not None)
@@ -176,8 +205,8 @@ def _join(sources: Sequence[IndexedDataset], output: str, meta: DatasetMeta | No
         files.close()
 
 
-def _append(source: IndexedDataset, files: StagedFiles) -> None:
-    """Append tokens, roles and lengths of one data set. Raises ValueError if its index is damaged."""
+def _append(source: IndexedDataset, files: StagedFiles, weights: tuple[float, ...]) -> None:
+    """Append tokens, roles (that choose from `weights` then) and lengths of one data set. Raises ValueError if it is damaged."""
     with SourceFiles(source.prefix) as reader:
         source.verify()
         plain = HEADER.size + 12 * reader.sequences + 8 * (source.documents + 1)
@@ -188,8 +217,13 @@ def _append(source: IndexedDataset, files: StagedFiles) -> None:
         else:
             for first in range(0, len(source.tokens), BLOCK):
                 files.bin.write(source.tokens[first : first + BLOCK].astype(files.dtype).data)
-        if reader.roles is not None and files.roles is not None:
-            _copy(reader.roles, files.roles, 0, len(source.tokens))
+        if reader.roles is not None and files.roles is not None and source.roles is not None:
+            table = _weight_bytes(source, weights)
+            if table is None:
+                _copy(reader.roles, files.roles, 0, len(source.tokens))
+            else:
+                for first in range(0, len(source.roles), BLOCK):
+                    files.roles.write(table[source.roles[first : first + BLOCK]].data)
         _copy(reader.idx, files.idx, HEADER.size, 4 * reader.sequences)
 
 

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing
@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from megatron_llm.data.indexed import DatasetMeta, IndexedDataset, IntArray
+from megatron_llm.data.indexed import MAX_WEIGHTS, WEIGHT_SHIFT, DatasetMeta, IndexedDataset, IntArray
 from megatron_llm.data.prepare.chunks import Chunk, InputFile, Position, Skipped
 from megatron_llm.data.prepare.inputs import read_chunks
 from megatron_llm.data.writer import IndexedWriter, Journal, publish, remove_staged
@@ -46,7 +46,10 @@ MAX_WAITING_BYTES = 256 << 20  # and of all workers together
 class Encoded:
     """Documents back to back: ids [n], tokens of each [d], role bytes [n] or None, and the records that gave none.
 
-    `sides`: number of the output that each document goes to, uint8 [d]; None: the only one.
+    `sides`: number of the output that each document goes to, uint8 [d]; None: the only one. `weights`: the loss weights other
+    than 1 that role bytes choose from, numbered from 1 in this order, and the record that has each first. `notes`: how often
+    there is something to tell about documents. `records`: how many records the documents and `skipped` together come from;
+    None: one each. `formats`: records by their format. `missing`: empty documents of variants, by "VARIANT: reason".
     """
 
     tokens: IntArray
@@ -54,6 +57,11 @@ class Encoded:
     skipped: list[Skipped]
     roles: npt.NDArray[np.uint8] | None = None
     sides: npt.NDArray[np.uint8] | None = None
+    weights: Mapping[float, str] = field(default_factory=dict)
+    notes: Counter[str] = field(default_factory=Counter)
+    records: int | None = None
+    formats: Counter[str] = field(default_factory=Counter)
+    missing: Counter[str] = field(default_factory=Counter)
 
 
 class Encoder(Protocol):
@@ -67,7 +75,10 @@ class Encoder(Protocol):
 
 @dataclass
 class Summary:
-    """What a command did, over all its runs. `bytes` are input bytes after decompression; `seconds` are of this run."""
+    """What a command did, over all its runs. `bytes` are input bytes after decompression; `seconds` are of this run.
+
+    `documents` and `tokens` are without variants; the other counts are those of `Encoded`.
+    """
 
     outputs: list[str]
     documents: int = 0
@@ -75,6 +86,10 @@ class Summary:
     bytes: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
+    records: int = 0
+    formats: Counter[str] = field(default_factory=Counter)
+    missing: Counter[str] = field(default_factory=Counter)
     how: str = field(default="", compare=False)
     seconds: float = field(default=0.0, compare=False)
     new_bytes: int = field(default=0, compare=False)
@@ -90,7 +105,18 @@ class Summary:
             lines[0] += "; already done (--force does it again)"
         else:
             lines.append(f"{self.seconds:.1f} s, {self.new_bytes / 1e6 / self.seconds:.1f} MB/s with {self.how}")
-        return "\n".join(lines + self.skipped_lines())
+        return "\n".join(lines + self.record_lines() + self.skipped_lines())
+
+    def record_lines(self) -> list[str]:
+        """How records became documents, where that is not one each, and what formats they had."""
+        lines, found = [], self.documents + self.skipped.total()
+        if self.records not in (0, found):
+            lines.append(f"{self.records:,} records gave {found:,} conversations")
+        if self.formats:
+            lines.append(f"formats: {', '.join(f'{name} {count:,}' for name, count in self.formats.most_common())}")
+        lines += [f"{count:,} conversations: {note}" for note, count in self.notes.most_common()]
+        lines += [f"{count:,} conversations without {what}" for what, count in self.missing.most_common()]
+        return lines
 
     def skipped_lines(self) -> list[str]:
         """How many records were skipped for which reason, and the first of them; nothing if there were none."""
@@ -109,7 +135,7 @@ class Pipeline:
     """One command: what to read, encode and write. `name` is the user's --output; `outputs` are the prefixes to write.
 
     `columns` is what to read of tables, None: all. `meta.made_by` is the digest of all that determines the files.
-    `kept_empty`: outputs without documents are no mistake.
+    `kept_empty`: outputs without documents are no mistake. `variants`: what the last outputs are of the first one, if any.
     """
 
     name: str
@@ -121,6 +147,7 @@ class Pipeline:
     columns: Sequence[str] | None = None
     roles: bool = False
     kept_empty: bool = False
+    variants: Sequence[str] = ()
     workers: int = 1
     strict: bool = False
     progress: bool = True
@@ -159,6 +186,7 @@ class Pipeline:
     def _write(self, journal: Journal, entry: dict[str, Any] | None) -> Summary:
         summary = _restored(self.outputs, entry) if entry else Summary(list(self.outputs))
         counts = entry["outputs"] if entry else {}
+        weights: list[float] = entry.get("weights", [1.0]) if entry else [1.0]
         start: Position | None = tuple(entry["position"]) if entry else None
         with ExitStack() as stack:
             writers = [
@@ -169,21 +197,25 @@ class Pipeline:
                         self.meta,
                         self.roles,
                         allow_empty=self.kept_empty,
+                        empty_documents=variant is not None,
                         resume=counts.get(Path(prefix).name),
                     )
                 )
-                for prefix in self.outputs
+                for prefix, variant in zip(self.outputs, self._variants(), strict=True)
             ]
+            originals = writers[: len(writers) - len(self.variants)]
             bar = stack.enter_context(self._bar(entry["disk_bytes"] if entry else 0))
 
             def save(finished: bool = False) -> None:
                 outputs = {Path(writer.prefix).name: writer.checkpoint() for writer in writers}
                 content = {"outputs": outputs, "position": start, "disk_bytes": bar.n, "summary": vars(summary)}
-                journal.save({**content, "finished": finished})
+                journal.save({**content, "weights": weights, "finished": finished})
 
             saved, saved_bytes = time.monotonic(), summary.bytes
             chunks = read_chunks(self.inputs, start, columns=self.columns)
             for chunk, encoded in _encode_all(self.encoder, chunks, self.workers, summary):
+                if encoded.weights:
+                    encoded = _with_table(encoded, weights)
                 _add(encoded, writers)
                 self._count(summary, encoded)
                 summary.bytes += chunk.input_bytes
@@ -193,16 +225,32 @@ class Pipeline:
                 if time.monotonic() - saved >= self.journal_seconds or summary.bytes - saved_bytes >= JOURNAL_BYTES:
                     save()
                     saved, saved_bytes = time.monotonic(), summary.bytes
-            summary.documents, summary.tokens = sum(w.documents for w in writers), sum(w.tokens for w in writers)
-            self._check_outputs(summary, writers)
-            for writer in writers:
-                writer.meta = replace(self.meta, input_bytes=summary.bytes, skipped=dict(sorted(summary.skipped.items())))
+            summary.documents, summary.tokens = sum(w.documents for w in originals), sum(w.tokens for w in originals)
+            self._check_outputs(summary, originals)
+            for writer, variant in zip(writers, self._variants(), strict=True):
+                writer.meta = replace(self._described(summary, variant), weights=tuple(weights))
                 writer.finish()
             save(finished=True)
         return summary
 
+    def _variants(self) -> list[str | None]:
+        """The variant that each output holds."""
+        return [None] * (len(self.outputs) - len(self.variants)) + list(self.variants)
+
+    def _described(self, summary: Summary, variant: str | None) -> DatasetMeta:
+        """The description of an output: all that was counted, or of a variant why some documents are empty."""
+        if variant is None:
+            skipped, formats = dict(sorted(summary.skipped.items())), dict(sorted(summary.formats.items()))
+            return replace(self.meta, input_bytes=summary.bytes, skipped=skipped, records=summary.records, formats=formats)
+        of = f"{variant}: "
+        missing = {what.removeprefix(of): count for what, count in sorted(summary.missing.items()) if what.startswith(of)}
+        return replace(self.meta, input_bytes=summary.bytes, variant=variant, skipped=missing)
+
     def _count(self, summary: Summary, encoded: Encoded) -> None:
-        """Account for what was skipped. Raises ValueError with `strict`."""
+        """Account for what was read and skipped, and what is to be told. Raises ValueError with `strict`."""
+        summary.records += len(encoded.lengths) + len(encoded.skipped) if encoded.records is None else encoded.records
+        for name in ("notes", "formats", "missing"):
+            getattr(summary, name).update(getattr(encoded, name))
         for skipped in encoded.skipped:
             if self.strict and skipped.bad:
                 raise ValueError(f"{skipped.where}: {skipped.reason}")
@@ -249,20 +297,47 @@ def made_by(prefix: str | Path, command: str | None) -> bool:
 
 def summary_of(outputs: Sequence[str]) -> Summary:
     """What finished outputs of one command say about it."""
-    metas = [meta for prefix in outputs if (meta := IndexedDataset(prefix).meta) is not None]
+    every = [meta for prefix in outputs if (meta := IndexedDataset(prefix).meta) is not None]
+    metas = [meta for meta in every if meta.variant is None]
     return Summary(
         list(outputs),
         documents=sum(meta.documents for meta in metas),
         tokens=sum(meta.tokens for meta in metas),
         bytes=metas[0].input_bytes,
         skipped=Counter(metas[0].skipped),
+        records=metas[0].records,
+        formats=Counter(metas[0].formats),
+        missing=Counter(
+            {f"{meta.variant}: {why}": count for meta in every if meta.variant for why, count in meta.skipped.items()}
+        ),
     )
 
 
 def _restored(outputs: Sequence[str], entry: dict[str, Any]) -> Summary:
     """The summary of a journal's entry."""
     content = dict(entry["summary"], outputs=list(outputs), new_bytes=0)
-    return Summary(**{**content, "skipped": Counter(content["skipped"])})
+    counted = {name: Counter(content[name]) for name in ("skipped", "notes", "formats", "missing")}
+    return Summary(**{**content, **counted})
+
+
+def _with_table(encoded: Encoded, weights: list[float]) -> Encoded:
+    """The documents with role bytes that choose from `weights`, to which theirs are added.
+
+    Chunks come in order, so the table is that of the order of the input. Raises ValueError naming the record with one too many.
+    """
+    places = np.zeros(MAX_WEIGHTS, np.uint8)  # by the chunk's number of a weight
+    for number, (weight, where) in enumerate(encoded.weights.items(), 1):
+        if weight not in weights:
+            if len(weights) == len(places):
+                raise ValueError(
+                    f"{where}: 'weight' {weight:g} is one too many, {len(places)} with 1 can be told apart "
+                    f"({', '.join(f'{known:g}' for known in sorted(weights))}); round them"
+                )
+            weights.append(weight)
+        places[number] = weights.index(weight)
+    assert encoded.roles is not None
+    kept = encoded.roles & ((1 << WEIGHT_SHIFT) - 1)
+    return replace(encoded, roles=kept | places[encoded.roles >> WEIGHT_SHIFT] << WEIGHT_SHIFT)
 
 
 def _add(encoded: Encoded, writers: Sequence[IndexedWriter]) -> None:
@@ -270,10 +345,11 @@ def _add(encoded: Encoded, writers: Sequence[IndexedWriter]) -> None:
     if encoded.sides is None:
         writers[0].add_documents(encoded.tokens, encoded.lengths, encoded.roles)
         return
-    assert encoded.roles is None
     for side, writer in enumerate(writers):
         chosen = encoded.sides == side
-        writer.add_documents(encoded.tokens[np.repeat(chosen, encoded.lengths)], encoded.lengths[chosen])
+        tokens = np.repeat(chosen, encoded.lengths)
+        roles = None if encoded.roles is None else encoded.roles[tokens]
+        writer.add_documents(encoded.tokens[tokens], encoded.lengths[chosen], roles)
 
 
 def _encode_all(encoder: Encoder, chunks: Iterator[Chunk], workers: int, summary: Summary) -> Iterator[tuple[Chunk, Encoded]]:

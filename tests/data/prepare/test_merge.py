@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_llm.data.indexed import DatasetMeta, IndexedDataset
+from megatron_llm.data.indexed import WEIGHT_SHIFT, DatasetMeta, IndexedDataset
 from megatron_llm.data.order import hash64
 from megatron_llm.data.prepare import merge as module
 from megatron_llm.data.prepare.merge import merge, shard_prefix
@@ -248,3 +248,41 @@ def test_the_sides_of_a_split_are_not_joined(tmp_path: Path, sharded: bool, othe
         write_shard(base, 0, 1, [[1, 2]]) if sharded else write(base, [[1, 2]])
     with pytest.raises(ValueError, match=f"x-train and .*x-{other} are two sides of a split"):
         merge([tmp_path / "x-*"], tmp_path / "out", progress=False)
+
+
+def write_weighted(prefix: Path, weights: tuple[float, ...], roles: list[int]) -> Path:
+    meta = dataclasses.replace(META, kind="chat", eod_id=None, weights=weights)
+    with IndexedWriter(prefix, np.uint16, meta, roles=True) as writer:
+        writer.add_document(np.arange(len(roles)), np.array(roles, np.uint8))
+    return prefix
+
+
+def weights_of(prefix: Path) -> list[tuple[int, float]]:
+    """(bits 0-3, loss weight) of every token."""
+    dataset = IndexedDataset(prefix)
+    assert dataset.meta is not None and dataset.roles is not None
+    return [(code & 0b1111, dataset.meta.weights[code >> WEIGHT_SHIFT]) for code in dataset.roles.tolist()]
+
+
+def test_tables_of_weights_become_one(tmp_path: Path) -> None:
+    """Every token keeps its weight, though the numbers of the weights differ."""
+    tables = [(1.0, 0.5), (1.0,), (1.0, 2.0, 0.5), (1.0, 0.5, 3.0)]
+    parts = [
+        write_weighted(
+            tmp_path / f"part{number}",
+            table,
+            [3 | bits | index << WEIGHT_SHIFT for index in range(len(table)) for bits in (0, 8)],
+        )
+        for number, table in enumerate(tables)
+    ]
+    merge(parts, tmp_path / "out", progress=False)
+    meta = IndexedDataset(tmp_path / "out").meta
+    assert meta is not None and meta.weights == (1.0, 0.5, 2.0, 3.0)
+    assert weights_of(tmp_path / "out") == [pair for part in parts for pair in weights_of(part)]
+
+
+def test_more_than_sixteen_weights_are_refused(tmp_path: Path) -> None:
+    tables = [(1.0, *(float(weight) for weight in range(first, first + 8))) for first in (2, 10)]
+    parts = [write_weighted(tmp_path / f"part{number}", table, [3]) for number, table in enumerate(tables)]
+    with pytest.raises(ValueError, match="have 17 different loss weights of messages, 16 can be told apart"):
+        merge(parts, tmp_path / "out", progress=False)

@@ -234,7 +234,8 @@ def test_force_starts_over_and_is_itself_continued(
 
 def test_chat_continues_too(tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "a.jsonl"
-    records = [{"messages": [{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": f"{i}"}]} for i in range(60)]
+    replies = [{"role": "assistant", "content": f"{i}", "weight": 1 + i // 7 % 5} for i in range(60)]
+    records = [{"messages": [{"role": "user", "content": "ask"}, reply]} for reply in replies]
     source.write_text("\n".join(map(json.dumps, records)))
     preprocess_chat([source], tokenizer_folder, tmp_path / "whole", progress=False)
     reader = Interrupt(monkeypatch)
@@ -245,6 +246,8 @@ def test_chat_continues_too(tmp_path: Path, tokenizer_folder: Path, monkeypatch:
     reader.after = None
     preprocess_chat([source], tokenizer_folder, tmp_path / "out", progress=False)
     assert reader.starts[1] is not None
+    meta = IndexedDataset(tmp_path / "out").meta
+    assert meta is not None and meta.weights == (1.0, 2.0, 3.0, 4.0, 5.0)  # of which some were met after the interruption
     assert set(outputs(tmp_path, "out")) == {".bin", ".idx", ".roles.bin", ".meta.json"}
     assert outputs(tmp_path, "out") == outputs(tmp_path, "whole")
     assert preprocess_chat([source], tokenizer_folder, tmp_path / "out", progress=False).done_before
