@@ -76,6 +76,7 @@ def show_conversations(
     """
     encoder = open_encoder(tokenizer, template, save_to, allow_special)
     check_template(encoder)
+    encoder.load(threads=True)
     style, decode = Style(colour, with_ids), load_decoder(encoder.tokenizer)
     yield style.legend()
     shown = 0
