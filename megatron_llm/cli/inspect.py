@@ -138,6 +138,8 @@ def _describe_meta(meta: DatasetMeta) -> list[str]:
     lines.append(f"tokenizer: {meta.tokenizer} ({meta.vocab_size:,} tokens; {special}; sha256 {meta.tokenizer_fingerprint[:16]})")
     if meta.input_bytes and meta.tokens:
         lines.append(f"made from {meta.input_bytes:,} bytes of input, {meta.input_bytes / meta.tokens:.2f} a token")
+    if len(meta.weights) > 1:
+        lines.append(f"loss weights of messages: {', '.join(f'{weight:g}' for weight in meta.weights)}")
     if meta.skipped:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(meta.skipped.items(), key=lambda item: -item[1]))
         lines.append(f"records not taken: {sum(meta.skipped.values()):,} ({reasons})")

@@ -132,6 +132,7 @@ def check_template(encoder: ChatEncoder) -> Any:
 
     Raises ValueError if it begins with two bos tokens, or ends a reply with a token that does not end generation.
     """
+    encoder = replace(encoder)  # what is loaded here need not go to other processes
     encoder.load(threads=True)
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:

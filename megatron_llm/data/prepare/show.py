@@ -81,6 +81,7 @@ def show_conversations(
     files = group_trees(find_inputs(inputs), reader)
     encoder = replace(open_encoder(tokenizer, template, save_to, allow_special), reader=reader)
     check_template(encoder)
+    encoder.load(threads=True)
     style, decode = Style(colour, with_ids), load_decoder(encoder.tokenizer)
     yield style.legend()
     shown = 0

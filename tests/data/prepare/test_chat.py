@@ -138,6 +138,11 @@ UNDECIDED = [
         "{% for m in messages %}{{ m.content }}{{ m.content }}<|im_end|>{% endfor %}",
         "shows the content of message 0 .user. more than once",
     ),
+    (
+        "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}<|im_end|>{% else %}"
+        "{{ '[last]' if loop.last else '[more]' }}{% endif %}{% endfor %}",
+        "it cannot be told where the reply",
+    ),
     ("{% for m in messages %}{{ m.content | upper }}<|im_end|>{% endfor %}", None),
     ("{% for m in messages %}{{ m.content | reverse }}<|im_end|>{% endfor %}", "leaves out message 0"),
     (
@@ -160,6 +165,19 @@ def test_what_cannot_be_told_is_refused(
         return
     with pytest.raises(ValueError, match=problem):
         run(tmp_path, folder, [record], strict=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [("<think>\nwhy</think>b", "why</think>b"), ("<table>", "<table>"), ("<think> b", "<think> b")]
+)
+def test_of_a_thought_that_the_prompt_opens_the_rest_is_trained(
+    tmp_path: Path, make_tokenizer: Callable[..., Path], content: str, said: str
+) -> None:
+    folder = make_tokenizer(chat_template=THINKING.replace("{% generation %}", "").replace("{% endgeneration %}", ""))
+    _, dataset = run(tmp_path, folder, [{"messages": [*say("u: a", "a: b", "u: c"), {"role": "assistant", "content": content}]}])
+    reference = AutoTokenizer.from_pretrained(folder)
+    trained = dataset.document(0)[document_roles(dataset, 0) == ASSISTANT]
+    assert reference.decode(trained.tolist()) == f"b<|im_end|>{said}<|im_end|>"
 
 
 STARTS = [

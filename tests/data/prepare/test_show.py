@@ -63,6 +63,8 @@ def test_of_a_data_set(
     assert plain[2:] == before[: len(plain) - 2]
     dataset = IndexedDataset(prefix)
     ids = dataset.document(0).tolist()
+    assert main(["inspect", str(prefix), "--documents", "0"]) == 0
+    assert "loss weights of messages: 1, 0.5" in capsys.readouterr().out
     assert main(["inspect", str(prefix), "--show", "1", "--show-ids", "--tokenizer", str(tokenizer_folder)]) == 0
     shown = [int(id_) for group in re.findall(r"\(((?:\d+,?)+)\)", capsys.readouterr().out) for id_ in group.split(",")]
     assert shown == ids
