@@ -140,9 +140,12 @@ def _describe_meta(meta: DatasetMeta) -> list[str]:
         lines.append(f"made from {meta.input_bytes:,} bytes of input, {meta.input_bytes / meta.tokens:.2f} a token")
     if len(meta.weights) > 1:
         lines.append(f"loss weights of messages: {', '.join(f'{weight:g}' for weight in meta.weights)}")
+    if meta.formats:
+        lines.append(f"formats of the records: {', '.join(f'{name} {count:,}' for name, count in meta.formats.items())}")
     if meta.skipped:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(meta.skipped.items(), key=lambda item: -item[1]))
-        lines.append(f"records not taken: {sum(meta.skipped.values()):,} ({reasons})")
+        what = "records not taken" if meta.variant is None else f"documents empty, for want of the variant {meta.variant}"
+        lines.append(f"{what}: {sum(meta.skipped.values()):,} ({reasons})")
     return lines
 
 

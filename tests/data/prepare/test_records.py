@@ -256,6 +256,12 @@ def test_the_command(tmp_path: Path, tokenizer_folder: Path, capsys: pytest.Capt
         assert call(preprocess_chat, *arguments) == 0 and "already done" in capsys.readouterr().out
     assert call(inspect, tmp_path / "parquet.flip", "--verify") == 0
     assert "2 documents" in capsys.readouterr().out
+    assert call(inspect, tmp_path / "parquet") == 0
+    assert "formats of the records: mapped 3\nrecords not taken: 1 (1 column 'reply' is empty)" in capsys.readouterr().out
+    given = {"input_ids": [70]}
+    run(tmp_path, tokenizer_folder, [given], variants=["flip"])
+    assert call(inspect, tmp_path / "out.flip") == 0
+    assert "documents empty, for want of the variant flip: 1 (1 no conversation)" in capsys.readouterr().out
     words["csv"] = ["--input", tmp_path / "in.csv", "--tokenizer", tokenizer_folder, "--show", 2, *words["csv"]]
     assert call(preprocess_chat, *words["csv"]) == 0
     assert f"{tmp_path}/in.csv row 2: " in capsys.readouterr().out

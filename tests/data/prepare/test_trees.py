@@ -183,6 +183,13 @@ def test_every_row_is_in_a_tree_or_named(tmp_path: Path, tokenizer_folder: Path)
     assert summary.records == summary.skipped.total() - summary.skipped["the tree has no reply"] + 2  # the trees a and c
 
 
+def test_a_tree_is_named_by_its_root_and_the_file_of_that(tmp_path: Path, tokenizer_folder: Path) -> None:
+    first, second = random_rows(0, "a", 4), random_rows(1, "b", 1)
+    files = [write(tmp_path / "a.jsonl", first[:2]), write(tmp_path / "b.jsonl", [*second, *first[2:]])]
+    summary = preprocess_chat(files, tokenizer_folder, tmp_path / "out", progress=False)
+    assert summary.examples == [f"{files[1]} tree b-0: the tree has no reply"]
+
+
 def test_rows_among_other_records_are_refused_by_name(tmp_path: Path, tokenizer_folder: Path) -> None:
     source = write(tmp_path / "mixed.jsonl", [TREE, random_rows(0, "a", 1)[0]])
     summary = preprocess_chat([source], tokenizer_folder, tmp_path / "out", progress=False)
