@@ -200,4 +200,6 @@ def test_whole_quickstart_survives_a_kill_and_every_stage_improves(tmp_path: Pat
         assert valid[-1] < valid[0], stage
         assert (out / "hf" / stage / "config.json").exists()
     assert second.stdout.count("improved") == 3 and "NOT IMPROVED" not in second.stdout
+    replies = [json.loads(line) for line in (out / "replies" / "replies.jsonl").open()]
+    assert len(replies) == 100 and sum(line["ended"] for line in replies) >= 90, "the stop token is learned"
     assert (out / "losses.png").read_bytes().startswith(b"\x89PNG")

@@ -27,6 +27,7 @@ STAGES = {
     "stage2": "stage 2: continued pretraining",
     "stage3": "stage 3: instruction tuning",
 }
+HELD_OUT = 100  # prompts that the tuned model replies to
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def recipe() -> list[Step]:
             Step(title, stage, (f"{stage}.yaml",), lambda stage=stage, ranks=ranks: train(stage, ranks)),  # type: ignore[misc]
             Step(f"{stage}: export to Hugging Face", f"hf/{stage}", (), lambda stage=stage: export(stage)),  # type: ignore[misc]
         ]
-    return steps
+    return [*steps, Step("stage3: replies to held-out prompts", "replies", (), reply)]
 
 
 def run_steps(steps: list[Step]) -> None:
@@ -181,6 +182,19 @@ def train(stage: str, ranks: int) -> str:
 def export(stage: str) -> None:
     shutil.rmtree(f"hf/{stage}", ignore_errors=True)  # from an interrupted export
     command("export", stage, f"hf/{stage}")
+
+
+def reply() -> str:
+    """Replies to questions that training has not seen; says how many end by themselves, as a tuned model must know to do."""
+    Path("replies").mkdir(exist_ok=True)
+    records = [json.loads(line) for line in Path("instructions/valid.jsonl").read_text().splitlines()[:HELD_OUT]]
+    with open("replies/prompts.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"messages": record["messages"][:1]}) + "\n" for record in records)
+    options = ["--temperature", "0.7", "--top-k", "50", "--max-new-tokens", "256"]
+    files = ["--prompts", "replies/prompts.jsonl", "--output", "replies/replies.jsonl"]
+    command("generate", "--hf", "hf/stage3", *files, *options)
+    replies = [json.loads(line) for line in Path("replies/replies.jsonl").read_text().splitlines()]
+    return f"{sum(line['ended'] for line in replies)} of {len(replies)} replies end by themselves"
 
 
 def validation_losses(stage: str) -> tuple[float, float]:
