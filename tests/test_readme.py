@@ -38,7 +38,16 @@ def run_commands(page: str, folder: Path, at_least: int) -> None:
     assert len(mine) >= at_least and all(command.startswith(("megatron-llm ", "torchrun ")) for command in mine)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     for command in mine:
-        done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+        done = subprocess.run(
+            command,
+            shell=True,
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
         assert done.returncode == 0, f"$ {command}\n{done.stdout}\n{done.stderr}"
 
 
