@@ -123,6 +123,7 @@ def resolve(path: str | Path, overrides: list[str] | None, world_size: int) -> R
         raise ConfigError(problems)
     run = choose_schedule(run, world_size)
     notes = [*_without_effect(run.config.lr_schedule), *_spike_notes(run.config), *_vocabulary_notes(run.config)]
+    notes += _sample_notes(run.config)
     if isinstance(run.source, HFFolder):
         notes += run.source.notes()
     return dataclasses.replace(run, notes=(*run.notes, *notes))
@@ -295,6 +296,13 @@ def _sample_problems(config: Config) -> list[str]:
     except ValueError as error:
         return [str(error)]
     return []
+
+
+def _sample_notes(config: Config) -> list[str]:
+    """Prompts that nobody replies to."""
+    if config.logging.sample_every or config.logging.sample_prompts is None:
+        return []
+    return ["logging.sample_prompts: has no effect while logging.sample_every is 0; set it to the steps between replies"]
 
 
 def _rule_problems(config: Config) -> list[str]:
