@@ -1,6 +1,6 @@
 """From a YAML file and dotted overrides to a validated `Config`, with every mistake reported at once.
 
-`training/resolve.py` calls `read_raw_config`, completes the mapping from `model.hf`, then calls `parse_config`.
+`training/resolve.py` calls `read_raw_config`, has `training/completion.py` complete the mapping, then calls `parse_config`.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import xxhash
 
 from megatron_llm.config import Config, SourceConfig
 from megatron_llm.data.blend import Blend, whole_weights
-from megatron_llm.data.indexed import DatasetMeta, IndexedDataset
+from megatron_llm.data.indexed import ROLES, DatasetMeta, IndexedDataset
 from megatron_llm.data.megatron_order import MegatronBlend
 from megatron_llm.data.rows import Row, RowSource, SyntheticRows
 from megatron_llm.data.sources import (
@@ -255,9 +255,20 @@ def _setting_problems(config: Config) -> list[str]:
     problems += _chat_problems(config)
     if not data.train:
         problems.append("data.train: lists no data set; give at least one {path: PREFIX}, or set data.kind: synthetic")
-    for name, count in Counter(name_of(source) for source in data.valid).items():
-        if count > 1:
-            problems.append(f"data.valid: {count} sets are called {name!r}; give each its own name")
+    return problems + _name_problems(config)
+
+
+def _name_problems(config: Config) -> list[str]:
+    """Validation sets that would have one name in the metrics, where NAME/user is what users say in the set NAME."""
+    names = Counter(name_of(source) for source in config.data.valid)
+    problems = [
+        f"data.valid: {count} sets are called {name!r}; give each its own name" for name, count in names.items() if count > 1
+    ]
+    speaking = {name_of(source) for source in config.data.valid if kind_of(config, source) == "chat"}
+    for name in names:
+        whole, _, role = name.rpartition("/")
+        if whole in speaking and role in ROLES:
+            problems.append(f"data.valid: the metrics of {name!r} would be called as those of {role} in {whole!r}; rename one")
     return problems
 
 

@@ -173,9 +173,15 @@ def mean(results: Sequence[Result]) -> float:
 
 
 def summary(results: Sequence[Result], average: bool, **what: Any) -> dict[str, Any]:
-    """The same for a file of JSON, which has no nan."""
-    tasks = [
-        {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in asdict(result).items()}
-        for result in results
-    ]
-    return {**what, "tasks": tasks, **({"average": mean(results)} if average else {})}
+    """The same for a file of JSON. What is not finite is None there: JSON has no nan."""
+    tasks = [_finite(asdict(result)) for result in results]
+    return {**what, "tasks": tasks, **(_finite({"average": mean(results)}) if average else {})}
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return _finite(value)
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {key: finite(value) for key, value in values.items()}

@@ -9,7 +9,8 @@ with rank n R and an alpha that keeps the scale (`rank_pattern`, `alpha_pattern`
 that PEFT made there has one A for all parts, and each part begins with a copy of it: the same function, of which the copies
 then learn apart. GPT-2's transposed matrices make no difference: PEFT keeps A and B as of a linear layer.
 
-`cli/export.py` calls `export_adapter`; `training/resolve.py` reads with `PeftFolder`. Torch-free but for the tensors.
+`cli/export.py` calls `export_adapter`; `training/resolve.py` and `training/completion.py` read with `PeftFolder`. Torch-free but
+for the tensors.
 """
 
 from __future__ import annotations

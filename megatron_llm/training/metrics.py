@@ -52,7 +52,7 @@ class Metrics:
     def add(self, state: RunState, values: dict[str, Any]) -> None:
         """Add values to the line of the last step, or write them as a line if it has none."""
         line: dict[str, Any] = {"step": state.step, "tokens": state.tokens}
-        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.exists() else []
+        lines = _lines(self.path)
         if lines and "back_to_step" not in lines[-1] and _step_of(lines[-1]) == state.step:
             line = json.loads(lines.pop())
             _replace(self.path, lines)
@@ -127,8 +127,12 @@ class Metrics:
 def forget_lines_after(path: Path, step: int) -> None:
     """Remove the lines of later steps from a file of JSON lines with steps, if it is there."""
     if path.exists():
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        _replace(path, [line for line in lines if _step_of(line) <= step])
+        _replace(path, [line for line in _lines(path) if _step_of(line) <= step])
+
+
+def _lines(path: Path) -> list[str]:
+    """Of a file of JSON lines, none if it is not there. A text in one may have line ends of other kinds, such as U+2028."""
+    return path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n") if path.exists() else []
 
 
 def _replace(path: Path, lines: list[str]) -> None:

@@ -55,6 +55,15 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
         assert re.match(pattern, problem), problem
 
 
+def test_no_two_validation_sets_have_one_name_in_the_metrics(tmp_path: Path) -> None:
+    """`valid_loss/a/user` is what users say in the chat set a."""
+    path, (chat, _) = write_pretrain(tmp_path / "text", DOCUMENTS), write_chat(tmp_path / "chat", [8])
+    sets = [{"path": chat, "kind": "chat", "name": "a"}, {"path": path, "name": "b"}]
+    others = [{"path": path, "name": name} for name in ("a/user", "a/none/tool", "b/user", "user")]
+    (problem,) = check_data(make_config(train=[{"path": path}], valid=[*sets, *others]))
+    assert problem == "data.valid: the metrics of 'a/user' would be called as those of user in 'a'; rename one"
+
+
 def test_settings_that_make_no_sense_are_refused(tmp_path: Path) -> None:
     path = write_pretrain(tmp_path / "a", DOCUMENTS)
     chat, _ = write_chat(tmp_path / "c", [8])

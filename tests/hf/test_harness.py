@@ -14,7 +14,7 @@ import yaml
 from megatron_llm.cli import evaluate
 from megatron_llm.cli.main import main
 from megatron_llm.hf import harness
-from megatron_llm.hf.harness import Result, TaskSpec, check_known, evaluate_folder, open_tasks, parse_tasks, table
+from megatron_llm.hf.harness import Result, TaskSpec, check_known, evaluate_folder, open_tasks, parse_tasks, summary, table
 from tests.families.cases import LLAMA, Case, make_folder
 from tests.test_readme import prepare
 
@@ -47,6 +47,12 @@ def test_the_table_is_the_leaderboards() -> None:
         ["truthfulqa_mc2", "0", "acc"],
     ]
     assert lines[5] == ["average", "58.75"]
+
+
+def test_a_file_of_scores_is_json_whatever_they_are() -> None:
+    result = Result("x", 0, "word_perplexity", float("inf"), float("nan"), {"word_perplexity": float("inf"), "acc": 0.5})
+    (line,) = json.loads(json.dumps(summary([result], True, model="m"), allow_nan=False))["tasks"]
+    assert line["value"] is line["stderr"] is None and line["all"] == {"word_perplexity": None, "acc": 0.5}
 
 
 def test_a_harness_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

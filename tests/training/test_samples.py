@@ -182,6 +182,14 @@ def test_what_cannot_be_sampled_is_found_before_the_run(folder: Path, tmp_path: 
     )
 
 
+def test_prompts_that_nobody_replies_to_are_noted(folder: Path) -> None:
+    given = "logging.sample_prompts=[hi]"
+    notes = [resolve(str(folder / "config.yaml"), [f"logging.sample_every={every}", given], 1).notes for every in (0, 1)]
+    assert [note for note in notes[0] if note not in notes[1]] == [
+        "logging.sample_prompts: has no effect while logging.sample_every is 0; set it to the steps between replies"
+    ]
+
+
 def test_adapters_are_sampled_as_they_are_trained(folder: Path) -> None:
     """Beside frozen weights, on ranks whose training is sequence parallel; `generate` has them merged."""
     run = _train(folder, "adapters", "tp2", peft={"rank": 4, "alpha": 64}, optimizer={"lr": 0.1})
