@@ -94,7 +94,7 @@ def exchange(record: Record, question: str, reply: str, given: str = "", system:
 def _history(record: Record) -> list[Message]:
     """Earlier exchanges as LLaMA-Factory keeps them: [[question, reply], ...]."""
     messages: list[Message] = []
-    for pair in record.get("history") or ():
+    for pair in list_of(record, "history") if record.get("history") else ():
         if not isinstance(pair, list) or len(pair) != 2:
             raise ValueError("'history' is no list of pairs")
         texts = dict(zip(("question", "reply"), pair, strict=True))
@@ -106,14 +106,22 @@ def dolphin(record: Record) -> Found:
     return exchange(record, "input", "output", system="instruction")
 
 
-def has_turns(instruction: str) -> bool:
-    """Whether an instruction is a transcript up to a reply, as in Belle's data of several turns."""
-    return len(BELLE.pattern.findall(instruction)) > 1
+def has_turns(record: Record) -> bool:
+    """Whether the instruction is a transcript that the output continues, as in Belle's data of several turns.
+
+    An instruction that is about a transcript (to summarize it, say) has words before or behind it, or an input.
+    """
+    instruction, about = record.get("instruction"), record.get("input")
+    if not isinstance(instruction, str) or (isinstance(about, str) and about.strip()):
+        return False
+    _, *turns = BELLE.pattern.split(instruction.strip())
+    asks = len(turns) > 2 and (turns[-2] == "Human" or not turns[-1])
+    return asks and BELLE.pattern.match(instruction.strip()) is not None
 
 
 def belle(record: Record) -> Found:
     """The turns so far stand in the instruction, which ends where the reply in `output` begins."""
-    if not has_turns(text_of(record, "instruction")):
+    if not has_turns(record):
         return exchange(record, "instruction", "output", "input")
     turns = BELLE.turns(text_of(record, "instruction"), open_end=True)
     return [_settled(turns + said("assistant", text_of(record, "output")))]
