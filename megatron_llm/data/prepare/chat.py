@@ -8,7 +8,6 @@ what has no template is `untemplated.py`'s. Called by `cli/preprocess_chat.py`.
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -38,6 +37,7 @@ from megatron_llm.data.tokenizer import describe
 from megatron_llm.data.writer import check_prefix
 
 FORMAT_VERSION = 4  # to be raised when the same input should give other files
+MAX_WEIGHT = 1_000_000  # of a message: losses are added up in float32
 COMPARED = 4  # conversations of a chunk whose ids are made by transformers as well
 SPOKEN = ("tool_calls", "reasoning_content", "reasoning", "thinking")  # what a reply without content may consist of
 
@@ -310,12 +310,12 @@ def _messages(content: dict[str, Any]) -> list[Message]:
 
 
 def _weight(message: Message) -> float:
-    """The loss weight of a message. Raises ValueError if it is no finite number from 0 on."""
+    """The loss weight of a message. Raises ValueError if it is no number from 0 to MAX_WEIGHT."""
     weight = message.get("weight")
     if weight is None:
         return 1.0
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
-        raise ValueError(f"'weight' of a message is not a number from 0 on: {weight!r}")
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= MAX_WEIGHT:
+        raise ValueError(f"'weight' of a message is not a number from 0 to {MAX_WEIGHT:,}: {weight!r:.40}")
     return float(weight)
 
 
