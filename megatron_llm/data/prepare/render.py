@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -54,6 +54,8 @@ class Renderer:
         notes = ["the template shows the calls of a message but not its text"] if layout.left_out else []
         if any(name not in text for name in function_names(tools)):
             notes.append("the template does not show the tools")
+        if any(_quoted(arguments) in text for arguments in _argument_strings(messages)):
+            notes.append("the template quotes the arguments of a tool call, which are JSON in a string; give them as an object")
         regions = match(layout, messages, text)
         if regions is not None:
             spans = _spans(layout, roles, regions, text, self.stops)
@@ -162,6 +164,22 @@ def _strippings(content: str) -> list[str]:
         return [content]
     ways = (None, "\n")
     return [content, *(strip(content, way) for strip in (str.rstrip, str.lstrip, str.strip) for way in ways)]
+
+
+def _argument_strings(messages: Sequence[Message]) -> Iterator[str]:
+    """The arguments of tool calls that are a string, as OpenAI's interface gives them."""
+    for message in messages:
+        calls = message.get("tool_calls")
+        for call in calls if isinstance(calls, list) else ():
+            function = call.get("function", call) if isinstance(call, dict) else None
+            arguments = function.get("arguments") if isinstance(function, dict) else None
+            if isinstance(arguments, str) and arguments.lstrip().startswith("{"):
+                yield arguments
+
+
+def _quoted(text: str) -> str:
+    """As the filter `tojson` writes a string."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _shape(messages: Sequence[Message]) -> list[Message]:

@@ -284,3 +284,15 @@ def test_padding_with_the_ending_token_hides_no_ending(tmp_path: Path, encoders:
         assert not isinstance(one, str) and not isinstance(other, str)
         assert one[0] == other[0] and one[1].tolist() == other[1].tolist()
         assert sum(id_ == end and role == ROLES["assistant"] for id_, role in zip(*other, strict=True)) == 2
+
+
+@pytest.mark.parametrize(("name", "quotes"), [("qwen25", True), ("mistral3", True), ("granite", True), ("qwen3", False)])
+def test_arguments_in_a_string_are_told_where_the_template_quotes_them(
+    encoders: Callable[..., tuple[ChatEncoder, Any]], name: str, quotes: bool
+) -> None:
+    for arguments in ('{"place": "é"}', {"place": "é"}):
+        call = {"type": "function", "id": "a23456789", "function": {"name": "weather", "arguments": arguments}}
+        messages = [u("weather?"), {"role": "assistant", "content": "", "tool_calls": [call]}, t("sun"), a("Sun.")]
+        notes = encoders(name)[0].renderer.render(messages, TOOLS).notes
+        assert [note for note in notes if "quotes the arguments" in note] == notes
+        assert bool(notes) == (quotes and isinstance(arguments, str))
