@@ -36,7 +36,7 @@ from megatron_llm.data.prepare.untemplated import given_tokens, segment_spans, s
 from megatron_llm.data.tokenizer import describe
 from megatron_llm.data.writer import check_prefix
 
-FORMAT_VERSION = 4  # to be raised when the same input should give other files
+FORMAT_VERSION = 5  # to be raised when the same input should give other files
 MAX_WEIGHT = 1_000_000  # of a message: losses are added up in float32
 COMPARED = 4  # conversations of a chunk whose ids are made by transformers as well
 SPOKEN = ("tool_calls", "reasoning_content", "reasoning", "thinking")  # what a reply without content may consist of

@@ -40,6 +40,7 @@ class Renderer:
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()):
         """`stops`: the tokens that end replies, as text; a generation block that leaves one out is extended to it."""
         self._tokenizer, self.stops = tokenizer, tuple(stops)
+        self.bos: str = tokenizer.bos_token or ""
         self._layouts: OrderedDict[str, Layout | ValueError] = OrderedDict()
 
     def render(self, messages: Sequence[Message], tools: Any = None, role_bytes: Sequence[int] | None = None) -> Rendered:
@@ -208,11 +209,15 @@ def _spans(
 
     What introduces a reply belongs to nobody, nor does what follows the first of the `stops` behind it, and white space after
     that; what introduces another message belongs to that message. Of a message that the template writes into the next one (a
-    system message in the first user's) only its content and what precedes it is its own. Raises ValueError for replies that
+    system message in the first user's) only its content and what precedes it is its own. What the template says before a user
+    who speaks first, a default system message or the tools, is the system's. Raises ValueError for replies that
     overlap, and with `strict` if the text around replies is not the layout's.
     """
     spans: list[Span] = []
     done = 0  # everything before belongs to a span or to nobody
+    if layout.opening and text.startswith(layout.text[: layout.opening]):
+        done = layout.opening
+        spans.append(Span(0, done, ROLES["system"], layout.messages[0]))
     for index in layout.messages:
         end, shown = layout.ends.get(index), regions.get(index, (done, done))
         if roles[index] & ROLE_MASK != ASSISTANT:
