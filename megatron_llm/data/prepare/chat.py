@@ -130,15 +130,18 @@ def open_encoder(
 def check_template(encoder: ChatEncoder) -> Any:
     """The encoder's chat template, after a conversation was tried with it.
 
-    Raises ValueError if it begins with two bos tokens, or ends a reply with a token that does not end generation.
+    Raises ValueError if it is no template, begins with two bos tokens, or ends a reply with a token that does not end generation.
     """
+    import jinja2
+
     encoder = replace(encoder)  # what is loaded here need not go to other processes
     encoder.load(threads=True)
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
         rendered = encoder.renderer.render(messages)
     except ValueError as error:
-        if "refuses" not in str(error):  # it may want a system message, say; records will show
+        # That it refuses this one tells nothing: it may want a system message, say. Records will show.
+        if "refuses" not in str(error) or isinstance(error.__cause__, jinja2.TemplateSyntaxError):
             raise ValueError(f"{encoder.tokenizer}: {error}") from error
     else:
         encoder.roles(rendered, *next(encoder.tokenize([rendered.text])))

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from megatron_llm.data.chat_tokenizer import template_errors
 from megatron_llm.data.indexed import NOT_TRAINED, ROLE_MASK, ROLES
 from megatron_llm.data.prepare.layout import Layout, Message, Place, Region, common_prefix, find_layout, first_end, function_names
 from megatron_llm.data.prepare.spans import ASSISTANT, Span
@@ -73,13 +74,11 @@ class Renderer:
 
     def text(self, messages: Sequence[Message], tools: Any = None, prompt: bool = False) -> str:
         """What the template makes of the messages. Raises ValueError if it refuses them."""
-        import jinja2
-
         try:
             text: str = self._tokenizer.apply_chat_template(
                 list(messages), tools=tools, tokenize=False, add_generation_prompt=prompt
             )
-        except (jinja2.TemplateError, TypeError, IndexError, KeyError, AttributeError) as error:
+        except template_errors() as error:
             raise ValueError(f"the chat template refuses it: {error}") from error
         return text
 
