@@ -309,7 +309,12 @@ def _messages(content: dict[str, Any]) -> list[Message]:
         empty = not (text or "").strip() and not any(message.get(key) for key in SPOKEN)
         if role == "assistant" and empty and train is not False and weight:
             raise ValueError(f'the reply of message {index} is empty; "train": false keeps it, as context')
-    return [{key: value for key, value in message.items() if key not in ("train", "weight")} for message in messages]
+    return [{key: value for key, value in message.items() if _for_template(key, value)} for message in messages]
+
+
+def _for_template(key: str, value: Any) -> bool:
+    """Not our own fields, nor the empty `tool_calls` that tables have: templates that ask whether there are any show no text."""
+    return key not in ("train", "weight") and not (key == "tool_calls" and value == [])
 
 
 def _weight(message: Message) -> float:

@@ -324,3 +324,10 @@ def runs(ids: np.ndarray, roles: np.ndarray, role: int) -> list[list[int]]:
     """The stretches of ids of a role."""
     edges = np.flatnonzero(np.diff(np.concatenate(([0], roles == role, [0]))))
     return [ids[start:end].tolist() for start, end in edges.reshape(-1, 2)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_empty_list_of_calls_is_none(encoders: Callable[..., tuple[ChatEncoder, Any]], name: str) -> None:
+    one, other = (encode(encoders(name)[0], [u("q"), a("yes", **calls)], None) for calls in ({}, {"tool_calls": []}))
+    assert not isinstance(one, str) and not isinstance(other, str)
+    assert one[0] == other[0] and one[1].tolist() == other[1].tolist()
