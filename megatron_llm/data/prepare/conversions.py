@@ -56,8 +56,13 @@ def _is_text(part: Record) -> bool:
 
 def sharegpt(record: Record) -> Found:
     messages = turn_messages(list_of(record, turn_field(record)))
-    system = [] if messages and messages[0]["role"] == "system" else said("system", optional_text(record, "system"))
+    system = [] if messages and messages[0]["role"] == "system" else _system(record)
     return [_settled(system + messages, _tools(record))]
+
+
+def _system(record: Record) -> list[Message]:
+    """The system message that stands beside the turns."""
+    return said("system", optional_text(record, "system") or optional_text(record, "system_prompt"))
 
 
 def _settled(messages: Sequence[Message], rest: Record | None = None) -> Conversation:
@@ -172,7 +177,7 @@ def chosen(record: Record) -> Found:
         before = HH.turns(record[asked], open_end=True)
     else:
         before = _sides(record, asked, "user")
-    system = said("system", optional_text(record, "system") or optional_text(record, "system_prompt"))
+    system = _system(record)
     if any(isinstance(message, dict) and message.get("role") == "system" for message in [*before, *reply]):
         system = []
     return [Conversation({"messages": system + before + reply, **_tools(record)})]

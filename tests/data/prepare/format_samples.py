@@ -85,6 +85,7 @@ SAMPLES: dict[str, list[tuple[dict[str, Any], list[Any]]]] = {
          [[*say("s: S"), {**say("u: Q")[0], "weight": 0}, {**say("a: A")[0], "weight": 1}]]),
         ({"system": "S", "tools": [TOOL], "conversations": [turn("human", "Q"), turn("function_call", "{}"),
           turn("observation", ""), turn("gpt", "A")]}, [say("s: S", "u: Q", "a: {}", "t: ", "a: A")]),
+        ({"system_prompt": "S", "conversations": [turn("human", "Q"), turn("gpt", "A")]}, qa(system="S")),  # OpenHermes
         ({"conversations": say("u: Q", "a: A")}, qa()),
         ({"conversation": say("u: Q", "a: A")}, qa()),
         ({"messages": [turn("human", "Q"), turn("bing", "A")]}, qa()),
