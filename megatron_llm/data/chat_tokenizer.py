@@ -64,14 +64,14 @@ def _rendered(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
     """The conversation as text; empty if the template refuses it, as some refuse calls."""
     try:
         text: str = tokenizer.apply_chat_template(messages, tokenize=False)
-    except _template_errors():
+    except template_errors():
         return ""
     return text
 
 
 @functools.cache
-def _template_errors() -> tuple[type[Exception], ...]:
+def template_errors() -> tuple[type[Exception], ...]:
     """What a template may raise: its own refusals, and what Jinja and Python say about fields that are not there."""
     import jinja2
 
-    return (jinja2.TemplateError, TypeError, IndexError, KeyError, AttributeError, ValueError)
+    return (jinja2.TemplateError, TypeError, LookupError, AttributeError, ArithmeticError, ValueError)

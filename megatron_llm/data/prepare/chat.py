@@ -8,7 +8,6 @@ what has no template is `untemplated.py`'s. Called by `cli/preprocess_chat.py`.
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -37,7 +36,8 @@ from megatron_llm.data.prepare.untemplated import given_tokens, segment_spans, s
 from megatron_llm.data.tokenizer import describe
 from megatron_llm.data.writer import check_prefix
 
-FORMAT_VERSION = 4  # to be raised when the same input should give other files
+FORMAT_VERSION = 5  # to be raised when the same input should give other files
+MAX_WEIGHT = 1_000_000  # of a message: losses are added up in float32
 COMPARED = 4  # conversations of a chunk whose ids are made by transformers as well
 SPOKEN = ("tool_calls", "reasoning_content", "reasoning", "thinking")  # what a reply without content may consist of
 
@@ -130,15 +130,18 @@ def open_encoder(
 def check_template(encoder: ChatEncoder) -> Any:
     """The encoder's chat template, after a conversation was tried with it.
 
-    Raises ValueError if it begins with two bos tokens, or ends a reply with a token that does not end generation.
+    Raises ValueError if it is no template, begins with two bos tokens, or ends a reply with a token that does not end generation.
     """
+    import jinja2
+
     encoder = replace(encoder)  # what is loaded here need not go to other processes
     encoder.load(threads=True)
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
         rendered = encoder.renderer.render(messages)
     except ValueError as error:
-        if "refuses" not in str(error):  # it may want a system message, say; records will show
+        # That it refuses this one tells nothing: it may want a system message, say. Records will show.
+        if "refuses" not in str(error) or isinstance(error.__cause__, jinja2.TemplateSyntaxError):
             raise ValueError(f"{encoder.tokenizer}: {error}") from error
     else:
         encoder.roles(rendered, *next(encoder.tokenize([rendered.text])))
@@ -306,16 +309,21 @@ def _messages(content: dict[str, Any]) -> list[Message]:
         empty = not (text or "").strip() and not any(message.get(key) for key in SPOKEN)
         if role == "assistant" and empty and train is not False and weight:
             raise ValueError(f'the reply of message {index} is empty; "train": false keeps it, as context')
-    return [{key: value for key, value in message.items() if key not in ("train", "weight")} for message in messages]
+    return [{key: value for key, value in message.items() if _for_template(key, value)} for message in messages]
+
+
+def _for_template(key: str, value: Any) -> bool:
+    """Not our own fields, nor the empty `tool_calls` that tables have: templates that ask whether there are any show no text."""
+    return key not in ("train", "weight") and not (key == "tool_calls" and value == [])
 
 
 def _weight(message: Message) -> float:
-    """The loss weight of a message. Raises ValueError if it is no finite number from 0 on."""
+    """The loss weight of a message. Raises ValueError if it is no number from 0 to MAX_WEIGHT."""
     weight = message.get("weight")
     if weight is None:
         return 1.0
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
-        raise ValueError(f"'weight' of a message is not a number from 0 on: {weight!r}")
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= MAX_WEIGHT:
+        raise ValueError(f"'weight' of a message is not a number from 0 to {MAX_WEIGHT:,}: {weight!r:.40}")
     return float(weight)
 
 

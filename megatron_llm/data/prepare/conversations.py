@@ -107,7 +107,7 @@ def _flat(record: Record, *names: str) -> bool:
 
 
 def _belle_turns(record: Record) -> bool:
-    return _flat(record, "instruction", "output") and has_turns(record["instruction"])
+    return _flat(record, "instruction", "output") and has_turns(record)
 
 
 def _preference(record: Record) -> bool:

@@ -56,8 +56,13 @@ def _is_text(part: Record) -> bool:
 
 def sharegpt(record: Record) -> Found:
     messages = turn_messages(list_of(record, turn_field(record)))
-    system = [] if messages and messages[0]["role"] == "system" else said("system", optional_text(record, "system"))
+    system = [] if messages and messages[0]["role"] == "system" else _system(record)
     return [_settled(system + messages, _tools(record))]
+
+
+def _system(record: Record) -> list[Message]:
+    """The system message that stands beside the turns."""
+    return said("system", optional_text(record, "system") or optional_text(record, "system_prompt"))
 
 
 def _settled(messages: Sequence[Message], rest: Record | None = None) -> Conversation:
@@ -94,7 +99,7 @@ def exchange(record: Record, question: str, reply: str, given: str = "", system:
 def _history(record: Record) -> list[Message]:
     """Earlier exchanges as LLaMA-Factory keeps them: [[question, reply], ...]."""
     messages: list[Message] = []
-    for pair in record.get("history") or ():
+    for pair in list_of(record, "history") if record.get("history") else ():
         if not isinstance(pair, list) or len(pair) != 2:
             raise ValueError("'history' is no list of pairs")
         texts = dict(zip(("question", "reply"), pair, strict=True))
@@ -106,14 +111,22 @@ def dolphin(record: Record) -> Found:
     return exchange(record, "input", "output", system="instruction")
 
 
-def has_turns(instruction: str) -> bool:
-    """Whether an instruction is a transcript up to a reply, as in Belle's data of several turns."""
-    return len(BELLE.pattern.findall(instruction)) > 1
+def has_turns(record: Record) -> bool:
+    """Whether the instruction is a transcript that the output continues, as in Belle's data of several turns.
+
+    An instruction that is about a transcript (to summarize it, say) has words before or behind it, or an input.
+    """
+    instruction, about = record.get("instruction"), record.get("input")
+    if not isinstance(instruction, str) or (isinstance(about, str) and about.strip()):
+        return False
+    _, *turns = BELLE.pattern.split(instruction.strip())
+    asks = len(turns) > 2 and (turns[-2] == "Human" or not turns[-1])
+    return asks and BELLE.pattern.match(instruction.strip()) is not None
 
 
 def belle(record: Record) -> Found:
     """The turns so far stand in the instruction, which ends where the reply in `output` begins."""
-    if not has_turns(text_of(record, "instruction")):
+    if not has_turns(record):
         return exchange(record, "instruction", "output", "input")
     turns = BELLE.turns(text_of(record, "instruction"), open_end=True)
     return [_settled(turns + said("assistant", text_of(record, "output")))]
@@ -164,7 +177,7 @@ def chosen(record: Record) -> Found:
         before = HH.turns(record[asked], open_end=True)
     else:
         before = _sides(record, asked, "user")
-    system = said("system", optional_text(record, "system") or optional_text(record, "system_prompt"))
+    system = _system(record)
     if any(isinstance(message, dict) and message.get("role") == "system" for message in [*before, *reply]):
         system = []
     return [Conversation({"messages": system + before + reply, **_tools(record)})]

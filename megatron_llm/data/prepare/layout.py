@@ -30,11 +30,14 @@ class Place(NamedTuple):
 class Template(Protocol):
     """A chat template: what it makes of messages (ValueError: it refuses them), and which of that its markers mark.
 
-    `stops`: the texts of the tokens with which it ends replies.
+    `stops`: the texts of the tokens with which it ends replies; `bos`: that of the bos token, "" if there is none.
     """
 
     @property
     def stops(self) -> Sequence[str]: ...
+
+    @property
+    def bos(self) -> str: ...
 
     def text(self, messages: Sequence[Message], tools: Any = None, prompt: bool = False) -> str: ...
 
@@ -55,6 +58,7 @@ class Layout:
             before it, which may be more than what a finished reply shows (an opened thought).
         blocks: generation blocks of each reply, None if the template has no markers.
         left_out: messages whose text gives way to their tool calls.
+        opening: characters at the start that the template says as a system although no message does: a default, the tools.
     """
 
     text: str
@@ -67,6 +71,7 @@ class Layout:
     prompts: dict[int, str] = field(default_factory=dict)
     blocks: dict[int, list[tuple[Place, Place]]] | None = None
     left_out: list[int] = field(default_factory=list)
+    opening: int = 0
 
     def __post_init__(self) -> None:
         self.order = sorted(self.regions, key=self.regions.__getitem__)
@@ -140,7 +145,21 @@ def find_layout(template: Template, shape: Sequence[Message], tools: Any) -> Lay
     layout.ends = {index: layout.place_of(end) for index, end in ends.items()}
     if blocks is not None:
         layout.blocks = _by_reply(blocks, layout, starts, ends)
+    if messages[0]["role"] == "user" and layout.messages[0] == 0:
+        layout.opening = _opening(template, tools, layout.literals[0])
     return layout
+
+
+def _opening(template: Template, tools: Any, before: str) -> int:
+    """How much of what stands `before` a user who speaks first does not introduce him: what stands before later ones does."""
+    later = [{"role": "user", "content": MARK.format(0)}, _reply(MARK.format(1)), {"role": "user", "content": MARK.format(2)}]
+    try:
+        between = template.text(later, tools).partition(MARK.format(1))[2].partition(MARK.format(2))[0]
+    except ValueError:
+        return 0
+    introduction = between[first_end(between, 0, len(between), template.stops) or 0 :].lstrip()
+    at = before.rfind(introduction) if introduction else -1
+    return at if at > 0 and before[:at].strip() not in ("", template.bos) else 0
 
 
 def function_names(calls: Any) -> list[str]:

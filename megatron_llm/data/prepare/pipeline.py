@@ -36,6 +36,7 @@ from megatron_llm.data.prepare.inputs import read_chunks
 from megatron_llm.data.writer import IndexedWriter, Journal, publish, remove_staged
 
 EXAMPLES = 20  # skipped records shown by name; all are counted
+REASONS = 100  # told apart; those that name a number of each record would fill summary and journal
 JOURNAL_SECONDS = 10.0
 JOURNAL_BYTES = 1 << 30
 WAITING_BYTES = 32 << 20  # input a worker that may wait to be encoded, or on its way back,
@@ -254,7 +255,8 @@ class Pipeline:
         for skipped in encoded.skipped:
             if self.strict and skipped.bad:
                 raise ValueError(f"{skipped.where}: {skipped.reason}")
-            summary.skipped[skipped.reason] += 1
+            known = skipped.reason in summary.skipped or len(summary.skipped) < REASONS
+            summary.skipped[skipped.reason if known else "other reasons"] += 1
             if len(summary.examples) < EXAMPLES:
                 summary.examples.append(f"{skipped.where}: {skipped.reason}")
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from megatron_llm.data.chat_tokenizer import template_errors
 from megatron_llm.data.indexed import NOT_TRAINED, ROLE_MASK, ROLES
 from megatron_llm.data.prepare.layout import Layout, Message, Place, Region, common_prefix, find_layout, first_end, function_names
 from megatron_llm.data.prepare.spans import ASSISTANT, Span
@@ -40,6 +41,7 @@ class Renderer:
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()):
         """`stops`: the tokens that end replies, as text; a generation block that leaves one out is extended to it."""
         self._tokenizer, self.stops = tokenizer, tuple(stops)
+        self.bos: str = tokenizer.bos_token or ""
         self._layouts: OrderedDict[str, Layout | ValueError] = OrderedDict()
 
     def render(self, messages: Sequence[Message], tools: Any = None, role_bytes: Sequence[int] | None = None) -> Rendered:
@@ -54,6 +56,8 @@ class Renderer:
         notes = ["the template shows the calls of a message but not its text"] if layout.left_out else []
         if any(name not in text for name in function_names(tools)):
             notes.append("the template does not show the tools")
+        if any(_quoted(arguments) in text for arguments in _argument_strings(messages)):
+            notes.append("the template quotes the arguments of a tool call, which are JSON in a string; give them as an object")
         regions = match(layout, messages, text)
         if regions is not None:
             spans = _spans(layout, roles, regions, text, self.stops)
@@ -70,13 +74,11 @@ class Renderer:
 
     def text(self, messages: Sequence[Message], tools: Any = None, prompt: bool = False) -> str:
         """What the template makes of the messages. Raises ValueError if it refuses them."""
-        import jinja2
-
         try:
             text: str = self._tokenizer.apply_chat_template(
                 list(messages), tools=tools, tokenize=False, add_generation_prompt=prompt
             )
-        except (jinja2.TemplateError, TypeError, IndexError, KeyError, AttributeError) as error:
+        except template_errors() as error:
             raise ValueError(f"the chat template refuses it: {error}") from error
         return text
 
@@ -164,6 +166,22 @@ def _strippings(content: str) -> list[str]:
     return [content, *(strip(content, way) for strip in (str.rstrip, str.lstrip, str.strip) for way in ways)]
 
 
+def _argument_strings(messages: Sequence[Message]) -> Iterator[str]:
+    """The arguments of tool calls that are a string, as OpenAI's interface gives them."""
+    for message in messages:
+        calls = message.get("tool_calls")
+        for call in calls if isinstance(calls, list) else ():
+            function = call.get("function", call) if isinstance(call, dict) else None
+            arguments = function.get("arguments") if isinstance(function, dict) else None
+            if isinstance(arguments, str) and arguments.lstrip().startswith("{"):
+                yield arguments
+
+
+def _quoted(text: str) -> str:
+    """As the filter `tojson` writes a string."""
+    return json.dumps(text, ensure_ascii=False)
+
+
 def _shape(messages: Sequence[Message]) -> list[Message]:
     """The messages with True for their contents: all that a layout depends on.
 
@@ -190,11 +208,15 @@ def _spans(
 
     What introduces a reply belongs to nobody, nor does what follows the first of the `stops` behind it, and white space after
     that; what introduces another message belongs to that message. Of a message that the template writes into the next one (a
-    system message in the first user's) only its content and what precedes it is its own. Raises ValueError for replies that
+    system message in the first user's) only its content and what precedes it is its own. What the template says before a user
+    who speaks first, a default system message or the tools, is the system's. Raises ValueError for replies that
     overlap, and with `strict` if the text around replies is not the layout's.
     """
     spans: list[Span] = []
     done = 0  # everything before belongs to a span or to nobody
+    if layout.opening and text.startswith(layout.text[: layout.opening]):
+        done = layout.opening
+        spans.append(Span(0, done, ROLES["system"], layout.messages[0]))
     for index in layout.messages:
         end, shown = layout.ends.get(index), regions.get(index, (done, done))
         if roles[index] & ROLE_MASK != ASSISTANT:

@@ -63,7 +63,7 @@ def conversations(record: Record, best: bool) -> tuple[list[list[Message]], tupl
 
 def _refusal(message: Record) -> str:
     """Why a message is left out, "" if it is not. Raises ValueError for what cannot be a message."""
-    if message.get("role") not in ROLES:
+    if not isinstance(message.get("role"), str) or message["role"] not in ROLES:
         raise ValueError(f"unknown role {message.get('role')!r} in a message tree; known: {', '.join(ROLES)}")
     rank = message.get("rank")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int | float)):

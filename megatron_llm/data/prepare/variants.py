@@ -19,7 +19,7 @@ _EXCHANGE = ("user", "assistant")
 def flip(document: Document) -> Conversation:
     """Given each reply, the question: turn by turn, without the system message, which is about how to reply.
 
-    `train` and other fields of a reply go with its question. Raises ValueError if questions and replies do not alternate.
+    `train` and `weight` of a reply go with its question. Raises ValueError if questions and replies do not alternate.
     """
     messages = _texts(document)
     if messages[0]["role"] == "system":
@@ -31,7 +31,7 @@ def flip(document: Document) -> Conversation:
     flipped: list[Message] = []
     for question, reply in zip(messages[::2], messages[1::2], strict=True):
         asked = f"{FLIP}\n\n{reply['content']}"
-        flipped += [{"role": "user", "content": asked}, {**reply, "content": question["content"]}]
+        flipped += [{"role": "user", "content": asked}, _answer(reply, question["content"])]
     return Conversation({"messages": flipped})
 
 
@@ -50,7 +50,12 @@ def predict_instruction(document: Document) -> Conversation:
         parts = messages[0]["content"], messages[1]["content"], reply["content"]
     instruction, given, output = parts
     asked = f"{PREDICT_INSTRUCTION}\n\nInput:\n{given}\n\nOutput:\n{output}"
-    return Conversation({"messages": [{"role": "user", "content": asked}, {**reply, "content": instruction}]})
+    return Conversation({"messages": [{"role": "user", "content": asked}, _answer(reply, instruction)]})
+
+
+def _answer(reply: Message, content: str) -> Message:
+    """A message in the place of a reply, without its other fields: a thought there is not about this content."""
+    return {"role": "assistant", "content": content, **{name: reply[name] for name in ("train", "weight") if name in reply}}
 
 
 def _texts(document: Document) -> list[Message]:

@@ -30,6 +30,7 @@ WITH_TOOLS = [
     {"role": "tool", "content": "1", "tool_call_id": "c1", "name": "f"},
     {**say("a: A")[0], "train": False, "weight": 0.5},
 ]
+TRANSCRIPT = "Human: q\nAssistant: a"
 ALPACA_TEXT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. Write a response that "
     "appropriately completes the request.\n\n### Instruction:\nI\n\n### Input:\nX\n\n### Response:\nO"
@@ -84,6 +85,7 @@ SAMPLES: dict[str, list[tuple[dict[str, Any], list[Any]]]] = {
          [[*say("s: S"), {**say("u: Q")[0], "weight": 0}, {**say("a: A")[0], "weight": 1}]]),
         ({"system": "S", "tools": [TOOL], "conversations": [turn("human", "Q"), turn("function_call", "{}"),
           turn("observation", ""), turn("gpt", "A")]}, [say("s: S", "u: Q", "a: {}", "t: ", "a: A")]),
+        ({"system_prompt": "S", "conversations": [turn("human", "Q"), turn("gpt", "A")]}, qa(system="S")),  # OpenHermes
         ({"conversations": say("u: Q", "a: A")}, qa()),
         ({"conversation": say("u: Q", "a: A")}, qa()),
         ({"messages": [turn("human", "Q"), turn("bing", "A")]}, qa()),
@@ -106,17 +108,21 @@ SAMPLES: dict[str, list[tuple[dict[str, Any], list[Any]]]] = {
         ({"instruction": "I", "input": "X", "output": "O", "text": ALPACA_TEXT}, qa("I\n\nX", "O")),
         ({"instruction": "I", "input": "", "output": "O"}, qa("I", "O")),
         ({"instruction": "I", "input": None, "output": "O", "data_source": "p"}, qa("I", "O")),
+        ({"instruction": f"Summarize:\n{TRANSCRIPT}", "input": "", "output": "O"}, qa(f"Summarize:\n{TRANSCRIPT}", "O")),
+        ({"instruction": f"{TRANSCRIPT}\nHuman: r", "input": "X", "output": "O"}, qa(f"{TRANSCRIPT}\nHuman: r\n\nX", "O")),
         ({"instruction": "I", "input": " ", "output": "O", "system": "S", "history": [["Q", "A"]]},
          [say("s: S", "u: Q", "a: A", "u: I", "a: O")]),
     ],
     "evol_instruct": [
         ({"instruction": "I", "output": "O"}, qa("I", "O")),
         ({"instruction": "I\n", "output": " O"}, qa("I\n", " O")),
+        ({"instruction": f"{TRANSCRIPT}\nWhat is this?", "output": "O"}, qa(f"{TRANSCRIPT}\nWhat is this?", "O")),
     ],
     "belle": [
         ({"instruction": "Human:你好\nAssistant:您好！\nHuman:Q\nAssistant:", "input": "", "output": "A"},
          [say("u: 你好", "a: 您好！", "u: Q", "a: A")]),
         ({"instruction": "Human: Q\nAssistant: ", "output": "A"}, qa()),
+        ({"instruction": "Human: q\nAssistant: a\nHuman: r", "output": "A"}, [say("u: q", "a: a", "u: r", "a: A")]),
     ],
     "dolphin": [
         ({"instruction": "You are helpful.", "input": "Q", "output": "A"}, qa(system="You are helpful.")),

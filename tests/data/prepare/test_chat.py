@@ -183,6 +183,7 @@ def test_of_a_thought_that_the_prompt_opens_the_rest_is_trained(
 STARTS = [
     ("{{ bos_token }}{{ bos_token }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}", "two <s> at the start"),
     ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "does not end with a token that ends generation"),
+    ("{% for m in messages %}{{ m.content }<|im_end|>", "the chat template refuses it: unexpected '}'"),
 ]
 
 
@@ -194,6 +195,13 @@ def test_templates_that_would_be_a_mistake_are_refused_at_the_start(
     with pytest.raises(ValueError, match=problem):
         run(tmp_path, make_tokenizer(chat_template=template), [{"messages": []}])
     assert not list(tmp_path.glob("out*"))
+
+
+def test_whatever_a_template_raises_costs_one_record(tmp_path: Path, make_tokenizer: Callable[..., Path]) -> None:
+    template = "{% for m in messages %}{{ 1 / (m.content | length - 7) and '' }}{{ m.content }}<|im_end|>{% endfor %}"
+    records = [{"messages": say("u: abcdefg", "a: b")}, {"messages": say("u: a", "a: b")}]
+    summary, dataset = run(tmp_path, make_tokenizer(chat_template=template), records)
+    assert dataset.documents == 1 and summary.skipped == {"the chat template refuses it: division by zero": 1}
 
 
 def test_markers_without_the_ending_token_are_extended_to_it(tmp_path: Path, make_tokenizer: Callable[..., Path]) -> None:
@@ -243,11 +251,11 @@ def test_weights_of_messages(tmp_path: Path, tokenizer_folder: Path, monkeypatch
     assert {code >> WEIGHT_SHIFT for code in document_roles(dataset, 1) if code & ROLE_MASK == USER} == {0, 1}
 
 
-@pytest.mark.parametrize("weight", [-0.5, float("nan"), float("inf"), True, "1", [1]])
+@pytest.mark.parametrize("weight", [-0.5, float("nan"), float("inf"), 1e39, 10**400, True, "1", [1]])
 def test_bad_weights_are_named(tmp_path: Path, tokenizer_folder: Path, weight: Any) -> None:
     summary, dataset = run(tmp_path, tokenizer_folder, [weighted(1), weighted(weight)])
     assert dataset.documents == 1
-    assert "chat.jsonl:2: 'weight' of a message is not a number from 0 on" in str(summary)
+    assert "chat.jsonl:2: 'weight' of a message is not a number from 0 to 1,000,000" in str(summary)
 
 
 @pytest.mark.parametrize("records", [[weighted(i / 8) for i in range(1, 18)], [weighted(*(i / 8 for i in range(1, 18)))]])

@@ -284,3 +284,50 @@ def test_padding_with_the_ending_token_hides_no_ending(tmp_path: Path, encoders:
         assert not isinstance(one, str) and not isinstance(other, str)
         assert one[0] == other[0] and one[1].tolist() == other[1].tolist()
         assert sum(id_ == end and role == ROLES["assistant"] for id_, role in zip(*other, strict=True)) == 2
+
+
+@pytest.mark.parametrize(("name", "quotes"), [("qwen25", True), ("mistral3", True), ("granite", True), ("qwen3", False)])
+def test_arguments_in_a_string_are_told_where_the_template_quotes_them(
+    encoders: Callable[..., tuple[ChatEncoder, Any]], name: str, quotes: bool
+) -> None:
+    for arguments in ('{"place": "é"}', {"place": "é"}):
+        call = {"type": "function", "id": "a23456789", "function": {"name": "weather", "arguments": arguments}}
+        messages = [u("weather?"), {"role": "assistant", "content": "", "tool_calls": [call]}, t("sun"), a("Sun.")]
+        notes = encoders(name)[0].renderer.render(messages, TOOLS).notes
+        assert [note for note in notes if "quotes the arguments" in note] == notes
+        assert bool(notes) == (quotes and isinstance(arguments, str))
+
+
+OPENINGS = {"qwen25": True, "qwen3": False, "llama31": True, "vicuna": True, "granite": False, "gemma": False, "mistral3": False}
+
+
+@pytest.mark.parametrize(("name", "opens"), OPENINGS.items())
+def test_what_the_template_says_before_the_first_user_is_the_systems(
+    encoders: Callable[..., tuple[ChatEncoder, Any]], name: str, opens: bool
+) -> None:
+    """So that `overlong: split_turns` repeats it; the user's own words begin like those of a later turn."""
+    encoder, reference = encoders(name)
+    for tools in (None, TOOLS):
+        ours = encode(encoder, [u("one"), a("two"), u("one"), a("two")], tools)
+        assert not isinstance(ours, str)
+        ids, roles = np.array(ours[0]), ours[1] & ROLE_MASK
+        first, later = (reference.decode(run) for run in runs(ids, roles, ROLES["user"]))
+        opening = reference.decode(ids[roles == ROLES["system"]].tolist())
+        if tools is None:
+            assert bool(opening) == opens
+            assert first == later or (not opens and first == f"{reference.bos_token}{later}")
+        elif name in ("qwen25", "qwen3", "granite"):
+            assert "weather" in opening and "weather" not in first and first == later
+
+
+def runs(ids: np.ndarray, roles: np.ndarray, role: int) -> list[list[int]]:
+    """The stretches of ids of a role."""
+    edges = np.flatnonzero(np.diff(np.concatenate(([0], roles == role, [0]))))
+    return [ids[start:end].tolist() for start, end in edges.reshape(-1, 2)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_empty_list_of_calls_is_none(encoders: Callable[..., tuple[ChatEncoder, Any]], name: str) -> None:
+    one, other = (encode(encoders(name)[0], [u("q"), a("yes", **calls)], None) for calls in ({}, {"tool_calls": []}))
+    assert not isinstance(one, str) and not isinstance(other, str)
+    assert one[0] == other[0] and one[1].tolist() == other[1].tolist()

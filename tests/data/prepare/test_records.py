@@ -298,3 +298,10 @@ def test_another_format_or_mapping_is_another_command(tmp_path: Path, tokenizer_
         for done in (False, True):
             summary = chat.preprocess_chat([source], tokenizer_folder, tmp_path / "out", progress=False, **options)  # type: ignore[arg-type]
             assert summary.done_before is done
+
+
+def test_reasons_that_are_all_different_do_not_fill_the_summary(tmp_path: Path, tokenizer_folder: Path) -> None:
+    rows: list[Any] = [{"input_ids": [7, 8], "labels": [7, 1000 + number]} for number in range(300)]
+    summary, dataset = run(tmp_path, tokenizer_folder, [*rows, *({"text": ""} for _ in range(5)), {"text": "hello"}])
+    assert summary.skipped.total() == 305 and summary.skipped["other reasons"] == 205
+    assert dataset.meta is not None and dataset.meta.skipped == summary.skipped

@@ -31,7 +31,9 @@ def test_flip_asks_for_each_question() -> None:
     flipped = flip(of(say("s: S", "u: Q", "a: A", "u: R", "a: {B}", "u: unanswered")))
     assert flipped.content["messages"] == say(f"u: {FLIP}\n\nA", "a: Q", f"u: {FLIP}\n\n{{B}}", "a: R")
     marked = {**say("a: A")[0], "train": False, "weight": 2.0}
-    assert flip(of([*say("u: Q"), marked])).content["messages"][1] == {**marked, "content": "Q"}
+    thought = {**marked, "reasoning_content": "the question must be Q"}
+    assert flip(of([*say("u: Q"), thought])).content["messages"][1] == {**marked, "content": "Q"}
+    assert predict_instruction(of([*say("s: S", "u: Q"), thought])).content["messages"][1] == {**marked, "content": "S"}
 
 
 def test_predict_instruction_takes_what_the_record_calls_its_instruction() -> None:
