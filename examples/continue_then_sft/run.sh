@@ -2,7 +2,7 @@
 # Continue the pretraining of an open model on your text, then tune it on your conversations, then export it.
 #
 #     examples/continue_then_sft/run.sh --hf DIR --text FILE --text-valid FILE --chat FILE --chat-valid FILE --out DIR
-#         [--template NAME] [--lora] [section.key=value ...]
+#         [--template NAME] [--lora] [[continue:|sft:]section.key=value ...]
 #
 #   --hf          Hugging Face folder of the model, with its tokenizer
 #   --text        what it reads on: jsonl, parquet, txt ...; --text-valid: held out
@@ -11,8 +11,9 @@
 #   --lora        tune adapters instead of all weights
 #   --out         everything is made there. Run the same command again after an interruption: what is done is not done again
 #
-# Settings after the options go to both phases; the recipe itself is continue.yaml and sft.yaml beside this script. Training runs
-# on all GPUs, or NPROC_PER_NODE ranks, with examples/torchrun_single_node.sh, whose exit codes these are: 75 is stopped after saving.
+# Settings go to both phases, or to one: training.steps=100, sft:data.overlong=drop, continue:optimizer.lr=1.0e-5. The recipe itself is
+# continue.yaml and sft.yaml beside this script. Training runs on all GPUs, or NPROC_PER_NODE ranks, with
+# examples/torchrun_single_node.sh, whose signals and exit codes these are: 75 is stopped after saving.
 set -euo pipefail
 
 recipe=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -23,13 +24,15 @@ usage() {
 }
 
 declare -A given=()
-phases=() lora=()
+phases=() continued=() tuned=() lora=()
 while [[ $# -gt 0 ]]; do
     case $1 in
         --hf | --text | --text-valid | --chat | --chat-valid | --out | --template)
             [[ $# -gt 1 ]] || usage "$1 needs a value"
             given[$1]=$2 && shift 2 ;;
-        --lora) lora=(peft.kind=lora) && shift ;;
+        --lora) lora=(peft.kind=lora optimizer.lr=2.0e-4) && shift ;;
+        continue:*.*=*) continued+=("${1#continue:}") && shift ;;
+        sft:*.*=*) tuned+=("${1#sft:}") && shift ;;
         *.*=*) phases+=("$1") && shift ;;
         *) usage "unknown: $1" ;;
     esac
@@ -49,9 +52,17 @@ megatron_llm() {
     echo "$ megatron-llm $*"
     "$PYTHON" -m megatron_llm "$@"
 }
-train() { # CONFIG.yaml overrides; ends the script when the run does not
+train() { # CONFIG.yaml overrides; ends the script when the run is stopped or fails. A signal to this script alone reaches the run, too
+    local run status
     echo "$ torchrun -m megatron_llm train $*"
-    "$recipe/../torchrun_single_node.sh" "$@" || exit $?
+    "$recipe/../torchrun_single_node.sh" "$@" &
+    run=$!
+    trap 'kill -TERM $run 2>/dev/null || true' TERM HUP INT # a process in the background has SIGINT ignored
+    trap 'kill -USR1 $run 2>/dev/null || true' USR1
+    while kill -0 "$run" 2>/dev/null; do wait "$run" || true; done # a signal ends the wait
+    trap - TERM HUP INT USR1
+    wait "$run" && status=0 || status=$?
+    if ((status)); then exit "$status"; fi
 }
 
 # Conversations first: they may make the tokenizer that everything is read with.
@@ -68,8 +79,12 @@ megatron_llm preprocess --input "${given[--text-valid]}" --tokenizer "$tokenizer
 
 tokens=$(number data/chat.meta.json)
 if ((tokens > $(number "${given[--hf]}/config.json"))); then resize=("model.resize_vocab=$tokens"); fi # the template's own
-train "$recipe/continue.yaml" "model.hf=${given[--hf]}" "data.tokenizer=$tokenizer" "${resize[@]}" "${phases[@]}"
-train "$recipe/sft.yaml" "data.tokenizer=$tokenizer" "${lora[@]}" "${phases[@]}"
+# The rows of new tokens begin alike. Frozen, they would stay so, and the model could not tell the end of a reply from the start of one.
+if [[ -n ${given[--template]:-} && ${#lora[@]} -gt 0 ]]; then
+    lora+=('optimizer.rules=[{match: "[eh]*.weight", frozen: false}]') # embedding.weight, and head.weight where it is another
+fi
+train "$recipe/continue.yaml" "model.hf=${given[--hf]}" "data.tokenizer=$tokenizer" "${resize[@]}" "${phases[@]}" "${continued[@]}"
+train "$recipe/sft.yaml" "data.tokenizer=$tokenizer" "${lora[@]}" "${phases[@]}" "${tuned[@]}"
 
 [[ -e hf ]] || megatron_llm export tuned hf --ema
 megatron_llm generate --hf hf --chat --prompt "Hello! What can you do?" --max-new-tokens 64

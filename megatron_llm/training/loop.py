@@ -203,7 +203,7 @@ def _announce(run: Run, resolved: ResolvedRun, resumed: Checkpoint | None, chang
     for line in run.train_stream.summary:
         logger.info("data: %s", line)
     for line in resolved.notes:
-        logger.warning(line)
+        logger.info(line)  # every rank has the same
     if not resumed and isinstance(resolved.source, Checkpoint):
         logger.info("starting from the weights of %s", resolved.source.folder)
     if resumed:

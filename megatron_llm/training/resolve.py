@@ -33,7 +33,7 @@ from megatron_llm.models.heads import head_problem
 from megatron_llm.models.lora import WithAdapters, target_problems
 from megatron_llm.models.stages import whole_model
 from megatron_llm.models.vocabulary import resized
-from megatron_llm.optim.rules import rule_problems
+from megatron_llm.optim.rules import is_frozen, rule_problems
 from megatron_llm.parallel.shard import TensorSource, TypedSource
 from megatron_llm.pipeline.schedules import placement
 from megatron_llm.planning.compare import GIB, Assumptions, choose
@@ -123,7 +123,7 @@ def resolve(path: str | Path, overrides: list[str] | None, world_size: int) -> R
         raise ConfigError(problems)
     run = choose_schedule(run, world_size)
     notes = [*_without_effect(run.config.lr_schedule), *_spike_notes(run.config), *_vocabulary_notes(run.config)]
-    notes += _sample_notes(run.config)
+    notes += [*_sample_notes(run.config), *_new_row_notes(run)]
     if isinstance(run.source, HFFolder):
         notes += run.source.notes()
     return dataclasses.replace(run, notes=(*run.notes, *notes))
@@ -366,6 +366,17 @@ def _vocabulary_notes(config: Config) -> list[str]:
         f"{where}: the tokenizer {path} has {size} tokens, the model {model.vocab_size}; model.{setting}={size} gives it all"
         for where, (path, size) in sizes.items()
         if size > model.vocab_size
+    ]
+
+
+def _new_row_notes(run: ResolvedRun) -> list[str]:
+    """New tokens whose rows, all of them the mean of the others, are frozen: the model could never tell one from another."""
+    config, stored = run.config, run.stored_model().vocab_size
+    if config.model.vocab_size <= stored or not is_frozen("embedding.weight", config.optimizer, config.peft is not None):
+        return []
+    return [
+        f"model.resize_vocab: the rows of tokens {stored} to {config.model.vocab_size - 1} begin alike and are frozen, so the "
+        'model cannot tell these tokens apart; optimizer.rules=[{match: "[eh]*.weight", frozen: false}] trains embedding and head'
     ]
 
 

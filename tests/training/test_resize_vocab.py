@@ -120,6 +120,15 @@ def test_as_many_as_the_tokenizer_has(tmp_path: Path, capsys: pytest.CaptureFixt
     assert resolve(file, ["model.resize_vocab=108"], 1).notes == ()
 
 
+def test_a_run_is_told_of_new_rows_that_are_frozen(tmp_path: Path) -> None:
+    make_folder(tmp_path / "hf")
+    file = config(tmp_path, "run", peft={"kind": "lora"})
+    (note,) = resolve(file, [], 1).notes
+    assert f"tokens {STORED} to {SIZE - 1} begin alike and are frozen" in note
+    assert resolve(file, ['optimizer.rules=[{match: "[eh]*.weight", frozen: false}]'], 1).notes == ()  # what it advises
+    assert resolve(config(tmp_path, "all"), [], 1).notes == ()
+
+
 def test_the_mean_does_not_depend_on_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     class Source:
         tensors = {"embedding.weight": torch.randn(1000, 7), "head.bias": torch.randn(1000)}
