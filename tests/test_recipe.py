@@ -70,6 +70,20 @@ def test_from_a_base_model_to_one_that_chats(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "tuned" / "metrics.jsonl").read_text().splitlines() == lines, "what is done is not done again"
 
 
+@pytest.mark.slow
+def test_adapters_learn_the_tokens_of_a_new_template(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    prepare(tmp_path)
+    _base(tmp_path)
+    _run(tmp_path, "out", "--template", "chatml", "--lora", "sft:data.overlong=drop", "continue:optimizer.lr=1.0e-5")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "hf")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "hf")
+    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    for weight in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+        assert not weight[start].equal(weight[end]), "they began alike"
+
+
 def test_the_recipes_are_valid_and_name_every_choice() -> None:
     for name in ("continue.yaml", "sft.yaml"):
         raw = yaml.safe_load((RECIPE / name).read_text())
