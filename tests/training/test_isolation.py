@@ -149,7 +149,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-FAST = ("one process", "tp2", "pp4", "pp2 zb_v", "tp2 pp2")
+FAST = ("one process", "pp4", "tp2 pp2")
 
 
 @pytest.mark.parametrize("layout", FAST)
