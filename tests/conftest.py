@@ -1,4 +1,6 @@
-"""Fixtures and hooks for all tests: one thread per process, no network, and the template of the rank pool."""
+"""Fixtures and hooks for all tests: one thread per process, no network, kernels interpreted where there is no GPU, and the
+template of the rank pool.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,9 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch  # noqa: E402
+
+if not torch.cuda.is_available():  # before anything imports triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from tests import ranks  # noqa: E402
 

@@ -338,10 +338,22 @@ class LoggingConfig(Section):
     )
 
 
+Implementation = Literal["auto", "torch", "triton"]
+
+
 class KernelsConfig(Section):
-    """Which implementation of an operation runs."""
+    """Which implementation of an operation runs. `auto`: the fused kernel in Triton on a GPU, torch on a CPU and in float64."""
 
     attention: Literal["auto", "sdpa", "reference"] = "auto"
+    norm: Implementation = Field(default="auto", description="RMSNorm and LayerNorm, with the addition before them")
+    rope: Implementation = Field(default="auto", description="rotary embeddings of queries and keys, in place")
+    activation: Implementation = Field(default="auto", description="SwiGLU, GeGLU and plain activations")
+    cross_entropy: Implementation = Field(default="auto", description="statistics of logits, and their gradient in place")
+    embedding: Implementation = Field(default="auto", description="the gradient of the embedding, into the main gradients")
+    optimizer: Implementation = Field(default="auto", description="the update, and the norm of gradients")
+    deterministic: bool = Field(
+        default=False, description="the same bits whenever a step is run again, on a GPU too; attention may be slower"
+    )
 
 
 class Config(Section):

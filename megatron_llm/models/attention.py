@@ -11,29 +11,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from megatron_llm.config import ModelConfig
 from megatron_llm.models.context import ForwardContext
 from megatron_llm.models.heads import Heads
 from megatron_llm.models.norm import head_norm
+from megatron_llm.models.setup import Setup
 from megatron_llm.ops.attention import Scores, alibi_slopes, attention
 from megatron_llm.ops.dtypes import stat_dtype
 from megatron_llm.ops.rope import rotary
-from megatron_llm.parallel.grid import Axis, Grid
+from megatron_llm.parallel.grid import Axis
 from megatron_llm.parallel.linear import ColumnParallelLinear, OutputShard, RowParallelLinear, sharded_bias, sharded_weight
 
 
 class SelfAttention(nn.Module):
-    """`qkv` and `o` are the products on either side, which a layer calls; `forward` is all between them.
+    """`qkv` and `o` are the products on either side, which a layer calls; `forward` is all between them."""
 
-    partial: whether a rank sees only its own tokens of hidden states.
-    """
-
-    def __init__(self, model: ModelConfig, layer: int, grid: Grid, partial: bool, dtype: torch.dtype, device: torch.device):
+    def __init__(self, setup: Setup, layer: int):
         super().__init__()
-        name, dim, tp = f"layers.{layer}.attention", model.head_dim, grid.tp
+        model, tp, dtype, device = setup.model, setup.tp, setup.dtype, setup.device
+        name, dim = f"layers.{layer}.attention", model.head_dim
         self.model, self.layer = model, layer
-        heads = Heads.of(model, grid)
-        copies = grid.kv_replica
+        heads = Heads.of(model, setup.grid)
+        copies = setup.grid.kv_replica
         queries, keys = model.num_attention_heads, model.num_key_value_heads
         # Queries last: ranks with copies of a key head may differ in queries, and what is copied must lie at the same place.
         shards = [
@@ -47,13 +45,13 @@ class SelfAttention(nn.Module):
         self.o = RowParallelLinear(
             f"{name}.o.weight", model.num_attention_heads * dim, model.hidden_size, tp, dtype, device,
             range(heads.queries.start * dim, heads.queries.stop * dim), heads.most_queries * dim,
-            model.attention_output_bias, partial,
+            model.attention_output_bias, setup.partial,
         )  # fmt: skip
         self.q_norm = self.k_norm = None
         if model.qk_norm != "none":
             most = heads.most_queries, heads.most_keys
-            self.q_norm = head_norm(f"{name}.q_norm", queries, heads.queries, most[0], model, tp, Axis("none"), dtype, device)
-            self.k_norm = head_norm(f"{name}.k_norm", keys, heads.keys, most[1], model, tp, copies, dtype, device)
+            self.q_norm = head_norm(f"{name}.q_norm", queries, heads.queries, most[0], Axis("none"), setup)
+            self.k_norm = head_norm(f"{name}.k_norm", keys, heads.keys, most[1], copies, setup)
         self.scores = self._scores(heads.queries, stat_dtype(dtype), device)
         self.rotates = model.position_embedding == "rope" and layer not in model.nope_layers
 

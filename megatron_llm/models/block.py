@@ -13,10 +13,8 @@ from __future__ import annotations
 
 from functools import partial as bind
 
-import torch
 from torch import Tensor, nn
 
-from megatron_llm.config import ModelConfig
 from megatron_llm.models.attention import SelfAttention
 from megatron_llm.models.context import ForwardContext
 from megatron_llm.models.mlp import MLP
@@ -24,7 +22,7 @@ from megatron_llm.models.names import norm_names
 from megatron_llm.models.norm import Norm, hidden_norm
 from megatron_llm.models.recompute import recomputed
 from megatron_llm.models.regularization import Site
-from megatron_llm.parallel.grid import Grid
+from megatron_llm.models.setup import Setup
 from megatron_llm.parallel.linear import ColumnParallelLinear, column_parallel, row_parallel
 
 
@@ -33,32 +31,22 @@ class DecoderLayer(nn.Module):
 
     Args:
         layer: the index in the whole model.
-        partial: whether a rank sees only its own tokens of hidden states (sequence parallelism).
         recompute: what backward makes again (`models/recompute.py`); "layer" is everything but the last product.
     """
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        layer: int,
-        grid: Grid,
-        partial: bool,
-        recompute: frozenset[str],
-        dtype: torch.dtype,
-        device: torch.device,
-    ):
+    def __init__(self, setup: Setup, layer: int, recompute: frozenset[str]):
         super().__init__()
-        self.model, self.layer, self.recompute = model, layer, recompute
-        before, after = norm_names(model)
+        self.model, self.layer, self.recompute = setup.model, layer, recompute
+        before, after = norm_names(setup.model)
 
         def norm(name: str, there: bool) -> Norm | None:
-            return hidden_norm(f"layers.{layer}.{name}", model, grid.tp, partial, dtype, device) if there else None
+            return hidden_norm(f"layers.{layer}.{name}", setup) if there else None
 
         self.attention_norm = norm("attention_norm", "attention" in before)
-        self.attention = SelfAttention(model, layer, grid, partial, dtype, device)
+        self.attention = SelfAttention(setup, layer)
         self.attention_post_norm = norm("attention_post_norm", "attention" in after)
         self.mlp_norm = norm("mlp_norm", "mlp" in before)
-        self.mlp = MLP(model, layer, grid, partial, dtype, device)
+        self.mlp = MLP(setup, layer)
         self.mlp_post_norm = norm("mlp_post_norm", "mlp" in after)
 
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:

@@ -20,9 +20,11 @@ from megatron_llm.models.norm import hidden_norm
 from megatron_llm.models.positions import PositionEmbedding, Rotary
 from megatron_llm.models.recompute import Recompute
 from megatron_llm.models.regularization import Regularization
+from megatron_llm.models.setup import Setup
 from megatron_llm.ops.batch import Batch
 from megatron_llm.ops.cross_entropy import Penalties
 from megatron_llm.ops.dtypes import stat_dtype
+from megatron_llm.ops.kernels import Kernels
 from megatron_llm.parallel.embedding import VocabParallelEmbedding
 from megatron_llm.parallel.grid import Axis, Grid
 from megatron_llm.parallel.linear import ColumnParallelLinear, OutputShard, sharded_bias, sharded_weight
@@ -36,6 +38,7 @@ class DecoderStage(nn.Module):
         layers: global indices of the layers held here.
         first, last: whether the embedding, or final norm and head, are here.
         sequence_parallel: what training uses; a call may choose otherwise (generation does).
+        kernels: which implementation of each operation runs.
         recompute: what backward makes again instead of keeping it.
     """
 
@@ -50,16 +53,15 @@ class DecoderStage(nn.Module):
         sequence_parallel: bool,
         dtype: torch.dtype,
         device: torch.device,
-        attention_backend: str = "auto",
+        kernels: Kernels = Kernels(),
         recompute: Recompute = Recompute(),
     ):
         super().__init__()
         self.model, self.tp = model, grid.tp
         self.first, self.last, self.indices = first, last, layers
         self.sequence_parallel = sequence_parallel and grid.tp.size > 1
-        self.attention_backend = attention_backend
-        self.dtype, self.device = dtype, device
-        partial = self.sequence_parallel
+        self.kernels, self.dtype, self.device = kernels, dtype, device
+        setup = Setup(model, grid, self.sequence_parallel, dtype, device, kernels)
 
         tied = model.tie_word_embeddings
         replica = grid.tied if tied and not (first and last) else Axis("none")
@@ -70,15 +72,13 @@ class DecoderStage(nn.Module):
         if first:
             self.embedding = VocabParallelEmbedding(embedding_weight, embedding_shard.start, grid.tp)
             if model.position_embedding == "learned":
-                self.position_embedding = PositionEmbedding(model, grid.tp, partial, dtype, device)
+                self.position_embedding = PositionEmbedding(setup)
             if model.embedding_norm:
-                self.embedding_norm = hidden_norm("embedding_norm", model, grid.tp, partial, dtype, device)
-        self.layers = nn.ModuleList(
-            DecoderLayer(model, index, grid, partial, recompute.at(index), dtype, device) for index in layers
-        )
+                self.embedding_norm = hidden_norm("embedding_norm", setup)
+        self.layers = nn.ModuleList(DecoderLayer(setup, index, recompute.at(index)) for index in layers)
         if last:
             if model.final_norm:
-                self.final_norm = hidden_norm("final_norm", model, grid.tp, partial, dtype, device)
+                self.final_norm = hidden_norm("final_norm", setup)
             self.head_shard = OutputShard.even("head.weight", model.vocab_size, grid.tp)
             head_weight = embedding_weight if tied else sharded_weight(model.hidden_size, [self.head_shard], dtype, device)
             bias = sharded_bias([self.head_shard], dtype, device) if model.head_bias else None
@@ -117,7 +117,7 @@ class DecoderStage(nn.Module):
             sequence_parallel = self.sequence_parallel
         tables = self.rotary.tables(batch, cache)
         noise = None if regularization is None else regularization.noise(batch, self.tp, sequence_parallel)
-        context = ForwardContext(*tables, batch.cu_seqlens, sequence_parallel, self.attention_backend, cache, noise=noise)
+        context = ForwardContext(*tables, batch.cu_seqlens, sequence_parallel, self.kernels.attention, cache, noise=noise)
         if self.first:
             before(-1)
             x = self._embed(batch, context)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from megatron_llm.config import ModelConfig
+from megatron_llm.models.setup import Setup
 from megatron_llm.ops.activation import activation, gated
-from megatron_llm.parallel.grid import Grid
 from megatron_llm.parallel.linear import (
     ColumnParallelLinear,
     OutputShard,
@@ -20,24 +18,22 @@ from megatron_llm.parallel.linear import (
 
 
 class MLP(nn.Module):
-    """`up` (with the gate, if there is one) and `down` are the products, which a layer calls; `forward` is all between them.
+    """`up` (with the gate, if there is one) and `down` are the products, which a layer calls; `forward` is all between them."""
 
-    partial: whether a rank sees only its own tokens of hidden states.
-    """
-
-    def __init__(self, model: ModelConfig, layer: int, grid: Grid, partial: bool, dtype: torch.dtype, device: torch.device):
+    def __init__(self, setup: Setup, layer: int):
         super().__init__()
-        name, tp, inner = f"layers.{layer}.mlp", grid.tp, model.intermediate_size
-        self.act, self.gated = model.hidden_act, model.mlp_gated
+        model, tp, dtype, device = setup.model, setup.tp, setup.dtype, setup.device
+        name, inner = f"layers.{layer}.mlp", model.intermediate_size
+        self.act, self.gated, self.kernel = model.hidden_act, model.mlp_gated, setup.kernels.activation
         held = balanced(inner, tp)
         parts = ("gate", "up") if self.gated else ("up",)
         shards = [OutputShard.of(f"{name}.{part}.weight", inner, held, most_of(inner, tp)) for part in parts]
         bias = sharded_bias(shards, dtype, device) if model.mlp_bias else None
         self.up = ColumnParallelLinear(sharded_weight(model.hidden_size, shards, dtype, device), tp, bias)
         self.down = RowParallelLinear(
-            f"{name}.down.weight", inner, model.hidden_size, tp, dtype, device, held, bias=model.mlp_bias, partial=partial
+            f"{name}.down.weight", inner, model.hidden_size, tp, dtype, device, held, bias=model.mlp_bias, partial=setup.partial
         )
 
     def forward(self, up: Tensor) -> Tensor:
         """[T, 2F] (gate, then up) or [T, F] -> [T, F]."""
-        return gated(up, self.act) if self.gated else activation(up, self.act)
+        return (gated if self.gated else activation)(up, self.act, self.kernel)

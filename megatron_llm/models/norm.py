@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_llm.config import ModelConfig
+from megatron_llm.models.setup import Setup
 from megatron_llm.ops.dtypes import stat_dtype
 from megatron_llm.ops.norm import layer_norm, rms_norm
 from megatron_llm.parallel.collectives import all_reduce
@@ -21,8 +22,9 @@ from megatron_llm.parallel.weight_grad import vector_weight_gradient
 class Norm(nn.Module):
     """[..., H] -> the same, of the kind that the model has; without parameters if the model's norms have none."""
 
-    def __init__(self, model: ModelConfig, weight: nn.Parameter | None, bias: nn.Parameter | None):
+    def __init__(self, setup: Setup, weight: nn.Parameter | None, bias: nn.Parameter | None):
         super().__init__()
+        model = setup.model
         self.eps, self.offset = model.norm_eps, model.norm_weight_offset
         self.center = model.norm == "layer_norm"
         self.weight, self.bias = weight, bias
@@ -33,51 +35,41 @@ class Norm(nn.Module):
         return rms_norm(x, self.weight, self.eps, vector_weight_gradient, self.offset)
 
 
-def hidden_norm(name: str, model: ModelConfig, tp: Axis, partial: bool, dtype: torch.dtype, device: torch.device) -> Norm:
-    """A norm of hidden states. Its parameters are replicated over tp; under sequence parallelism (`partial`) each rank
+def hidden_norm(name: str, setup: Setup) -> Norm:
+    """A norm of hidden states. Its parameters are replicated over tp; under sequence parallelism (`setup.partial`) each rank
     normalizes only its own tokens, so the ranks' gradients are partial sums, which the spec says.
     """
-    return _replicated_norm(name, model.hidden_size, model, model.norm_bias, tp, partial, dtype, device)
+    return _replicated_norm(name, setup.model.hidden_size, setup.model.norm_bias, setup.partial, setup)
 
 
-def _replicated_norm(
-    name: str, size: int, model: ModelConfig, biased: bool, tp: Axis, partial: bool, dtype: torch.dtype, device: torch.device
-) -> Norm:
+def _replicated_norm(name: str, size: int, biased: bool, partial: bool, setup: Setup) -> Norm:
+    model, tp, dtype, device = setup.model, setup.tp, setup.dtype, setup.device
     if not model.norm_weight:
-        return Norm(model, None, None)
+        return Norm(setup, None, None)
     weight = replicated(f"{name}.weight", (size,), _init(model), tp, partial, dtype, device)
     bias = replicated(f"{name}.bias", (size,), "zeros", tp, partial, dtype, device) if biased else None
-    return Norm(model, weight, bias)
+    return Norm(setup, weight, bias)
 
 
 def _init(model: ModelConfig) -> Any:
     return "zeros" if model.norm_weight_offset else "ones"
 
 
-def head_norm(
-    name: str,
-    heads: int,
-    held: range,
-    most: int,
-    model: ModelConfig,
-    tp: Axis,
-    replica: Axis,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> nn.Module:
+def head_norm(name: str, heads: int, held: range, most: int, replica: Axis, setup: Setup) -> nn.Module:
     """The norm of queries or keys, [T, heads here, D] -> the same, as ModelConfig.qk_norm says.
 
     heads: in the whole model; held: those here; most: how many no rank exceeds; replica: the ranks that hold the same ones.
     """
+    model, dtype, device = setup.model, setup.dtype, setup.device
     dim = model.head_dim
     if model.qk_norm == "head":  # each rank normalizes its own heads with the one weight
-        return _replicated_norm(name, dim, model, model.qk_norm_bias, tp, True, dtype, device)
+        return _replicated_norm(name, dim, model.qk_norm_bias, True, setup)
     per_head = model.qk_norm == "per_head"
     whole, unit = ((heads, dim), 1) if per_head else ((heads * dim,), dim)
     rows, room = range(held.start * unit, held.stop * unit), most * dim
     weight = _of_heads(f"{name}.weight", whole, rows, room, _init(model), replica, dtype, device)
     bias = _of_heads(f"{name}.bias", whole, rows, room, "zeros", replica, dtype, device) if model.qk_norm_bias else None
-    return Norm(model, weight, bias) if per_head else FullNorm(model, weight, heads * dim, tp, replica.size)
+    return Norm(setup, weight, bias) if per_head else FullNorm(model, weight, heads * dim, setup.tp, replica.size)
 
 
 def _of_heads(

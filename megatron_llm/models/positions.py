@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from megatron_llm.config import ModelConfig
 from megatron_llm.models.context import KeyValueCache
+from megatron_llm.models.setup import Setup
 from megatron_llm.ops.batch import Batch
 from megatron_llm.ops.rope import rope_frequencies, rope_tables
 from megatron_llm.parallel.embedding import lookup
-from megatron_llm.parallel.grid import Axis
 from megatron_llm.parallel.linear import replicated
 
 Tables = tuple[Tensor, Tensor]
@@ -78,11 +78,14 @@ class PositionEmbedding(nn.Module):
     The table has `position_offset` rows before that of position 0 (OPT has 2).
     """
 
-    def __init__(self, model: ModelConfig, tp: Axis, partial: bool, dtype: torch.dtype, device: torch.device):
+    def __init__(self, setup: Setup):
         super().__init__()
+        model, tp = setup.model, setup.tp
         self.tp, self.offset = tp, model.position_offset
         shape = (model.max_position_embeddings + model.position_offset, model.hidden_size)
-        self.weight = replicated("position_embedding.weight", shape, "normal", tp, partial, dtype, device, decay=True)
+        self.weight = replicated(
+            "position_embedding.weight", shape, "normal", tp, setup.partial, setup.dtype, setup.device, decay=True
+        )
 
     def forward(self, positions_T: Tensor, sequence_parallel: bool) -> Tensor:
         rows = positions_T + self.offset

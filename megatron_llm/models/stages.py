@@ -9,11 +9,12 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from megatron_llm.config import Config, ModelConfig, PeftConfig
+from megatron_llm.config import Config, KernelsConfig, ModelConfig, PeftConfig
 from megatron_llm.models.decoder import DecoderStage
 from megatron_llm.models.lora import adapted_layers
 from megatron_llm.models.recompute import Recompute
 from megatron_llm.models.split import layer_costs, split_layers
+from megatron_llm.ops.kernels import Kernels
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_llm.parallel.lora import ColumnLora, RowLora
@@ -40,7 +41,7 @@ def build_stages(
                 sequence_parallel=config.parallel.sequence_parallel,
                 dtype=dtype,
                 device=device,
-                attention_backend=config.kernels.attention,
+                kernels=Kernels.choose(config.kernels, device, dtype),
                 recompute=Recompute.of(config.training),
             )
     if config.peft is not None:
@@ -62,7 +63,13 @@ def add_adapters(stages: Iterable[DecoderStage], model: ModelConfig, peft: PeftC
                     linear.lora = RowLora.of(linear.weight, linear.tp, targets, peft.rank, peft.scale)
 
 
-def whole_model(model: ModelConfig, dtype: torch.dtype, device: torch.device, peft: PeftConfig | None = None) -> DecoderStage:
+def whole_model(
+    model: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    peft: PeftConfig | None = None,
+    kernels: KernelsConfig = KernelsConfig(),
+) -> DecoderStage:
     """All of a model on one process, with zero weights: for inference, or without memory for the names in it."""
     stage = DecoderStage(
         model,
@@ -73,6 +80,7 @@ def whole_model(model: ModelConfig, dtype: torch.dtype, device: torch.device, pe
         sequence_parallel=False,
         dtype=dtype,
         device=device,
+        kernels=Kernels.choose(kernels, device, dtype),
     )
     if peft is not None:
         add_adapters([stage], model, peft)

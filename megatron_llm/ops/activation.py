@@ -48,11 +48,17 @@ class _Gated(torch.autograd.Function):
         return grad_T2F, None
 
 
-def gated(gate_up_T2F: Tensor, name: str) -> Tensor:
+def gated(gate_up_T2F: Tensor, name: str, kernel: str = "torch") -> Tensor:
     """[T, 2F] (gate, then up) -> act(gate) * up, [T, F]. `name`: as in ModelConfig.hidden_act."""
-    return _Gated.apply(gate_up_T2F, name)
+    return _fused(gate_up_T2F, name, True) if kernel == "triton" else _Gated.apply(gate_up_T2F, name)
 
 
-def activation(x: Tensor, name: str) -> Tensor:
-    """The activation of every element."""
-    return _ACTIVATIONS[name][0](x)
+def activation(x_TF: Tensor, name: str, kernel: str = "torch") -> Tensor:
+    """The activation of every element of [T, F]."""
+    return _fused(x_TF, name, False) if kernel == "triton" else _ACTIVATIONS[name][0](x_TF)
+
+
+def _fused(x: Tensor, name: str, gated: bool) -> Tensor:
+    from megatron_llm.ops.triton.activation import activation
+
+    return activation(x if x.stride(-1) == 1 else x.contiguous(), name, gated)

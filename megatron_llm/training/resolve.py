@@ -33,10 +33,12 @@ from megatron_llm.models.heads import head_problem
 from megatron_llm.models.lora import WithAdapters, target_problems
 from megatron_llm.models.stages import whole_model
 from megatron_llm.models.vocabulary import resized
+from megatron_llm.ops.kernels import kernel_problems
 from megatron_llm.optim.rules import is_frozen, rule_problems
 from megatron_llm.parallel.shard import TensorSource, TypedSource
 from megatron_llm.pipeline.schedules import placement
 from megatron_llm.planning.compare import GIB, Assumptions, choose
+from megatron_llm.training.build import compute_dtype
 from megatron_llm.training.completion import complete_model, complete_peft, family_of_source, model_of_source
 from megatron_llm.training.run_folder import checkpoints_folder
 from megatron_llm.training.samples import sample_prompts
@@ -257,6 +259,8 @@ def _setting_problems(config: Config) -> list[str]:
         )
     if config.device == "cuda" and not torch.cuda.is_available():
         problems.append("device: cuda, but torch sees no GPU; use device: cpu or auto")
+    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    problems += kernel_problems(config.kernels, device.type, compute_dtype(config, device))
     if config.training.regularization.hidden_dropout_profile == "rising" and model.num_hidden_layers == 1:
         problems.append(
             "training.regularization.hidden_dropout_profile: rising begins with 0 in the first layer, and "

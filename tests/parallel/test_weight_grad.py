@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_llm.config import ModelConfig, ParallelConfig
 from megatron_llm.models.decoder import DecoderStage
 from megatron_llm.models.norm import hidden_norm
+from megatron_llm.models.setup import Setup
 from megatron_llm.ops import matmul as matmul_module
 from megatron_llm.ops.batch import Batch
 from megatron_llm.parallel import linear, weight_grad
@@ -183,7 +184,7 @@ def test_norm_gradients_accumulate_unrounded() -> None:
     model = ModelConfig(
         vocab_size=1, hidden_size=1, intermediate_size=1, num_hidden_layers=1, num_attention_heads=1, head_dim=2, norm_eps=1e-12
     )
-    norm = hidden_norm("norm", model, Axis("tp"), False, torch.bfloat16, CPU)
+    norm = hidden_norm("norm", Setup(model, Grid.single(), False, torch.bfloat16, CPU))
     norm.weight.main_grad = torch.zeros(1)  # type: ignore[assignment]
     for dy in ([[256.0], [1.0]], [[1.0], [0.0]]):  # in bfloat16 256 + 1 is 256
         norm(torch.ones(2, 1, dtype=torch.bfloat16)).backward(torch.tensor(dy, dtype=torch.bfloat16))

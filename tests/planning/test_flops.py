@@ -10,6 +10,7 @@ from megatron_llm.config import ModelConfig, OptimizerConfig, ParameterRuleConfi
 from megatron_llm.models.stages import whole_model
 from megatron_llm.ops.attention import _causal_mask
 from megatron_llm.ops.batch import Batch
+from megatron_llm.ops.kernels import Kernels
 from megatron_llm.optim.rules import freeze
 from megatron_llm.planning.flops import model_flops_per_token
 from tests.decoders import DECODERS
@@ -31,7 +32,7 @@ def test_flops_are_those_that_torch_counts(decoder: str, peft: PeftConfig | None
     stage = whole_model(model, torch.float32, torch.device("cpu"), peft)
     if peft is not None:
         freeze(stage.parameters(), OptimizerConfig(lr=1.0, rules=[ParameterRuleConfig(match="embed*", frozen=False)]), True)
-    stage.attention_backend = "reference"
+    stage.kernels = Kernels(attention="reference")
     ids = torch.arange(LENGTH)
     batch = Batch(ids, ids, torch.ones(LENGTH), ids, (0, LENGTH))
     with FlopCounterMode(display=False) as flops:
