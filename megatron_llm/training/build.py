@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from megatron_llm.config import Config, ModelConfig
+from megatron_llm.config import Config, KernelsConfig, ModelConfig
 from megatron_llm.models.decoder import DecoderStage
 from megatron_llm.models.stages import build_stages, parameters, whole_model
 from megatron_llm.optim.rules import freeze
@@ -68,9 +68,15 @@ def _needed(stages: Iterable[DecoderStage]) -> dict[int, list[nn.Parameter]]:
     return {index: parameters for stage in stages for index, parameters in stage.read_before()}
 
 
-def build_model(model: ModelConfig, weights: TensorSource, dtype: torch.dtype, device: torch.device) -> DecoderStage:
+def build_model(
+    model: ModelConfig,
+    weights: TensorSource,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernels: KernelsConfig = KernelsConfig(),
+) -> DecoderStage:
     """A whole model on one process, for inference: no optimizer, no buffers."""
-    stage = whole_model(model, dtype, device)
+    stage = whole_model(model, dtype, device, kernels=kernels)
     _load(stage.parameters(), weights)
     return stage.eval()
 
