@@ -7,9 +7,10 @@ RMSNorm has no mean and no b, and with offset 0 rounds n before the product, as 
 normalized: what is normalized is what is kept. dres is the gradient of s from elsewhere (the residual stream).
 
 Bytes an element in 2-byte numbers, each the least that there is: forward 4 (x; y), with an addition 8 (x, f; s, y); backward 6
-(x, dy; dx), with dres 8. Besides, 4 or 8 a row of statistics, and of dw and db 8 * H * (groups of programs) each, as each program
-of backward sums over its rows in registers and a sum over programs follows: at H 4096 on 132 multiprocessors 4 MB, as much as
-130 tokens more. n is made again in backward.
+(x, dy; dx), with dres 8. Besides, 4 or 8 a row of statistics; and as each program of backward sums over its rows in registers,
+8 * H * programs for dw (written, then read by the sum over programs), as much for db: 4 MB at H 4096 on 132 multiprocessors,
+what 130 tokens cost. n is made again in backward. LayerNorm of more than 8192 channels reads dy once more for db: 2 bytes.
+Rows above 16384 run too, but their registers may spill.
 
 A row is one token, or one head of a token: rows need not be neighbours, as in a view of fused queries, keys and values.
 Programs take several short rows at once.
