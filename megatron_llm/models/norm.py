@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from megatron_llm.config import ModelConfig
 from megatron_llm.models.setup import Setup
 from megatron_llm.ops.dtypes import stat_dtype
-from megatron_llm.ops.norm import layer_norm, rms_norm
+from megatron_llm.ops.norm import NormKind, add_norm, norm
 from megatron_llm.parallel.collectives import all_reduce
 from megatron_llm.parallel.grid import Axis
 from megatron_llm.parallel.linear import replicated
@@ -25,14 +25,16 @@ class Norm(nn.Module):
     def __init__(self, setup: Setup, weight: nn.Parameter | None, bias: nn.Parameter | None):
         super().__init__()
         model = setup.model
-        self.eps, self.offset = model.norm_eps, model.norm_weight_offset
-        self.center = model.norm == "layer_norm"
+        center = model.norm == "layer_norm"
+        self.kind = NormKind(model.norm_eps, model.norm_weight_offset, center, setup.kernels.norm, vector_weight_gradient)
         self.weight, self.bias = weight, bias
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.center:
-            return layer_norm(x, self.weight, self.bias, self.eps, vector_weight_gradient, self.offset)
-        return rms_norm(x, self.weight, self.eps, vector_weight_gradient, self.offset)
+        return norm(x, self.weight, self.bias, self.kind)
+
+    def of_sum(self, x: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
+        """(x + f, its norm) of hidden states, which kernels make in one pass."""
+        return add_norm(x, f, self.weight, self.bias, self.kind)
 
 
 def hidden_norm(name: str, setup: Setup) -> Norm:

@@ -14,7 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_llm.config import RopeScalingConfig
 from megatron_llm.ops.activation import activation, gated
-from megatron_llm.ops.norm import layer_norm, rms_norm
+from megatron_llm.ops.norm import NormKind, add_norm, layer_norm, rms_norm
 from megatron_llm.ops.rope import rope_frequencies, rope_tables, rotary
 
 U = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half a unit in the last place, relative
@@ -106,6 +106,17 @@ def test_rms_norm_whose_weight_counts_from_one() -> None:
     torch.testing.assert_close(rms_norm(x, weight, 0.1, offset=1.0), _rms_norm_exact(x, 1 + weight, 0.1), rtol=1e-13, atol=1e-13)
     assert gradcheck(lambda x, w: rms_norm(x, w, 0.1, offset=1.0), (x, weight))
     assert gradcheck(lambda x: rms_norm(x, None, 0.1), (x,))
+
+
+@pytest.mark.parametrize("kind", [NormKind(0.1), NormKind(0.1, 0.5, True)], ids=["rms", "layer"])
+def test_norm_of_a_sum(kind: NormKind) -> None:
+    x, f, weight = _leaf(_random(5, 6)), _leaf(_random(5, 6, scale=2.0)), _leaf(_random(6))
+    bias = _leaf(_random(6)) if kind.center else None
+    s, y = add_norm(x, f, weight, bias, kind)
+    assert torch.equal(s, x + f)
+    alone = layer_norm(s, weight, bias, 0.1, offset=0.5) if kind.center else rms_norm(s, weight, 0.1)
+    assert torch.equal(y, alone)
+    assert gradcheck(lambda *inputs: add_norm(*inputs, bias, kind), (x, f, weight))
 
 
 # Activations

@@ -18,13 +18,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
-from megatron_llm.config import Config
+from megatron_llm.config import Config, KernelsConfig
 from megatron_llm.models.decoder import DecoderStage
 from megatron_llm.models.heads import head_problem
 from megatron_llm.models.recompute import Recompute, _Recomputation
 from megatron_llm.models.regularization import Regularization
 from megatron_llm.models.stages import add_adapters
 from megatron_llm.ops.batch import Batch
+from megatron_llm.ops.kernels import Kernels
 from megatron_llm.optim.rules import freeze
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.parallel.weight_grad import WeightGradients
@@ -104,6 +105,7 @@ def _measured(config: Config, layers: range, first: bool, last: bool) -> StageBy
         sequence_parallel=config.parallel.sequence_parallel,
         dtype=dtype,
         device=torch.device("cpu"),
+        kernels=Kernels.choose(config.kernels, torch.device("cpu"), dtype),
         recompute=Recompute.of(config.training),
     )
     if config.peft is not None:
@@ -251,6 +253,16 @@ def _assert_bytes(tp: int, config: Config, names: list[str], exact: bool = True)
             else:
                 assert all(a <= b for a, b in zip(held, said, strict=True)), (rank, name)
             assert all(a <= b for a, b in zip(said, stage_bytes(config, *STAGES[name]), strict=True)), (rank, name)
+
+
+@pytest.mark.parametrize(("decoder", "setting"), [(None, "none"), (None, "norms"), ("gemma2", "full"), ("opt", "none")])
+def test_fused_norms_hold_the_same(decoder: str | None, setting: str) -> None:
+    """A sum is kept where its norm's input is; its terms are not."""
+    pytest.importorskip("triton")
+    model = VARIANTS[decoder] if decoder else {"num_hidden_layers": 3}
+    config = _config(1, "float32", False, True, model, **RECOMPUTE.get(setting, {}))
+    fused = config.model_copy(update={"kernels": KernelsConfig(norm="triton")})
+    _assert_bytes(1, fused, ["one layer", "embedding and layers", "layers and head"])
 
 
 @pytest.mark.parametrize("isolated", [False, True], ids=["rows", "documents"])
