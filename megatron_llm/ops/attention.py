@@ -108,11 +108,11 @@ def _import_problem(name: str) -> str | None:
 
 
 _FEATURES = {
-    "softcap": "soft-capped scores (model.attn_logit_softcapping)",
+    "softcap": "soft cap of scores (model.attn_logit_softcapping)",
     "coarse": "ALiBi in bfloat16 (model.alibi_scaled)",
     "alibi": "ALiBi (model.position_embedding)",
     "window": "sliding windows (model.sliding_window)",
-    "deterministic": "a deterministic backward (kernels.deterministic)",
+    "deterministic": "deterministic backward (kernels.deterministic)",
 }
 """Of a case, in the words of a config."""
 
