@@ -124,7 +124,7 @@ class Backend:
     """Attributes:
     attend: how it is called.
     lacks: which of `_FEATURES` it has not.
-    heads: by the first number of a compute capability the most channels of a head, of which there are a multiple of 8; it
+    heads: by the first number of a compute capability the most channels of a head, of which libraries want a multiple of 8; it
         does not run on other GPUs. None: anything goes.
     """
 
@@ -144,7 +144,7 @@ BACKENDS = {
     "flash2": _backend(attention_packed.flash2, "coarse", _AMPERE_ON),
     "varlen": _backend(attention_packed.varlen, "softcap alibi coarse", _AMPERE_ON),
     "cudnn": _backend(attention_dense.cudnn, "softcap alibi coarse window deterministic", dict.fromkeys(_AMPERE_ON, 128)),
-    "triton": _backend(attention_packed.triton),
+    "triton": _backend(attention_packed.triton, heads=_AMPERE_ON),
     "sdpa": _backend(attention_dense.sdpa),
     "reference": _backend(attention_dense.reference),
 }
@@ -189,22 +189,21 @@ def assert_supported(name: str, case: Case, available: Available) -> None:
 
 def _problem(name: str, case: Case, available: Available) -> str | None:
     """Why a backend cannot run a case; None if it can. Libraries are imported last."""
-    backend, gpu = BACKENDS[name], ".".join(map(str, available.capability))
-    if available.device == "meta":
+    backend, ours = BACKENDS[name], name == "triton"
+    if available.device == "meta" or backend.heads is None:
         return None
-    if name == "triton":
-        return triton_problem(available.device, case.dtype)
-    if backend.heads is None:
-        return None
-    if available.device != "cuda":
+    if ours and (problem := triton_problem(available.device, case.dtype)):
+        return problem
+    if available.device != "cuda" and not ours:
         return "it needs an NVIDIA GPU"
-    if case.dtype not in _NARROW:
+    if case.dtype not in _NARROW and not ours:
         return f"it computes in bfloat16 and float16, not in {str(case.dtype).removeprefix('torch.')}"
-    if available.capability[0] not in backend.heads:
-        return f"it is not for GPUs of compute capability {gpu}"
-    most = backend.heads[available.capability[0]]
-    if case.head_dim % 8 or case.head_dim > most:
-        return f"its heads have a multiple of 8 and at most {most} channels here, not {case.head_dim} (model.head_dim)"
+    if available.device == "cuda" and available.capability[0] not in backend.heads:
+        return f"it is not for GPUs of compute capability {'.'.join(map(str, available.capability))}"
+    most = backend.heads.get(available.capability[0], 256)
+    if case.head_dim > most or (case.head_dim % 8 and not ours):
+        kind = "" if ours else "a multiple of 8 and "
+        return f"its heads have {kind}at most {most} channels here, not {case.head_dim} (model.head_dim)"
     lacking = [text for feature, text in _FEATURES.items() if feature in backend.lacks and getattr(case, feature)]
     if lacking:
         return f"it has no {' and no '.join(lacking)}"

@@ -56,7 +56,7 @@ EXPECTED = {  # by world, for the cases in this order
     "hopper, all": "flash4 flash4 flash4 flash4 flash2 triton flash4 triton",
     "ampere, all": "flash2 flash2 flash2 flash2 flash2 triton flash2 triton",
     "blackwell, all": "flash4 flash4 flash2 flash2 flash2 triton flash4 triton",
-    "volta": "triton triton triton triton triton triton triton triton",
+    "volta": "sdpa sdpa sdpa sdpa sdpa sdpa sdpa sdpa",
 }
 
 
@@ -128,6 +128,12 @@ def test_a_deterministic_backward_rules_out_cudnn_only() -> None:
         ("flash4", LLAMA, BARE, "flash_attn.cute is not installed (pip install flash-attn-4); take auto"),
         ("flash4", Case(torch.float32, 64), ALL, "in bfloat16 and float16, not in float32; take auto, or one of"),
         ("cudnn", Case(BF16, 64, deterministic=True), ALL, "it has no deterministic backward (kernels.deterministic)"),
+        (
+            "triton",
+            Case(BF16, 288),
+            ALL,
+            "triton cannot: its heads have at most 256 channels here, not 288 (model.head_dim); take",
+        ),
         ("triton", Case(torch.float64, 64), ALL, "kernels in Triton compute in float32, and the model in float64"),
     ],
 )
