@@ -15,9 +15,10 @@ from megatron_llm.models.context import ForwardContext
 from megatron_llm.models.heads import Heads
 from megatron_llm.models.norm import head_norm
 from megatron_llm.models.setup import Setup
-from megatron_llm.ops.attention import Scores, alibi_slopes, attention
+from megatron_llm.ops.attention import Available, Case, attention, choose
 from megatron_llm.ops.dtypes import stat_dtype
 from megatron_llm.ops.rope import rotary
+from megatron_llm.ops.scores import Scores, alibi_slopes
 from megatron_llm.parallel.grid import Axis
 from megatron_llm.parallel.linear import ColumnParallelLinear, OutputShard, RowParallelLinear, sharded_bias, sharded_weight
 
@@ -53,6 +54,9 @@ class SelfAttention(nn.Module):
             self.q_norm = head_norm(f"{name}.q_norm", queries, heads.queries, most[0], Axis("none"), setup)
             self.k_norm = head_norm(f"{name}.k_norm", keys, heads.keys, most[1], copies, setup)
         self.scores = self._scores(heads.queries, stat_dtype(dtype), device)
+        self.deterministic = setup.kernels.deterministic
+        case = Case.of(model, layer, dtype, self.deterministic)
+        self.choice = choose(setup.kernels.attention, case, Available.on(device))
         self.rotates = model.position_embedding == "rope" and layer not in model.nope_layers
 
     def _scores(self, queries: range, dtype: torch.dtype, device: torch.device) -> Scores:
@@ -80,5 +84,5 @@ class SelfAttention(nn.Module):
         k_SKD, v_SKD, cu_k = k_TKD, v_TKD, context.cu_seqlens
         if context.cache is not None:
             k_SKD, v_SKD, cu_k = context.cache.extend(self.layer, k_TKD, v_TKD)
-        out_TND = attention(q_TND, k_SKD, v_SKD, context.cu_seqlens, cu_k, context.attention_backend, self.scores, context.masks)
-        return out_TND.flatten(1)
+        terms = context.cu_seqlens, cu_k, self.choice.name, self.scores, context.shared, self.deterministic
+        return attention(q_TND, k_SKD, v_SKD, *terms).flatten(1)

@@ -117,7 +117,7 @@ class DecoderStage(nn.Module):
             sequence_parallel = self.sequence_parallel
         tables = self.rotary.tables(batch, cache)
         noise = None if regularization is None else regularization.noise(batch, self.tp, sequence_parallel)
-        context = ForwardContext(*tables, batch.cu_seqlens, sequence_parallel, self.kernels.attention, cache, noise=noise)
+        context = ForwardContext(*tables, batch.cu_seqlens, sequence_parallel, cache, noise=noise)
         if self.first:
             before(-1)
             x = self._embed(batch, context)

@@ -17,6 +17,7 @@ before it; that is not subtracted.)
     q and k, normalized or rotated            T * (N + K) * D                                              attention
     attention output, log-sum-exp             T * N * D                            T * N                   attention
     the same output with documents joined     T * N * D, only if several documents attend on their own     attention
+                                              and attention is not packed
     inputs of a gated MLP's product           T * 2 F
     input of a plain MLP's activation         T * F, unless that is relu
     what either makes of them                 T * F                                                        activation
@@ -24,7 +25,8 @@ before it; that is not subtracted.)
 
 A norm keeps the reciprocal deviation of a token, LayerNorm its mean too; a norm before keeps its output (its input is the
 layer's), one behind its input. relu is the one activation whose backward reads its result: recomputing it exchanges the result
-for the input. With `attn_logit_softcapping` attention is explicit, and keeps instead, from "q and k" down to "documents joined":
+for the input. With `attn_logit_softcapping` attention that is not packed is explicit, and keeps instead, from "q and k" down to
+"documents joined":
 
     q, k and v for every query head                                                3 T * N * D             attention
     tanh and softmax of the scores                                                 2 T * N * L             attention
@@ -36,10 +38,13 @@ Dropout and noise keep nothing: they are made again from counters (`ops/noise.py
 What is made again comes back in B: one layer at a time with full recomputation, else one norm, one attention or one product;
 attention and product at once where they are side by side.
 
-Besides, per stage: the rotary tables, also those of layers with a window where they differ; what is added to the scores of ALiBi
-(N * L * L) or of a sliding window shorter than rows (L * L), once for all layers that are alike. On the first stage the ids, the
-positions if they are learned, and the input of a norm behind the embedding; on the last what the final norm, the head, a
-soft-cap of logits (T * V more) and the loss save.
+Attention is packed (`ops/attention_packed.py`) where `kernels.attention` names one of its backends, or is auto on a GPU that does
+not compute in float64.
+
+Besides, per stage: the rotary tables, also those of layers with a window where they differ; unless attention is packed, what is
+added to the scores of ALiBi (N * L * L) or of a sliding window shorter than rows (L * L), once for all layers that are alike. On
+the first stage the ids, the positions if they are learned, and the input of a norm behind the embedding; on the last what the
+final norm, the head, a soft-cap of logits (T * V more) and the loss save.
 
 It holds for devices that compute in the compute dtype itself, and for attention kernels that keep no score matrix and no copy of
 what is added to scores (torch's memory-efficient one keeps one if L is no multiple of 16).
@@ -68,6 +73,7 @@ from megatron_llm.config import Config
 from megatron_llm.models.lora import KINDS, adapted_layers
 from megatron_llm.models.names import norm_names
 from megatron_llm.models.recompute import Recompute
+from megatron_llm.ops.attention_packed import LIBRARIES
 from megatron_llm.planning.share import Share
 
 _QKV, _UP = ("attention.q", "attention.k", "attention.v"), ("mlp.gate", "mlp.up")
@@ -79,6 +85,14 @@ def compute_bytes(config: Config) -> int:
     """Bytes of an element in the compute dtype; `auto` is bfloat16 unless the run is on the CPU."""
     name = config.precision.compute
     return _BYTES[("float32" if config.device == "cpu" else "bfloat16") if name == "auto" else name]
+
+
+def packed_attention(config: Config) -> bool:
+    """Whether attention runs on one of `ops/attention_packed.py`; on a GPU, unless the device is said to be a CPU."""
+    chosen = config.kernels.attention
+    if chosen == "auto":
+        return config.device != "cpu" and config.precision.compute != "float64"
+    return chosen == "triton" or chosen in LIBRARIES
 
 
 class StageBytes(NamedTuple):
@@ -120,7 +134,8 @@ class _Stage:
         self.side_by_side = self.model.parallel_block != "none"
         self.peft = config.peft
         self.adapted = set(adapted_layers(config.model, config.peft)) if config.peft else set[str]()
-        self.explicit = self.model.attn_logit_softcapping is not None
+        self.packed = packed_attention(config)
+        self.explicit = self.model.attn_logit_softcapping is not None and not self.packed
         self.before, self.after = (len(names) for names in norm_names(self.model))
         self.normalized = self.size * self.s * self.h + self.wide * self.s * (
             1 + self.center
@@ -212,7 +227,8 @@ class _Stage:
             return kept + wide * (3 * t * n * d + 2 * t * n * length) + self._square() + read * size * t * n * d
         if self._rotates(layer) or model.qk_norm != "none":
             kept += size * t * (n + k) * d
-        return kept + size * t * n * d * (1 + (read and self.training.document_isolation)) + wide * t * n
+        joined = read and self.training.document_isolation and not self.packed
+        return kept + size * t * n * d * (1 + joined) + wide * t * n
 
     def _square(self) -> int:
         """Elements of the masks of all lengths of documents."""
@@ -240,7 +256,7 @@ class _Stage:
             (window if window is not None and window < length else None, scale)
             for window, scale in zip(windows, scales, strict=True)
         }
-        if self.explicit:
+        if self.explicit or self.packed:
             return 0.0
         count = sum(alibi or window is not None for window, _ in kinds)
         return count * self.size * self._square() * (self.n if alibi else 1)

@@ -34,7 +34,7 @@ from megatron_llm.optim.layout import bucket_layout
 from megatron_llm.optim.rules import MOMENTS, freeze, rules_of
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.pipeline.schedules import Schedule
-from megatron_llm.planning.activations import compute_bytes, stage_bytes
+from megatron_llm.planning.activations import compute_bytes, packed_attention, stage_bytes
 from megatron_llm.planning.share import Share
 from megatron_llm.planning.stages import stage_layers
 
@@ -170,7 +170,7 @@ class _Rank:
         mlp += t * model.hidden_size
         if split and model.parallel_block != "none":
             mlp += t * share.queries * model.head_dim
-        if model.attn_logit_softcapping is None:
+        if model.attn_logit_softcapping is None or packed_attention(self.config):
             return self.size * mlp
         scores = 2.0 * t * share.queries * self.config.training.sequence_length
         return max(self.size * mlp, self.wide * scores - (0.0 if split else self.size * saved))

@@ -13,8 +13,11 @@ import torch
 from torch import nn
 
 from megatron_llm.config import Config, KernelsConfig, ModelConfig
+from megatron_llm.models.block import DecoderLayer
 from megatron_llm.models.decoder import DecoderStage
 from megatron_llm.models.stages import build_stages, parameters, whole_model
+from megatron_llm.ops.attention import described
+from megatron_llm.ops.kernels import prepare_deterministic_products
 from megatron_llm.optim.rules import freeze
 from megatron_llm.optim.zero1 import ZeroOptimizer
 from megatron_llm.parallel.grid import Grid
@@ -53,6 +56,12 @@ class Engine:
     def microbatches(self) -> int:
         """Micro-batches of one model replica in a step on the whole global batch."""
         return self.schedule.microbatches
+
+    @property
+    def attention(self) -> list[str]:
+        """Which backends of attention run in the layers held here, and why none of the faster ones."""
+        layers = [layer for stage in self.stages.values() for layer in stage.layers if isinstance(layer, DecoderLayer)]
+        return described({layer.layer: layer.attention.choice for layer in layers})
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
@@ -129,6 +138,8 @@ def build_engine(
     progress: told which part of the weights is there.
     """
     parallel, training = config.parallel, config.training
+    if config.kernels.deterministic and device.type == "cuda":
+        prepare_deterministic_products()
     schedules = {
         size: make_schedule(
             parallel.pipeline_schedule,

@@ -33,6 +33,7 @@ from megatron_llm.models.heads import head_problem
 from megatron_llm.models.lora import WithAdapters, target_problems
 from megatron_llm.models.stages import whole_model
 from megatron_llm.models.vocabulary import resized
+from megatron_llm.ops.attention import Available, attention_problems
 from megatron_llm.ops.kernels import kernel_problems
 from megatron_llm.optim.rules import is_frozen, rule_problems
 from megatron_llm.parallel.shard import TensorSource, TypedSource
@@ -260,7 +261,9 @@ def _setting_problems(config: Config) -> list[str]:
     if config.device == "cuda" and not torch.cuda.is_available():
         problems.append("device: cuda, but torch sees no GPU; use device: cpu or auto")
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
-    problems += kernel_problems(config.kernels, device.type, compute_dtype(config, device))
+    dtype = compute_dtype(config, device)
+    problems += kernel_problems(config.kernels, device.type, dtype)
+    problems += attention_problems(config.kernels, model, dtype, Available.on(device))
     if config.training.regularization.hidden_dropout_profile == "rising" and model.num_hidden_layers == 1:
         problems.append(
             "training.regularization.hidden_dropout_profile: rising begins with 0 in the first layer, and "

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import gc
 import re
+import sys
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -29,7 +31,7 @@ from megatron_llm.ops.kernels import Kernels
 from megatron_llm.optim.rules import freeze
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.parallel.weight_grad import WeightGradients
-from megatron_llm.planning.activations import StageBytes, stage_bytes
+from megatron_llm.planning.activations import StageBytes, packed_attention, stage_bytes
 from megatron_llm.planning.stages import stage_costs
 from tests.decoders import DECODERS
 from tests.ranks import run_ranks
@@ -170,6 +172,64 @@ def test_bytes_are_those_that_are_held(dtype: str, isolated: bool) -> None:
     config = _config(1, dtype, isolated, True)
     (measured,) = run_ranks(1, _measured_stages, config, list(STAGES))
     assert dict(zip(STAGES, measured, strict=True)) == {name: stage_bytes(config, *stage) for name, stage in STAGES.items()}
+
+
+class _Packed(torch.autograd.Function):
+    """Keeps what attention by packed kernels keeps, and computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor) -> Tensor:
+        out_TND, log_sum_exp_NT = q_TND.new_ones(q_TND.shape), q_TND.new_zeros(q_TND.shape[1], q_TND.shape[0])
+        ctx.save_for_backward(q_TND, k_SKD, v_SKD, out_TND, log_sum_exp_NT)
+        return out_TND
+
+    @staticmethod
+    def backward(ctx: Any, dout_TND: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.new_ones(x.shape) for x in ctx.saved_tensors[:3])
+
+
+def _measured_packed(config: Config, names: list[str]) -> list[StageBytes]:
+    module = ModuleType("megatron_llm.ops.triton.attention")
+    module.tiles = lambda *_: None  # type: ignore[attr-defined]
+    module.flash_attention = lambda q, k, v, *_: _Packed.apply(q, k, v)  # type: ignore[attr-defined]
+    before = sys.modules.get(module.__name__)
+    sys.modules[module.__name__] = module  # not by mock.patch.dict, which forgets what is imported meanwhile
+    try:
+        return _measured_stages(config, names)
+    finally:
+        if before is None:
+            del sys.modules[module.__name__]
+        else:
+            sys.modules[module.__name__] = before
+
+
+@pytest.mark.parametrize("isolated", [False, True], ids=["one document", "two documents"])
+@pytest.mark.parametrize("decoder", [None, "gemma2", "bloom", "cohere2"])
+def test_bytes_of_packed_attention(decoder: str | None, isolated: bool) -> None:
+    """No matrices, whatever is done to scores, and no output of its own for a document."""
+    config = _config(1, "float32", isolated, True, DECODERS[decoder] if decoder else None)
+    config = config.model_copy(update={"kernels": KernelsConfig(attention="triton")})
+    names = ["three layers", "everything"]
+    (measured,) = run_ranks(1, _measured_packed, config, names)
+    assert measured == [stage_bytes(config, *STAGES[name]) for name in names]
+    alike = decoder is None and not isolated  # of what remains, both keep the same
+    plain = config.model_copy(update={"kernels": KernelsConfig()})
+    assert (measured == [stage_bytes(plain, *STAGES[name]) for name in names]) is alike
+
+
+def test_attention_is_packed_on_gpus() -> None:
+    for device, compute, attention, packed in (
+        ("cuda", "bfloat16", "auto", True),
+        ("auto", "auto", "auto", True),
+        ("cuda", "float64", "auto", False),
+        ("cpu", "bfloat16", "auto", False),
+        ("cuda", "bfloat16", "cudnn", False),
+        ("cuda", "bfloat16", "sdpa", False),
+        ("cuda", "bfloat16", "varlen", True),
+        ("cpu", "float32", "triton", True),
+    ):
+        config = config_of(precision={"compute": compute}, kernels={"attention": attention})
+        assert packed_attention(config.model_copy(update={"device": device})) is packed, (device, compute, attention)
 
 
 @pytest.mark.parametrize("sequence_parallel", [True, False])
