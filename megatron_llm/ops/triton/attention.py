@@ -2,9 +2,10 @@
 
     O = softmax(x) V, x = bias + cap tanh(scale Q K^T / cap), of the keys that each query sees; backward: `attention_kernels.py`
 
-FLOPs: 4 N D times the visible pairs of query and key forward, at least 2.5 times as many backward; here 3.5 times, because dQ has
-a kernel of its own, which makes scores and dP again: without atomics every gradient is the same bits each time. Bytes are few: Q, K,
-V, O once and K, V again for each tile of queries, mostly from L2. Kept for backward: the arguments, O, and 4 bytes a query and head.
+FLOPs: 4 N D times the visible pairs of query and key forward, at least 2.5 times as many backward; here 3.5 times, because dQ
+has a kernel of its own, which makes scores and dP again: without atomics, so that every gradient is the same bits each time.
+Bytes: Q, K, V, O once, 2 (N + K) D of 2 bytes a token, and K, V again for each tile of queries, mostly from L2; far below what
+the FLOPs take. Kept for backward: the arguments, O, and 4 bytes a query and head.
 
 A head dimension that is no power of two is padded to one within the kernels (80 and 96: to 128, with as many FLOPs).
 
@@ -43,13 +44,77 @@ class Launch:
     stages: int
 
 
+_LAUNCHES: dict[int, dict[str, dict[int, tuple[Launch, Launch]]]] = {
+    80: {
+        "forward": {
+            64: (Launch(128, 64, 8, 2), Launch(128, 64, 8, 2)),
+            128: (Launch(128, 32, 8, 2), Launch(128, 32, 8, 2)),
+            256: (Launch(64, 32, 8, 2), Launch(64, 16, 8, 2)),
+        },
+        "dkdv": {
+            64: (Launch(64, 32, 4, 2), Launch(64, 32, 4, 2)),
+            128: (Launch(64, 32, 8, 2), Launch(64, 32, 8, 2)),
+            256: (Launch(32, 16, 8, 1), Launch(32, 16, 8, 1)),
+        },
+        "dq": {
+            64: (Launch(64, 64, 4, 2), Launch(64, 64, 4, 2)),
+            128: (Launch(64, 32, 4, 2), Launch(64, 32, 4, 2)),
+            256: (Launch(64, 16, 8, 1), Launch(64, 16, 8, 1)),
+        },
+    },
+    90: {
+        "forward": {
+            64: (Launch(128, 128, 8, 3), Launch(128, 128, 8, 3)),
+            128: (Launch(128, 128, 8, 2), Launch(128, 64, 8, 2)),
+            256: (Launch(128, 64, 8, 2), Launch(128, 32, 8, 2)),
+        },
+        "dkdv": {
+            64: (Launch(128, 64, 8, 2), Launch(128, 64, 8, 2)),
+            128: (Launch(128, 32, 8, 2), Launch(128, 32, 8, 2)),
+            256: (Launch(64, 32, 8, 2), Launch(64, 32, 8, 2)),
+        },
+        "dq": {
+            64: (Launch(128, 64, 8, 2), Launch(128, 64, 8, 2)),
+            128: (Launch(128, 64, 8, 2), Launch(128, 32, 8, 2)),
+            256: (Launch(128, 32, 8, 2), Launch(128, 32, 8, 2)),
+        },
+    },
+    100: {
+        "forward": {
+            64: (Launch(128, 128, 8, 2), Launch(128, 64, 8, 2)),
+            128: (Launch(128, 64, 8, 2), Launch(128, 64, 8, 2)),
+            256: (Launch(128, 64, 8, 2), Launch(128, 64, 8, 2)),
+        },
+        "dkdv": {
+            64: (Launch(128, 64, 8, 2), Launch(128, 64, 8, 2)),
+            128: (Launch(128, 32, 8, 2), Launch(128, 32, 8, 2)),
+            256: (Launch(64, 32, 8, 1), Launch(64, 32, 8, 1)),
+        },
+        "dq": {
+            64: (Launch(128, 64, 8, 2), Launch(128, 64, 8, 2)),
+            128: (Launch(128, 64, 8, 2), Launch(128, 64, 8, 2)),
+            256: (Launch(64, 64, 8, 1), Launch(64, 64, 8, 1)),
+        },
+    },
+}
+"""By architecture, direction and padded head dimension (smaller ones: 64): without and with a window, a soft cap or ALiBi, which
+take registers. Chosen so that no register spills."""
+
+
 def launch(direction: str, arch: int, head_dim: int, itemsize: int = 2, extras: bool = False) -> Launch:
     """The block sizes of "forward", "dkdv" or "dq" for an `architecture` and the bytes of a number.
 
-    extras: whether there is a soft cap or ALiBi, which need registers. Rows depend on direction, architecture and head dimension
-    only, because `tiles` knows nothing else. Chosen so that no register spills with Triton 3.6 and 3.9.
+    extras: whether there is a window, a soft cap or ALiBi. Rows depend on direction, architecture and head dimension only,
+    because `tiles` knows nothing else. Architectures between those of the table get small blocks, as they have half the shared
+    memory; float32, for tests, steps of 16.
     """
-    return Launch(128, 128 if direction == 'forward' else 64, 8, 2)
+    padded = max(64, triton.next_power_of_2(head_dim))
+    if arch in (86, 87, 89, 120, 121):
+        rows = 64 if padded < 256 or direction == "dq" else 32
+        return Launch(rows, 16, 4 if padded < 256 else 8, 1)
+    table = _LAUNCHES[80 if arch < 90 else 90 if arch < 100 else 100]
+    chosen = table[direction][padded][extras]
+    return Launch(chosen.rows, 16, chosen.warps, 1) if itemsize == 4 else chosen
 
 
 def architecture(device: torch.device) -> int:
@@ -62,8 +127,8 @@ def architecture(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Tiles:
-    """The tiles of each kernel on the device, as int32 [tiles, 5] (see `attention_kernels.py`), those with the most work first: the
-    last programs to run are then short ones, whatever the documents are.
+    """The tiles of each kernel on the device, int32 [tiles, 5] (see `attention_kernels.py`), those with the most work first, so
+    that the last programs to run are short ones, whatever the documents are.
     """
 
     forward: Tensor
@@ -72,7 +137,9 @@ class Tiles:
 
 
 def tiles(cu_q: Sequence[int], cu_k: Sequence[int], head_dim: int, window: int | None, device: torch.device) -> Tiles:
-    """Tiles of documents with queries cu_q[i]:cu_q[i+1] and keys cu_k[i]:cu_k[i+1], for one head; all of T and S are in documents."""
+    """Those of documents with queries cu_q[i]:cu_q[i+1] and keys cu_k[i]:cu_k[i+1], the same for all heads. Every token of T
+    and S is in a document. Nothing waits for the device.
+    """
     arch = architecture(device)
     rows = [launch(direction, arch, head_dim).rows for direction in ("forward", "dkdv", "dq")]
     bounds_q, bounds_k = np.asarray(cu_q, np.int64), np.asarray(cu_k, np.int64)
@@ -114,16 +181,18 @@ def flash_attention(
     coarse: bool,
     window: int | None,
 ) -> Tensor:
-    """[T, N, D], [S, K, D], [S, K, D] -> [T, N, D], contiguous, with the meaning of `ops.attention.Scores`; differentiable in q, k, v.
+    """[T, N, D], [S, K, D], [S, K, D] -> [T, N, D], contiguous; differentiable in q, k and v.
 
-    Any strides with a contiguous last dim. scale > 0. A query that sees no key gets zeros.
+    The rest has the meaning of `ops.attention.Scores`; scale > 0; window as it was given to `tiles`. D: at most MAX_HEAD_DIM.
+    Any strides with a contiguous last dim. A query that sees no key gets zeros.
     """
-    return _forward(
-        q_TND, k_SKD, v_SKD, tiles.forward, tiles.dkdv, tiles.dq, slopes_N, scale, softcap, coarse, window
-    )[0]  # fmt: skip
+    work = tiles.forward, tiles.dkdv, tiles.dq
+    return _forward(q_TND, k_SKD, v_SKD, *work, slopes_N, scale, softcap, coarse, window)[0]
 
 
-def _settings(q: Tensor, k: Tensor, slopes: Tensor | None, scale: float, softcap: float | None, window: int | None) -> dict[str, Any]:
+def _settings(
+    q: Tensor, k: Tensor, slopes: Tensor | None, scale: float, softcap: float | None, window: int | None
+) -> dict[str, Any]:
     """The arguments that the three kernels share."""
     head_dim = q.shape[2]
     cap = 1.0 if softcap is None else softcap
@@ -143,10 +212,14 @@ def _settings(q: Tensor, k: Tensor, slopes: Tensor | None, scale: float, softcap
     }
 
 
-def _options(direction: str, q: Tensor, extras: bool) -> tuple[Launch, dict[str, int]]:
+def _extras(slopes: Tensor | None, softcap: float | None, window: int | None) -> bool:
+    return slopes is not None or softcap is not None or window is not None
+
+
+def _options(direction: str, q: Tensor, extras: bool) -> dict[str, int]:
     chosen = launch(direction, architecture(q.device), q.shape[2], q.element_size(), extras)
     m, n = (chosen.block, chosen.rows) if direction == "dkdv" else (chosen.rows, chosen.block)
-    return chosen, {"M": m, "N": n, "num_warps": chosen.warps, "num_stages": chosen.stages}
+    return {"M": m, "N": n, "num_warps": chosen.warps, "num_stages": chosen.stages}
 
 
 @torch.library.custom_op("megatron_llm::flash_attention", mutates_args=())
@@ -157,7 +230,7 @@ def _forward(
     """(o [T, N, D], log2 of the sums of exponentials [N, T]). dkdv, dq: tiles that backward will need."""
     o, lse = _fake_forward(q, k, v, forward, dkdv, dq, slopes, scale, softcap, coarse, window)
     if forward.shape[0]:
-        _, options = _options("forward", q, softcap is not None or slopes is not None)
+        options = _options("forward", q, _extras(slopes, softcap, window))
         forward_kernel[(forward.shape[0] * q.shape[1],)](
             q, k, v, o, lse, forward,
             q_stride=q.stride(0), q_head=q.stride(1), k_stride=k.stride(0), k_head=k.stride(1),
@@ -183,7 +256,7 @@ def _backward(
     """The gradients of q, k and v, contiguous. do: [T, N, D] with a contiguous last dim."""
     gradients = _fake_backward(do, q, k, v, o, lse, dkdv, dq, slopes, scale, softcap, coarse, window)
     tokens, heads, head_dim = q.shape
-    extras = softcap is not None or slopes is not None
+    extras = _extras(slopes, softcap, window)
     shared = _settings(q, k, slopes, scale, softcap, window) | {
         "scale": scale, "COARSE": coarse,
         "q_stride": q.stride(0), "q_head": q.stride(1), "k_stride": k.stride(0), "k_head": k.stride(1),
@@ -192,14 +265,16 @@ def _backward(
     delta = torch.empty_like(lse)
     if tokens:
         grid = (cdiv(tokens, DELTA_ROWS), heads)
-        delta_kernel[grid](do, o, delta, do.stride(0), do.stride(1), tokens, heads, head_dim, shared["DP"], DELTA_ROWS, num_warps=4)
+        delta_kernel[grid](
+            do, o, delta, do.stride(0), do.stride(1), tokens, heads, head_dim, shared["DP"], DELTA_ROWS, num_warps=4
+        )
     if dkdv.shape[0]:
-        _, options = _options("dkdv", q, extras)
+        options = _options("dkdv", q, extras)
         dkdv_kernel[(dkdv.shape[0] * k.shape[1],)](
             q, k, v, do, lse, delta, gradients[1], gradients[2], dkdv, **shared, **options
         )  # fmt: skip
     if dq.shape[0]:
-        _, options = _options("dq", q, extras)
+        options = _options("dq", q, extras)
         dq_kernel[(dq.shape[0] * heads,)](q, k, v, do, lse, delta, gradients[0], dq, **shared, **options)
     return gradients
 

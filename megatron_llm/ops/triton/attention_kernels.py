@@ -7,16 +7,18 @@
 
 A program has one tile of rows of one document, (document, block) pairs made on the host: queries in `forward_kernel` and
 `dq_kernel`, keys in `dkdv_kernel`, which goes through all query heads of its key head and so needs no atomics. It walks over
-blocks of the other side in three loops, masked, unmasked, masked: only blocks at the edge of what is seen pay for a mask. P is made
-again in both backward kernels from lse_i = log2 sum_j 2^(x_ij log2 e), which forward keeps as [N, T].
+blocks of the other side. Only those at the edge of what is seen pay for a mask: queries have three loops, masked, unmasked,
+masked; keys have one, in which the mask is a branch, because copies of its body cost registers (spills at D = 128 with three
+loops), and it goes on through the heads, so that loads never stop. P is made again in both backward kernels from lse_i = log2
+sum_j 2^(x_ij log2 e), which forward keeps as [N, T].
 
 Rows past the end of a document are read as zeros and not written. Queries past the end see what a longer document would show
 them; keys past the end are hidden by causality, as no query that is written comes after them.
 
 A tile is five int32: first query token, queries of the document, first key token, keys of the document, first row of the tile in
-the document. Queries are the last positions of the keys. Exponentials are powers of two, log2(e) is in the factors of `Factors`.
+the document. Queries are the last positions of the keys. Exponentials are powers of two, with log2(e) in the factors of scores.
 
-Shape suffixes: M rows of queries in a block, N rows of keys (here not heads), D head dimension, padded to a power of two.
+M: rows of queries in a block, N: of keys. D: head dimension, DP: padded to a power of two. GROUP: query heads of a key head.
 """
 
 from __future__ import annotations
@@ -72,8 +74,8 @@ def _slope(SLOPES, head, COARSE: tl.constexpr):
 @triton.jit
 def _scores(products, positions, keys, scale_log2, cap_scale, cap_log2, slope, CAP: tl.constexpr, ALIBI: tl.constexpr,
             COARSE: tl.constexpr):  # fmt: skip
-    """(x log2 e, tanh) of products q k, `positions` and `keys` broadcasting to them. Without CAP and ALIBI the products themselves:
-    the caller multiplies by scale_log2 where it subtracts the maximum, in one instruction.
+    """(x log2 e, tanh) of products q k, to whose shape `positions` and `keys` broadcast. Without CAP and ALIBI the products: the
+    caller multiplies by scale_log2 where it subtracts the maximum, in one instruction.
     """
     x = products
     t = products
@@ -101,11 +103,11 @@ def _hide(x, positions, keys, window, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def _spans(first, full_first, full_end, end, STEP: tl.constexpr):
-    """(a, b, c): blocks first:a have some pairs hidden, a:b none, b:end some; a and b are whole STEPs after first."""
+def _spans(first, full_first, full_end, STEP: tl.constexpr):
+    """(a, b): blocks first:a have some pairs hidden, a:b none, b:end some; a and b are whole STEPs after first, and may be past end."""
     a = first + tl.cdiv(tl.maximum(full_first - first, 0), STEP) * STEP
     b = a + tl.maximum(full_end - a, 0) // STEP * STEP
-    return tl.minimum(a, end), tl.minimum(b, end)
+    return a, b
 
 
 @triton.jit
@@ -119,7 +121,9 @@ def _keys_seen(row, rows, q_len, k_len, window, WINDOW: tl.constexpr, STEP: tl.c
         first = tl.maximum(position - window + 1, 0)
         full_first = last - window + 1
     end = tl.maximum(last + 1, 0)
-    a, b = _spans(first, full_first, position + 1, end, STEP)
+    a, b = _spans(first, full_first, position + 1, STEP)
+    if WINDOW:  # without, the first block starts at 0 and the last whole one ends before the end
+        a, b = tl.minimum(a, end), tl.minimum(b, end)
     return first, a, b, end
 
 
@@ -134,14 +138,14 @@ def _queries_seeing(row, rows, q_len, k_len, window, WINDOW: tl.constexpr, STEP:
     if WINDOW:
         end = tl.minimum(end, last + window - shift)
         full_end = tl.minimum(full_end, row + window - shift)
-    a, b = _spans(first, last - shift, full_end, end, STEP)
+    a, b = _spans(first, last - shift, full_end, STEP)
     return first, a, b, end
 
 
 @triton.jit
-def _attend(acc, total, top, q, K, V, positions, first, end, k_stride, v_stride, k_len, scale_log2, cap_scale, cap_log2, slope, window,
-            D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr, COARSE: tl.constexpr,
-            WINDOW: tl.constexpr, MASK: tl.constexpr):  # fmt: skip
+def _attend(acc, total, top, q, K, V, positions, first, end, k_stride, v_stride, k_len, scale_log2, cap_scale, cap_log2, slope,
+            window, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr,
+            COARSE: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr):  # fmt: skip
     """Online softmax over keys first:end: (unnormalized output, sum, maximum of x log2 e) go on."""
     for j in range(first, end, BLOCK):
         keys = j + tl.arange(0, BLOCK)
@@ -166,10 +170,10 @@ def _attend(acc, total, top, q, K, V, positions, first, end, k_stride, v_stride,
 
 
 @triton.jit
-def forward_kernel(Q, K, V, O, LSE, TILES, SLOPES, q_stride, q_head, k_stride, k_head, v_stride, v_head, T,
-                   scale_log2, cap_scale, cap_log2, window, heads, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-                   M: tl.constexpr, N: tl.constexpr, CAP: tl.constexpr, COARSE: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
-    """Grid: tiles of queries times heads. O: [T, heads, D] contiguous; LSE: [heads, T], +inf where a query sees no key."""
+def forward_kernel(Q, K, V, OUT, LSE, TILES, SLOPES, q_stride, q_head, k_stride, k_head, v_stride, v_head, T, scale_log2,
+                   cap_scale, cap_log2, window, heads, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
+                   N: tl.constexpr, CAP: tl.constexpr, COARSE: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
+    """Grid: tiles of queries times heads. OUT: [T, heads, D] contiguous; LSE: [heads, T], +inf where a query sees no key."""
     pid = tl.program_id(0)
     head = (pid % heads).to(tl.int64)
     q0, q_len, k0, k_len, row = _tile(TILES, pid // heads)
@@ -192,24 +196,24 @@ def forward_kernel(Q, K, V, O, LSE, TILES, SLOPES, q_stride, q_head, k_stride, k
     acc, total, top = _attend(acc, total, top, q, K, V, positions, b, end, k_stride, v_stride, k_len, scale_log2, cap_scale,
                               cap_log2, slope, window, D, DP, N, CAP, ALIBI, COARSE, WINDOW, True)  # fmt: skip
     some = total > 0.0
-    _write(O + (q0 * heads + head) * D, acc / tl.where(some, total, 1.0)[:, None], rows, heads * D, q_len, D, DP)
+    _write(OUT + (q0 * heads + head) * D, acc / tl.where(some, total, 1.0)[:, None], rows, heads * D, q_len, D, DP)
     lse = tl.where(some, top + tl.log2(tl.where(some, total, 1.0)), float("inf"))
     tl.store(LSE + head * T + q0 + rows, lse, mask=rows < q_len)
 
 
 @triton.jit
-def delta_kernel(DO, O, DELTA, do_stride, do_head, T, heads, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr):
-    """delta = sum over D of dO O, [heads, T]. Grid: (blocks of tokens, heads). O: [T, heads, D] contiguous."""
+def delta_kernel(DO, OUT, DELTA, do_stride, do_head, T, heads, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr):
+    """delta = sum over D of dO O, [heads, T]. Grid: (blocks of tokens, heads). OUT: [T, heads, D] contiguous."""
     rows = tl.program_id(0) * M + tl.arange(0, M)
     head = tl.program_id(1).to(tl.int64)
     do = _read(DO + head * do_head, rows, do_stride, T, D, DP, False).to(tl.float32)
-    o = _read(O + head * D, rows, heads * D, T, D, DP, False).to(tl.float32)
+    o = _read(OUT + head * D, rows, heads * D, T, D, DP, False).to(tl.float32)
     tl.store(DELTA + head * T + rows, tl.sum(do * o, 1), mask=rows < T)
 
 
 @triton.jit
-def dkdv_kernel(Q, K, V, DO, LSE, DELTA, DK, DV, TILES, SLOPES, q_stride, q_head, k_stride, k_head, v_stride, v_head,
-                do_stride, do_head, T, scale, scale_log2, cap_scale, cap_log2, window, heads, GROUP: tl.constexpr, D: tl.constexpr,
+def dkdv_kernel(Q, K, V, DO, LSE, DELTA, DK, DV, TILES, SLOPES, q_stride, q_head, k_stride, k_head, v_stride, v_head, do_stride,
+                do_head, T, scale, scale_log2, cap_scale, cap_log2, window, heads, GROUP: tl.constexpr, D: tl.constexpr,
                 DP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CAP: tl.constexpr, COARSE: tl.constexpr,
                 WINDOW: tl.constexpr):  # fmt: skip
     """Grid: tiles of keys times key heads. DK, DV: [S, heads // GROUP, D] contiguous. heads: of queries."""
@@ -253,9 +257,9 @@ def dkdv_kernel(Q, K, V, DO, LSE, DELTA, DK, DV, TILES, SLOPES, q_stride, q_head
 
 
 @triton.jit
-def _add_dq(dq, q, do, lse, delta, K, V, positions, first, end, k_stride, v_stride, k_len, scale_log2, cap_scale, cap_log2, slope, window,
-            D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr, COARSE: tl.constexpr,
-            WINDOW: tl.constexpr, MASK: tl.constexpr):  # fmt: skip
+def _add_dq(dq, q, do, lse, delta, K, V, positions, first, end, k_stride, v_stride, k_len, scale_log2, cap_scale, cap_log2,
+            slope, window, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr,
+            COARSE: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr):  # fmt: skip
     """What keys first:end add to dq."""
     for j in range(first, end, BLOCK):
         keys = j + tl.arange(0, BLOCK)
@@ -276,9 +280,10 @@ def _add_dq(dq, q, do, lse, delta, K, V, positions, first, end, k_stride, v_stri
 
 
 @triton.jit
-def dq_kernel(Q, K, V, DO, LSE, DELTA, DQ, TILES, SLOPES, q_stride, q_head, k_stride, k_head, v_stride, v_head, do_stride, do_head, T,
-              scale, scale_log2, cap_scale, cap_log2, window, heads, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-              M: tl.constexpr, N: tl.constexpr, CAP: tl.constexpr, COARSE: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
+def dq_kernel(Q, K, V, DO, LSE, DELTA, DQ, TILES, SLOPES, q_stride, q_head, k_stride, k_head, v_stride, v_head, do_stride,
+              do_head, T, scale, scale_log2, cap_scale, cap_log2, window, heads, GROUP: tl.constexpr, D: tl.constexpr,
+              DP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CAP: tl.constexpr, COARSE: tl.constexpr,
+              WINDOW: tl.constexpr):  # fmt: skip
     """Grid: tiles of queries times heads. DQ: [T, heads, D] contiguous."""
     pid = tl.program_id(0)
     head = (pid % heads).to(tl.int64)
