@@ -36,20 +36,23 @@ DELTA_ROWS = 32  # tokens of a program of delta_kernel: at most 32 x 256 element
 
 @dataclass(frozen=True)
 class Launch:
-    """How a kernel is launched. rows: of its tiles (queries; for dkdv keys). block: of the other side in one step of its loop."""
+    """How a kernel is launched. rows: of its tiles (queries; for dkdv keys). block: of the other side in one step of its loop.
+    apart: dk and dv in a launch each, as their sums do not fit in registers together: a matrix product in four is made twice.
+    """
 
     rows: int
     block: int
     warps: int
     stages: int
+    apart: bool = False
 
 
 _LAUNCHES: dict[int, dict[str, dict[int, tuple[Launch, Launch]]]] = {
     80: {
         "forward": {
             64: (Launch(128, 64, 8, 2), Launch(128, 64, 8, 2)),
-            128: (Launch(128, 32, 8, 2), Launch(128, 32, 8, 2)),
-            256: (Launch(64, 32, 8, 2), Launch(64, 16, 8, 2)),
+            128: (Launch(128, 64, 8, 2), Launch(128, 64, 8, 2)),
+            256: (Launch(64, 32, 8, 2), Launch(64, 32, 8, 2)),
         },
         "dkdv": {
             64: (Launch(64, 32, 4, 2), Launch(64, 32, 4, 2)),
@@ -66,29 +69,29 @@ _LAUNCHES: dict[int, dict[str, dict[int, tuple[Launch, Launch]]]] = {
         "forward": {
             64: (Launch(128, 128, 8, 3), Launch(128, 128, 8, 3)),
             128: (Launch(128, 128, 8, 2), Launch(128, 64, 8, 2)),
-            256: (Launch(128, 64, 8, 2), Launch(128, 32, 8, 2)),
+            256: (Launch(128, 32, 8, 2), Launch(128, 32, 8, 2)),
         },
         "dkdv": {
             64: (Launch(128, 64, 8, 2), Launch(128, 64, 8, 2)),
             128: (Launch(128, 32, 8, 2), Launch(128, 32, 8, 2)),
-            256: (Launch(64, 32, 8, 2), Launch(64, 32, 8, 2)),
+            256: (Launch(128, 32, 8, 2, True), Launch(128, 32, 8, 2, True)),
         },
         "dq": {
             64: (Launch(128, 64, 8, 2), Launch(128, 64, 8, 2)),
-            128: (Launch(128, 64, 8, 2), Launch(128, 32, 8, 2)),
+            128: (Launch(128, 64, 8, 2), Launch(128, 64, 8, 2)),
             256: (Launch(128, 32, 8, 2), Launch(128, 32, 8, 2)),
         },
     },
     100: {
         "forward": {
-            64: (Launch(128, 128, 8, 2), Launch(128, 64, 8, 2)),
+            64: (Launch(128, 64, 8, 2), Launch(128, 64, 8, 2)),
             128: (Launch(128, 64, 8, 2), Launch(128, 64, 8, 2)),
-            256: (Launch(128, 64, 8, 2), Launch(128, 64, 8, 2)),
+            256: (Launch(128, 32, 8, 2), Launch(128, 32, 8, 2)),
         },
         "dkdv": {
             64: (Launch(128, 64, 8, 2), Launch(128, 64, 8, 2)),
-            128: (Launch(128, 32, 8, 2), Launch(128, 32, 8, 2)),
-            256: (Launch(64, 32, 8, 1), Launch(64, 32, 8, 1)),
+            128: (Launch(128, 64, 8, 2), Launch(128, 64, 8, 2)),
+            256: (Launch(64, 32, 8, 2), Launch(64, 32, 8, 2)),
         },
         "dq": {
             64: (Launch(128, 64, 8, 2), Launch(128, 64, 8, 2)),
@@ -114,7 +117,7 @@ def launch(direction: str, arch: int, head_dim: int, itemsize: int = 2, extras: 
         return Launch(rows, 16, 4 if padded < 256 else 8, 1)
     table = _LAUNCHES[80 if arch < 90 else 90 if arch < 100 else 100]
     chosen = table[direction][padded][extras]
-    return Launch(chosen.rows, 16, chosen.warps, 1) if itemsize == 4 else chosen
+    return Launch(chosen.rows, 16, chosen.warps, 1, chosen.apart) if itemsize == 4 else chosen
 
 
 def architecture(device: torch.device) -> int:
@@ -219,7 +222,8 @@ def _extras(slopes: Tensor | None, softcap: float | None, window: int | None) ->
 def _options(direction: str, q: Tensor, extras: bool) -> dict[str, int]:
     chosen = launch(direction, architecture(q.device), q.shape[2], q.element_size(), extras)
     m, n = (chosen.block, chosen.rows) if direction == "dkdv" else (chosen.rows, chosen.block)
-    return {"M": m, "N": n, "num_warps": chosen.warps, "num_stages": chosen.stages}
+    options = {"M": m, "N": n, "num_warps": chosen.warps, "num_stages": chosen.stages}
+    return options | ({"apart": chosen.apart} if direction == "dkdv" else {})
 
 
 @torch.library.custom_op("megatron_llm::flash_attention", mutates_args=())
@@ -270,9 +274,10 @@ def _backward(
         )
     if dkdv.shape[0]:
         options = _options("dkdv", q, extras)
-        dkdv_kernel[(dkdv.shape[0] * k.shape[1],)](
-            q, k, v, do, lse, delta, gradients[1], gradients[2], dkdv, **shared, **options
-        )  # fmt: skip
+        apart = options.pop("apart")
+        parts = [(gradients[1], None), (None, gradients[2])] if apart else [gradients[1:]]
+        for dk, dv in parts:
+            dkdv_kernel[(dkdv.shape[0] * k.shape[1],)](q, k, v, do, lse, delta, dk, dv, dkdv, **shared, **options)
     if dq.shape[0]:
         options = _options("dq", q, extras)
         dq_kernel[(dq.shape[0] * heads,)](q, k, v, do, lse, delta, gradients[0], dq, **shared, **options)

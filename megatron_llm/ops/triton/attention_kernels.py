@@ -104,7 +104,7 @@ def _hide(x, positions, keys, window, WINDOW: tl.constexpr):
 
 @triton.jit
 def _spans(first, full_first, full_end, STEP: tl.constexpr):
-    """(a, b): blocks first:a have some pairs hidden, a:b none, b:end some; a and b are whole STEPs after first, and may be past end."""
+    """(a, b): blocks first:a have some pairs hidden, a:b none, b:end some; a and b are whole STEPs after first, or past end."""
     a = first + tl.cdiv(tl.maximum(full_first - first, 0), STEP) * STEP
     b = a + tl.maximum(full_end - a, 0) // STEP * STEP
     return a, b
@@ -216,7 +216,9 @@ def dkdv_kernel(Q, K, V, DO, LSE, DELTA, DK, DV, TILES, SLOPES, q_stride, q_head
                 do_head, T, scale, scale_log2, cap_scale, cap_log2, window, heads, GROUP: tl.constexpr, D: tl.constexpr,
                 DP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CAP: tl.constexpr, COARSE: tl.constexpr,
                 WINDOW: tl.constexpr):  # fmt: skip
-    """Grid: tiles of keys times key heads. DK, DV: [S, heads // GROUP, D] contiguous. heads: of queries."""
+    """Grid: tiles of keys times key heads. DK, DV: [S, heads // GROUP, D] contiguous; None: not made.
+    heads: of queries.
+    """
     pid = tl.program_id(0)
     kv_heads = heads // GROUP
     kv_head = (pid % kv_heads).to(tl.int64)
@@ -246,14 +248,18 @@ def dkdv_kernel(Q, K, V, DO, LSE, DELTA, DK, DV, TILES, SLOPES, q_stride, q_head
         if start < a or start >= b:
             x = _hide(x, rows[None, :], relative[:, None], window, WINDOW)
         p = tl.exp2(x * factor - lse[None, :])
-        ds = p * (dp - delta[None, :])
-        if CAP:
-            ds *= 1.0 - t * t
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+        if DV is not None:
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+        if DK is not None:
+            ds = p * (dp - delta[None, :])
+            if CAP:
+                ds *= 1.0 - t * t
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     at = (k0 * kv_heads + kv_head) * D
-    _write(DK + at, dk * scale, keys, kv_heads * D, k_len, D, DP)
-    _write(DV + at, dv, keys, kv_heads * D, k_len, D, DP)
+    if DK is not None:
+        _write(DK + at, dk * scale, keys, kv_heads * D, k_len, D, DP)
+    if DV is not None:
+        _write(DV + at, dv, keys, kv_heads * D, k_len, D, DP)
 
 
 @triton.jit

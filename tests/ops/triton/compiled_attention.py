@@ -37,7 +37,7 @@ _COMPILED = {
 }
 
 
-def _case(direction: str, arch: int, head_dim: int, name: str) -> Case:
+def _cases(direction: str, arch: int, head_dim: int, name: str) -> list[Case]:
     features = _FEATURES[name]
     chosen = launch(direction, arch, head_dim, extras=bool(features))
     m, n = (chosen.block, chosen.rows) if direction == "dkdv" else (chosen.rows, chosen.block)
@@ -51,22 +51,27 @@ def _case(direction: str, arch: int, head_dim: int, name: str) -> Case:
         "COARSE": features.get("COARSE", False),
         "WINDOW": features.get("WINDOW", False),
     } | ({} if features.get("ALIBI") else {"SLOPES": None})
-    return Case(
-        f"attention {direction} D={head_dim} {name} sm_{arch}",
-        f"attention_kernels:{direction}_kernel",
-        _SIGNATURE,
-        constants,
-        {"num_warps": chosen.warps, "num_stages": chosen.stages},
-        _ALIGNED[direction],
-        tensor_cores=True,
-        archs=(arch,),
-    )
+    parts = [("dk", {"DV": None}), ("dv", {"DK": None})] if chosen.apart else [(direction, {})]
+    return [
+        Case(
+            f"attention {part} D={head_dim} {name} sm_{arch}",
+            f"attention_kernels:{direction}_kernel",
+            _SIGNATURE,
+            constants | without,
+            {"num_warps": chosen.warps, "num_stages": chosen.stages},
+            tuple(arg for arg in _ALIGNED[direction] if arg not in without),
+            tensor_cores=True,
+            archs=(arch,),
+        )
+        for part, without in parts
+    ]
 
 
 CASES = [
-    _case(direction, arch, head_dim, name)
+    case
     for arch, head_dims in _COMPILED.items()
     for head_dim, names in head_dims.items()
     for name in names
     for direction in ("forward", "dkdv", "dq")
+    for case in _cases(direction, arch, head_dim, name)
 ]

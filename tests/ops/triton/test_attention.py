@@ -169,8 +169,11 @@ def test_groups_of_heads(heads: int, groups: int) -> None:
     _check(_inputs((0, 18, 21), (0, 18, 21), heads, groups, 16), (0, 18, 21), (0, 18, 21), _scores(heads, slopes_N=True))
 
 
-@pytest.mark.parametrize("head_dim, dtype", [(128, torch.bfloat16), (64, torch.float32)], ids=["128", "64"])
+@pytest.mark.parametrize(
+    "head_dim, dtype", [(128, torch.bfloat16), (64, torch.float32), (256, torch.bfloat16)], ids=["128", "64", "256"]
+)
 def test_block_sizes_that_are_launched(head_dim: int, dtype: torch.dtype) -> None:
+    """256: dk and dv apart."""
     cu = (0, 300, 310)
     _check(_inputs(cu, cu, 2, 1, head_dim, dtype), cu, cu, Scores(window=200))
 
