@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -116,7 +116,10 @@ def launch(direction: str, arch: int, head_dim: int, itemsize: int = 2, extras: 
         rows = 64 if padded < 256 or direction == "dq" else 32
         return Launch(rows, 16, 4 if padded < 256 else 8, 1)
     table = _LAUNCHES[80 if arch < 90 else 90 if arch < 100 else 100]
-    chosen = table[direction][padded][extras]
+    filled = 64 < head_dim < padded  # masks of the padding take registers too
+    chosen = table[direction][padded][extras or filled]
+    if filled and direction == "dq":
+        chosen = replace(chosen, block=chosen.block // 2)
     return Launch(chosen.rows, 16, chosen.warps, 1, chosen.apart) if itemsize == 4 else chosen
 
 
