@@ -15,6 +15,7 @@ from torch import nn
 from megatron_llm.config import Config, ModelConfig
 from megatron_llm.models.decoder import DecoderStage
 from megatron_llm.models.stages import build_stages, parameters, whole_model
+from megatron_llm.ops.kernels import Kernels
 from megatron_llm.optim.rules import freeze
 from megatron_llm.optim.zero1 import ZeroOptimizer
 from megatron_llm.parallel.grid import Grid
@@ -135,10 +136,12 @@ def build_engine(
     for schedule in schedules.values():
         check(schedule)
     owners = schedules[training.global_batch_size].placement
-    stages = build_stages(config, grid, owners, compute_dtype(config, device), device)
+    dtype = compute_dtype(config, device)
+    stages = build_stages(config, grid, owners, dtype, device)
     freeze(parameters(stages), config.optimizer, config.peft is not None)
+    kernel = Kernels.choose(config.kernels, device, dtype).optimizer
     optimizer = ZeroOptimizer(
-        parameters(stages), grid, config.optimizer, parallel.bucket_size, config.precision, parallel.zero_stage
+        parameters(stages), grid, config.optimizer, parallel.bucket_size, config.precision, parallel.zero_stage, kernel
     )
     fresh = FreshWeights(training.seed, config.model.initializer_range, device)
     optimizer.load("weights", weights or fresh, progress)
