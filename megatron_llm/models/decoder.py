@@ -70,7 +70,7 @@ class DecoderStage(nn.Module):
             embedding_weight = sharded_weight(model.hidden_size, [embedding_shard], dtype, device)
         self.position_embedding = self.embedding_norm = self.final_norm = None
         if first:
-            self.embedding = VocabParallelEmbedding(embedding_weight, embedding_shard.start, grid.tp)
+            self.embedding = VocabParallelEmbedding(embedding_weight, embedding_shard.start, grid.tp, kernels.embedding)
             if model.position_embedding == "learned":
                 self.position_embedding = PositionEmbedding(setup)
             if model.embedding_norm:

@@ -135,7 +135,7 @@ def _flash(name: str, unlimited: int | None, q_TND: Tensor, k_SKD: Tensor, v_SKD
 
 
 def triton(q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, terms: Terms) -> Tensor:
-    from megatron_llm.ops.triton.attention import flash_attention, tiles  # type: ignore[import-not-found]
+    from megatron_llm.ops.triton.attention import flash_attention, tiles
 
     scores, head_dim = terms.scores, q_TND.shape[-1]
     key = ("tiles", tuple(terms.cu_q), tuple(terms.cu_k), head_dim, scores.window)

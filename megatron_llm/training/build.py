@@ -17,7 +17,7 @@ from megatron_llm.models.block import DecoderLayer
 from megatron_llm.models.decoder import DecoderStage
 from megatron_llm.models.stages import build_stages, parameters, whole_model
 from megatron_llm.ops.attention import described
-from megatron_llm.ops.kernels import prepare_deterministic_products
+from megatron_llm.ops.kernels import Kernels, prepare_deterministic_products
 from megatron_llm.optim.rules import freeze
 from megatron_llm.optim.zero1 import ZeroOptimizer
 from megatron_llm.parallel.grid import Grid
@@ -152,10 +152,12 @@ def build_engine(
     for schedule in schedules.values():
         check(schedule)
     owners = schedules[training.global_batch_size].placement
-    stages = build_stages(config, grid, owners, compute_dtype(config, device), device)
+    dtype = compute_dtype(config, device)
+    stages = build_stages(config, grid, owners, dtype, device)
     freeze(parameters(stages), config.optimizer, config.peft is not None)
+    kernel = Kernels.choose(config.kernels, device, dtype).optimizer
     optimizer = ZeroOptimizer(
-        parameters(stages), grid, config.optimizer, parallel.bucket_size, config.precision, parallel.zero_stage
+        parameters(stages), grid, config.optimizer, parallel.bucket_size, config.precision, parallel.zero_stage, kernel
     )
     fresh = FreshWeights(training.seed, config.model.initializer_range, device)
     optimizer.load("weights", weights or fresh, progress)

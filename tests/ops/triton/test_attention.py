@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from megatron_llm.ops.attention import Scores, alibi_slopes, attention
+from megatron_llm.ops.attention import Scores, attention
+from megatron_llm.ops.scores import alibi_slopes
 from megatron_llm.ops.triton import attention as fused
 from megatron_llm.ops.triton.attention import Launch, flash_attention, launch, tiles
 from megatron_llm.ops.triton.attention_kernels import dkdv_kernel, dq_kernel, forward_kernel
