@@ -5,9 +5,9 @@
 
 Bytes an element in 2-byte numbers: forward 4 (read, write) for the rotated channels of the N + K heads, nothing else is touched;
 backward 4 for all of N + 2 K heads, and the values are copied in the same pass, which autograd would do in one of its own. Besides, 8
-bytes a pair and token of the tables, read once for all heads that a program has. Nothing is made again, nothing kept.
+bytes a pair and token of the tables, read once for all heads. Nothing is made again, nothing kept.
 
-A program has one token and a tile of heads by pairs of channels: with 40 heads of 128 some 10 KB on their way at once.
+A program has one token, whose cosines and sines it reads once, and goes over its heads, some KB on their way at a time.
 
 Shape suffixes: T tokens, N query heads, K key/value heads, D head dimension, P rotated pairs, C = (2 K + N) D channels.
 """
@@ -19,95 +19,99 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_llm.ops.triton import cdiv
 
-ELEMENTS = 8192
-"""At most in a tile of heads by channels."""
+
+@triton.jit
+def _rotate(
+    X, Y, x_head, cos, sin, HEADS: tl.constexpr, DIM: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_PAIRS: tl.constexpr,
+):  # fmt: skip
+    """Heads of one token: from X, x_head apart, into Y, DIM apart."""
+    pair = tl.arange(0, BLOCK_PAIRS)[None, :]
+    both = tl.arange(0, 2 * BLOCK_PAIRS)[None, :]
+    for first in tl.static_range(0, HEADS, BLOCK):
+        head = first + tl.arange(0, BLOCK)[:, None]
+        x, y = X + head.to(tl.int64) * x_head, Y + head * DIM
+        if INTERLEAVED:
+            here = (head < HEADS) & (both < 2 * PAIRS)
+            a, b = tl.split(tl.reshape(tl.load(x + both, mask=here).to(tl.float32), (BLOCK, BLOCK_PAIRS, 2)))
+            turned = tl.reshape(tl.join(a * cos - b * sin, b * cos + a * sin), (BLOCK, 2 * BLOCK_PAIRS))
+            tl.store(y + both, turned.to(Y.dtype.element_ty), mask=here)
+        else:
+            here = (head < HEADS) & (pair < PAIRS)
+            a, b = tl.load(x + pair, mask=here).to(tl.float32), tl.load(x + PAIRS + pair, mask=here).to(tl.float32)
+            tl.store(y + pair, (a * cos - b * sin).to(Y.dtype.element_ty), mask=here)
+            tl.store(y + PAIRS + pair, (b * cos + a * sin).to(Y.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def _copy(X, Y, x_head, HEADS: tl.constexpr, FROM: tl.constexpr, DIM: tl.constexpr, ELEMENTS: tl.constexpr):
+    """The channels of heads of one token behind the first FROM, alike."""
+    if FROM < DIM:
+        WIDTH: tl.constexpr = triton.next_power_of_2(DIM - FROM)
+        BLOCK: tl.constexpr = max(1, ELEMENTS // WIDTH)
+        channel = FROM + tl.arange(0, WIDTH)[None, :]
+        for first in tl.static_range(0, HEADS, BLOCK):
+            head = first + tl.arange(0, BLOCK)[:, None]
+            here = (head < HEADS) & (channel < DIM)
+            tl.store(Y + head * DIM + channel, tl.load(X + head.to(tl.int64) * x_head + channel, mask=here), mask=here)
 
 
 @triton.jit
 def rotate_kernel(
     Q, K, V, YQ, YK, YV, COS, SIN,
     q_token, q_head, k_token, k_head, v_token, v_head, yq_token, yk_token, table_token,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, DIM: tl.constexpr, PAIRS: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, PAIRS: tl.constexpr,
     INTERLEAVED: tl.constexpr, BACK: tl.constexpr, COPY: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr, BLOCK_PAIRS: tl.constexpr, BLOCK_REST: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_PAIRS: tl.constexpr, BLOCK_COPY: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tokens, blocks of heads). Heads are counted as keys, values if there are any (VALUES is KEYS or 0), queries.
+    """Grid: tokens. Q, K and V, if there are values: [T, heads, D] with given strides, channels side by side.
 
-    Q, K, V: [T, heads, D] with given strides; YQ, YK, YV the same with heads D apart, tokens of YV as those of YK; they may be Q
-    and K themselves. COPY: channels that are not rotated are copied too.
+    YQ, YK, YV: the same with heads D apart, and tokens of YV as those of YK; they may be Q and K themselves, which COPY, of what is
+    not rotated, would do nothing for.
     """
     token = tl.program_id(0).to(tl.int64)
-    head = (tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)).to(tl.int64)
-    there = (head < QUERIES + KEYS + VALUES)[:, None]
-    x = tl.where(
-        head < KEYS, K + token * k_token + head * k_head, Q + token * q_token + (head - KEYS - VALUES) * q_head
-    )
-    y = tl.where(
-        head < KEYS, YK + token * yk_token + head * DIM, YQ + token * yq_token + (head - KEYS - VALUES) * DIM
-    )
-    value = (head >= KEYS) & (head < KEYS + VALUES)
-    if VALUES:
-        x = tl.where(value, V + token * v_token + (head - KEYS) * v_head, x)
-        y = tl.where(value, YV + token * yk_token + (head - KEYS) * DIM, y)
-
-    pair = tl.arange(0, BLOCK_PAIRS)
-    cos = tl.load(COS + token * table_token + pair, mask=pair < PAIRS, other=1.0).to(tl.float32)[None, :]
-    sin = tl.load(SIN + token * table_token + pair, mask=pair < PAIRS, other=0.0).to(tl.float32)[None, :]
+    Q, K, YQ, YK = Q + token * q_token, K + token * k_token, YQ + token * yq_token, YK + token * yk_token
+    pair = tl.arange(0, BLOCK_PAIRS)[None, :]
+    cos = tl.load(COS + token * table_token + pair, mask=pair < PAIRS).to(tl.float32)
+    sin = tl.load(SIN + token * table_token + pair, mask=pair < PAIRS).to(tl.float32)
     if BACK:
         sin = -sin
-    if INTERLEAVED:
-        channel = tl.arange(0, 2 * BLOCK_PAIRS)[None, :]
-        here = there & (channel < 2 * PAIRS)
-        both = tl.load(x[:, None] + channel, mask=here, other=0.0).to(tl.float32)
-        a, b = tl.split(tl.reshape(both, (BLOCK_HEADS, BLOCK_PAIRS, 2)))
-    else:
-        here = there & (pair < PAIRS)[None, :]
-        a = tl.load(x[:, None] + pair[None, :], mask=here, other=0.0).to(tl.float32)
-        b = tl.load(x[:, None] + PAIRS + pair[None, :], mask=here, other=0.0).to(tl.float32)
-    turned_a, turned_b = a * cos - b * sin, b * cos + a * sin
-    if VALUES:
-        turned_a, turned_b = tl.where(value[:, None], a, turned_a), tl.where(value[:, None], b, turned_b)
-    if INTERLEAVED:
-        both = tl.reshape(tl.join(turned_a, turned_b), (BLOCK_HEADS, 2 * BLOCK_PAIRS))
-        tl.store(y[:, None] + channel, both.to(YQ.dtype.element_ty), mask=here)
-    else:
-        tl.store(y[:, None] + pair[None, :], turned_a.to(YQ.dtype.element_ty), mask=here)
-        tl.store(y[:, None] + PAIRS + pair[None, :], turned_b.to(YQ.dtype.element_ty), mask=here)
-    if COPY and 2 * PAIRS < DIM:
-        rest = (2 * PAIRS + tl.arange(0, BLOCK_REST))[None, :]
-        tl.store(y[:, None] + rest, tl.load(x[:, None] + rest, mask=there & (rest < DIM)), mask=there & (rest < DIM))
+    _rotate(Q, YQ, q_head, cos, sin, QUERIES, DIM, PAIRS, INTERLEAVED, BLOCK_QUERIES, BLOCK_PAIRS)
+    _rotate(K, YK, k_head, cos, sin, KEYS, DIM, PAIRS, INTERLEAVED, BLOCK_KEYS, BLOCK_PAIRS)
+    if COPY:
+        _copy(Q, YQ, q_head, QUERIES, 2 * PAIRS, DIM, BLOCK_COPY)
+        _copy(K, YK, k_head, KEYS, 2 * PAIRS, DIM, BLOCK_COPY)
+    if V is not None:
+        _copy(V + token * v_token, YV + token * yk_token, v_head, KEYS, 0, DIM, BLOCK_COPY)
 
 
-def shape_of_launch(heads: int, dim: int, pairs: int) -> tuple[int, dict[str, int]]:
-    """(programs for a token, block sizes and warps): as few programs as tiles of `ELEMENTS` allow, 16 pairs a thread or 8."""
-    blocks = cdiv(heads, max(1, ELEMENTS // triton.next_power_of_2(dim)))
-    block_heads = triton.next_power_of_2(cdiv(heads, blocks))
+def launch_options(queries: int, keys: int, dim: int, pairs: int, copy: bool) -> dict[str, int]:
+    """Block sizes and warps: up to 4 warps with 32 channels of the queries a thread, 16 at least, which it reads 8 at a time."""
     block_pairs = triton.next_power_of_2(pairs)
-    sizes = {
-        "BLOCK_HEADS": block_heads,
+    channels = triton.next_power_of_2(dim) if copy else 2 * block_pairs
+    warps = min(4, max(1, triton.next_power_of_2(queries) * channels // 1024))
+    most, least = (max(1, pairs_of_thread * 32 * warps // block_pairs) for pairs_of_thread in (16, 8))
+    return {
+        "BLOCK_QUERIES": max(least, min(most, triton.next_power_of_2(queries))),
+        "BLOCK_KEYS": max(least, min(most, triton.next_power_of_2(keys))),
         "BLOCK_PAIRS": block_pairs,
-        "BLOCK_REST": triton.next_power_of_2(max(1, dim - 2 * pairs)),
-        "num_warps": min(8, max(1, block_heads * block_pairs // 512)),
+        "BLOCK_COPY": 32 * 32 * warps,
+        "num_warps": warps,
     }
-    return cdiv(heads, block_heads), sizes
 
 
 def _launch(
     q: Tensor, k: Tensor, v: Tensor | None, into: tuple[Tensor, Tensor, Tensor | None], cos: Tensor, sin: Tensor,
     interleaved: bool, back: bool, copy: bool,
 ) -> None:  # fmt: skip
-    (tokens, queries, dim), keys, pairs = q.shape, k.shape[1], cos.shape[-1]
-    values = 0 if v is None else keys
-    programs, sizes = shape_of_launch(queries + keys + values, dim, pairs)
+    (tokens, queries, dim), keys, pairs, (yq, yk, yv) = q.shape, k.shape[1], cos.shape[-1], into
     if not tokens:
         return
-    (v_token, v_head), (yq, yk, yv) = (0, 0) if v is None else v.stride()[:2], into
-    rotate_kernel[(tokens, programs)](
+    rotate_kernel[(tokens,)](
         q, k, v, yq, yk, yv, cos, sin,
-        *q.stride()[:2], *k.stride()[:2], v_token, v_head, yq.stride(0), yk.stride(0), cos.stride(0),
-        queries, keys, values, dim, pairs, interleaved, back, copy, **sizes,
+        *q.stride()[:2], *k.stride()[:2], *((0, 0) if v is None else v.stride()[:2]), yq.stride(0), yk.stride(0), cos.stride(0),
+        queries, keys, dim, pairs, interleaved, back, copy, **launch_options(queries, keys, dim, pairs, copy),
     )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """As Llama, Gemma-3 (heads of 256), GPT-NeoX (a quarter is rotated), Phi-3 (96 channels) and GLM-4 (half, interleaved) launch them."""
 
-from megatron_llm.ops.triton.rope import shape_of_launch
+from megatron_llm.ops.triton.rope import launch_options
 from tests.ops.triton.compiler import Case
 
 _STRIDES = ("q_token", "q_head", "k_token", "k_head", "yq_token", "yk_token", "table_token")
@@ -21,14 +21,13 @@ _MODELS = {  # query heads, key/value heads, channels, pairs, interleaved, dtype
 
 def _case(name: str, join: bool) -> Case:
     queries, keys, dim, pairs, interleaved, dtype = _MODELS[name]
-    values = keys if join else 0
-    _, sizes = shape_of_launch(queries + keys + values, dim, pairs)
-    warps = sizes.pop("num_warps")
+    options = launch_options(queries, keys, dim, pairs, join)
+    warps = options.pop("num_warps")
     pointers = (*_POINTERS, "V", "YV") if join else _POINTERS
     strides = (*_STRIDES, "v_token", "v_head") if join else _STRIDES
     constants = {
-        "QUERIES": queries, "KEYS": keys, "VALUES": values, "DIM": dim, "PAIRS": pairs, "INTERLEAVED": interleaved, "BACK": join,
-        "COPY": join, **sizes,
+        "QUERIES": queries, "KEYS": keys, "DIM": dim, "PAIRS": pairs, "INTERLEAVED": interleaved, "BACK": join, "COPY": join,
+        **options,
     }  # fmt: skip
     constants |= {} if join else {"V": None, "YV": None, "v_token": 0, "v_head": 0}
     signature = dict.fromkeys(pointers, f"*{dtype}") | {"COS": "*fp32", "SIN": "*fp32"} | dict.fromkeys(strides, "i32")
