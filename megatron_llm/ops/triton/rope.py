@@ -20,7 +20,6 @@ import triton.language as tl
 from torch import Tensor
 
 
-
 @triton.jit
 def _rotate(
     X, Y, x_head, cos, sin, HEADS: tl.constexpr, DIM: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,

@@ -1,4 +1,4 @@
-"""As Llama, Gemma-3 (heads of 256), GPT-NeoX (a quarter is rotated), Phi-3 (96 channels) and GLM-4 (half, interleaved) launch them."""
+"""As Llama, Gemma-3 (heads of 256), GPT-NeoX (a quarter is rotated), Phi-3 (96 channels) and GLM-4 (half, interleaved) do."""
 
 from megatron_llm.ops.triton.rope import launch_options
 from tests.ops.triton.compiler import Case
@@ -8,13 +8,11 @@ _POINTERS = ("Q", "K", "YQ", "YK")
 _MODELS = {  # query heads, key/value heads, channels, pairs, interleaved, dtype
     "Llama 8B": (32, 8, 128, 64, False, "bf16"),
     "Llama 8B float32": (32, 8, 128, 64, False, "fp32"),
-    "Llama 70B": (64, 8, 128, 64, False, "bf16"),
     "Gemma 3 4B": (8, 4, 256, 128, False, "bf16"),
     "GPT-NeoX 20B": (64, 64, 96, 12, False, "bf16"),
     "Pythia 6.9B": (32, 32, 128, 16, False, "bf16"),
     "Phi-3 mini": (32, 32, 96, 48, False, "bf16"),
     "GLM-4 9B": (32, 2, 128, 32, True, "bf16"),
-    "GPT-J": (16, 16, 256, 32, True, "bf16"),
     "Command-R": (64, 64, 128, 64, True, "bf16"),
 }
 

@@ -100,7 +100,11 @@ def test_few_tokens(tokens: int, kernel: str) -> None:
     leaf = qkv.clone().requires_grad_()
     out = split_rotated(leaf.clone(), *tables, 2, 8, False, kernel)
     (actual,) = torch.autograd.grad(out, leaf, gradients)
-    assert torch.equal(actual, qkv.new_tensor([]).view(0, 80)) if not tokens else torch.equal(out[0][0], qkv[0, 32:].view(6, 8) * 1.25)
+    assert (
+        torch.equal(actual, qkv.new_tensor([]).view(0, 80))
+        if not tokens
+        else torch.equal(out[0][0], qkv[0, 32:].view(6, 8) * 1.25)
+    )
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -195,3 +199,78 @@ def test_operators() -> None:
     torch.library.opcheck(rope_, (q, k, *tables, False))
     torch.library.opcheck(rope_back, (q, k, *tables, True))
     torch.library.opcheck(rope_join, (q, k, v, *tables, False))
+
+
+# Models
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"num_hidden_layers": 2},
+    **{name: DECODERS[name] for name in ("neox", "falcon", "cohere2", "olmo", "olmo2", "qwen3")},
+    "gptj": DECODERS["neox"] | {"rope_interleaved": True, "qkv_bias": False, "parallel_block": "one_norm"},
+    "gemma3": DECODERS["gemma2"] | {"attn_logit_softcapping": None, "rope_local_theta": 100.0, "qk_norm": "head"},
+    "gemma3 without norms": DECODERS["gemma2"] | {"rope_local_theta": 100.0},
+    "lora": DECODERS["qwen3"] | {"qk_norm": "none", "qkv_bias": True},
+}
+
+
+def _run(model: str, setting: str, kernel: str) -> list[Tensor]:
+    """Output, gradient of the input, and of all parameters, of a stage in float32."""
+    torch.manual_seed(0)
+    config = config_of(
+        model=MODELS[model], training=RECOMPUTE[setting] if setting else {},
+        **({"peft": {"rank": 3, "targets": ["attention.q", "attention.v"]}} if model == "lora" else {}),
+    )  # fmt: skip
+    stage = DecoderStage(
+        config.model, Grid.single(), range(2), first=False, last=False, sequence_parallel=False, dtype=torch.float32,
+        device=DEVICE, kernels=Kernels(rope=kernel), recompute=Recompute.of(config.training),
+    )  # fmt: skip
+    if config.peft is not None:
+        add_adapters([stage], config.model, config.peft)
+    for parameter in stage.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape) * 0.3)
+        parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
+    ids = torch.arange(12, device=DEVICE)
+    batch = Batch(ids, ids, torch.ones(12, device=DEVICE), torch.cat((ids[:5], ids[:7])), (0, 5, 12))
+    x = torch.randn(12, config.model.hidden_size).to(DEVICE).requires_grad_()
+    y = stage(x, batch)
+    y.backward(torch.randn(y.shape).to(DEVICE))
+    assert x.grad is not None
+    gradients = [parameter.main_grad if parameter.grad is None else parameter.grad for parameter in stage.parameters()]
+    return [y.detach(), x.grad, *gradients]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_models_are_the_same_by_either_kernel(model: str) -> None:
+    """Rotated once, also where attention or the whole layer is made again in backward."""
+    expected = _run(model, "", "torch")
+    assert sum(bool(x.abs().max()) for x in expected) > 5
+    once = _run(model, "", "triton")
+    for actual, wanted in zip(once, expected, strict=True):
+        assert_near(actual, wanted.double())
+    for setting in ("attention", "full"):
+        assert all(torch.equal(a, b) for a, b in zip(_run(model, setting, "triton"), once, strict=True)), setting
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("model", ["llama", "cohere2"])
+def test_a_cache_holds_rotated_keys(model: str, kernel: str) -> None:
+    """A document token by token is the document at once."""
+    torch.manual_seed(0)
+    config = config_of(model=MODELS[model])
+    stage = DecoderStage(
+        config.model, Grid.single(), range(2), first=False, last=False, sequence_parallel=False, dtype=torch.float32,
+        device=DEVICE, kernels=Kernels(rope=kernel),
+    )  # fmt: skip
+    for parameter in stage.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape) * 0.3)
+    x, ids = torch.randn(6, config.model.hidden_size).to(DEVICE), torch.arange(6, device=DEVICE)
+    with torch.no_grad():
+        expected = stage(x.clone(), Batch(ids, ids, torch.ones(6, device=DEVICE), ids, (0, 6)))
+        cache, rows = SequenceCache([6]), []
+        for start, stop in ((0, 3), (3, 4), (4, 6)):
+            positions = cache.begin([stop - start]).to(DEVICE)
+            part = ids[start:stop]
+            batch = Batch(part, part, torch.ones(stop - start, device=DEVICE), positions, (0, stop - start))
+            rows.append(stage(x[start:stop].clone(), batch, cache))
+    assert_near(torch.cat(rows), expected.double())
