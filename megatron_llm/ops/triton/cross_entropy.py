@@ -114,6 +114,7 @@ def forward_kernel(
 @triton.jit
 def _gradient(x, v, label, lse, scale, factor, smoothing, share, cap, CAPPED: tl.constexpr, SMOOTHED: tl.constexpr):
     """factor: of the exponentials; share: of smoothing, of every id."""
+    x = x.to(tl.float32)
     if CAPPED:
         t = _tanh(x / cap)
         g = factor * tl.exp(cap * t - lse)
@@ -124,7 +125,7 @@ def _gradient(x, v, label, lse, scale, factor, smoothing, share, cap, CAPPED: tl
     g = tl.where(v == label, g - (1.0 - smoothing), g) * scale
     if CAPPED:
         g *= 1.0 - t * t
-    return tl.where(scale == 0.0, 0.0, g)
+    return g
 
 
 @triton.jit
@@ -140,12 +141,14 @@ def backward_kernel(
     label, lse, scale = tl.load(LABELS + row), tl.load(LSE + row), tl.load(SCALE + row)
     factor = 1.0 + 2.0 * z_loss * lse
     if start + BLOCK <= U:
-        x = tl.load(X + v, mask=scale != 0.0, other=0.0).to(tl.float32)
-        g = _gradient(x, v, label, lse, scale, factor, smoothing, share, cap, CAPPED, SMOOTHED)
+        g = tl.zeros([BLOCK], tl.float32)
+        if scale != 0.0:
+            g = _gradient(tl.load(X + v), v, label, lse, scale, factor, smoothing, share, cap, CAPPED, SMOOTHED)
         tl.store(X + v, g.to(X.dtype.element_ty))
     else:
-        x = tl.load(X + v, mask=(v < U) & (scale != 0.0), other=0.0).to(tl.float32)
+        x = tl.load(X + v, mask=v < U, other=0.0)
         g = _gradient(x, v, label, lse, scale, factor, smoothing, share, cap, CAPPED, SMOOTHED)
+        g = tl.where(scale == 0.0, 0.0, g)
         tl.store(X + v, tl.where(v < U, g, 0.0).to(X.dtype.element_ty), mask=v < V)
 
 
