@@ -1,4 +1,4 @@
-"""As the head of Llama 3 launches them on one rank and on eight, Gemma 2's with its cap, and a vocabulary that nothing divides."""
+"""As the head of Llama 3 launches them, Gemma 2's with its cap, and a vocabulary that nothing divides."""
 
 from megatron_llm.ops.triton.cross_entropy import WARPS, backward_block, forward_block
 from tests.ops.triton.compiler import Case
