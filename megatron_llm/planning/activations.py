@@ -37,7 +37,7 @@ for the input. With `attn_logit_softcapping` attention that is not packed is exp
     the mask                                  L * L bytes                                                  attention
     attention output                          T * N * D                                                    attention
 
-Dropout and noise keep nothing: they are made again from counters (`ops/noise.py`). Penalties of the loss need what it saves.
+Dropout and noise keep nothing: they are made again from counters (`ops/noise.py`). Neither do the loss and its penalties.
 
 What is made again comes back in B: one layer at a time with full recomputation, else one norm, one attention or one product;
 attention and product at once where they are side by side.
@@ -48,7 +48,8 @@ not compute in float64.
 Besides, per stage: the rotary tables, also those of layers with a window where they differ; unless attention is packed, what is
 added to the scores of ALiBi (N * L * L) or of a sliding window shorter than rows (L * L), once for all layers that are alike. On
 the first stage the ids, the positions if they are learned, and the input of a norm behind the embedding; on the last what the
-final norm, the head, a soft-cap of logits (T * V more) and the loss save.
+final norm saves, and the gradient of the head's input, S * H, and of its bias, V of at least float32, which the forward pass makes
+(`parallel/head.py`).
 
 It holds for devices that compute in the compute dtype itself, and for attention kernels that keep no score matrix and no copy of
 what is added to scores (torch's memory-efficient one keeps one if L is no multiple of 16).
@@ -59,8 +60,8 @@ From B to W, per layer and however recomputed, the inputs and the output gradien
     output gradients                          2 * T * H (side by side T * H) + T * (N + 2 K) * D + T * 2 F (plain: T * F)
     gradients of norms and biases                                                  as many as they have here
 
-and those of the head and of the final norm on the last stage, the ids and the gradient of the embedding on the first. Beside
-adapters the weights themselves wait for nothing, and what waits is, of the layers that have one,
+and the gradients of the final norm and of the head's bias on the last stage, the ids and the gradient of the embedding on the
+first. Beside adapters the weights themselves wait for nothing, and what waits is, of the layers that have one,
 
     inputs and output gradients               as above, and 2 * T * R for each adapter
 
@@ -157,7 +158,7 @@ class _Stage:
             deferred += self._embedding_operands() if self.peft is None else 0.0
         if last:
             saved += self._head_kept()
-            if not (layers or self.model.final_norm) and self.model.logit_multiplier != 1.0:
+            if not (layers or self.model.final_norm):
                 saved += self.size * self.s * self.h  # the stage's input, which nothing else keeps
             deferred += self._head_operands() if self.peft is None else 0.0
         return StageBytes(saved, deferred, again)
@@ -281,8 +282,10 @@ class _Stage:
         return kept + (self.normalized if self.model.embedding_norm else 0.0)
 
     def _head_kept(self) -> float:
-        logits = self.t * self.v * (1 if self.model.final_logit_softcapping is None else 2)
-        kept = self.size * (self.s * self.h + logits) + (2 * self.wide + IDS) * self.t
+        """The gradient of its input, made in F, and of its bias."""
+        kept = self.size * self.s * self.h
+        if self.model.head_bias and self.peft is None:
+            kept += self.wide * self.v
         return kept + (self.normalized if self.model.final_norm else 0.0)
 
     # From B to W
@@ -326,6 +329,6 @@ class _Stage:
         return waiting + (self.wide * self._norm if model.embedding_norm else 0.0)
 
     def _head_operands(self) -> float:
-        waiting = self.size * (self.s * self.h + self.t * self.v)
+        """The weight's own gradient was made in F."""
         vectors = (self._norm if self.model.final_norm else 0) + (self.v if self.model.head_bias else 0)
-        return waiting + self.wide * vectors
+        return float(self.wide * vectors)

@@ -180,10 +180,10 @@ def _run_microbatches(
         hidden = stage(x, batch, before_layer=engine.runtime.before_layer, regularization=regularization)
         if not stage.last:
             return hidden
-        objective, loss = stage.objective(hidden, batch, regularization)
+        objective, loss = stage.objective(hidden, batch, regularization, scale)
         if engine.grid.tp.first:
             sums.add_(torch.stack((loss, batch.weights_T.sum().to(dtype))))
-        return objective if scale == 1.0 else objective * scale
+        return objective
 
     with deterministic_algorithms(engine.config.kernels.deterministic and engine.device.type == "cuda"):
         engine.runtime.run(schedule, forward, trace)
