@@ -76,4 +76,6 @@ def quantize(x_MK: Tensor, kernel: str = "torch") -> tuple[Tensor, Tensor]:
 def _multiply(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], bias: Tensor | None, fast: bool) -> Tensor:
     """[M, K] x [N, K] -> [M, N]. fast: Hopper sums in its tensor cores alone, in fewer bits than float32: usual forward."""
     (a_MK, a_M1), (b_NK, b_N1) = a, b
+    if not len(a_MK):  # not every version of torch has a kernel for no rows
+        return a_MK.new_empty(0, len(b_NK), dtype=torch.bfloat16)
     return torch._scaled_mm(a_MK, b_NK.t(), a_M1, b_N1.t(), bias, out_dtype=torch.bfloat16, use_fast_accum=fast)
