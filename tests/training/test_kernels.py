@@ -16,7 +16,19 @@ from tests.ranks import run_ranks
 from tests.runs import assemble, config_of, train
 
 TRITON = dict.fromkeys((*FUSED, "attention"), "triton")
-STEPS = 3
+STEPS = 2
+SMALL: dict[str, dict[str, Any]] = {  # an interpreted program takes milliseconds
+    "model": {
+        "vocab_size": 37,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    },
+    "training": {"sequence_length": 8, "micro_batch_size": 1, "global_batch_size": 2},
+    "precision": {"compute": "float32"},
+}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {}),
     "tp2 with a split backward": (4, {"tensor_parallel": 2, "pipeline_parallel": 2, "pipeline_schedule": "zb_h1"}),
@@ -25,7 +37,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def _same(world: int, sections: dict[str, Any]) -> None:
-    sections = {"precision": {"compute": "float32"}, **sections}
+    sections = {name: SMALL.get(name, {}) | sections.get(name, {}) for name in SMALL.keys() | sections.keys()}
     results = []
     for ranks, kernels in ((1, {}), (world, TRITON)):
         parallel = sections.get("parallel", {}) if ranks == world else {}
@@ -40,7 +52,7 @@ def _same(world: int, sections: dict[str, Any]) -> None:
         assert error <= 2e-4 * size + 1e-6 * value.numel() ** 0.5, (name, error, size)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [pytest.param(name, marks=[pytest.mark.slow] * (name == "dp2")) for name in LAYOUTS])
 def test_layouts(layout: str) -> None:
     world, parallel = LAYOUTS[layout]
     _same(world, {"parallel": parallel})
