@@ -62,7 +62,7 @@ class DecoderLayer(nn.Module):
             "attention" in self.recompute,
             bind(self.attention, context=context),
             lambda out: row_parallel([out], [self.attention.o], context.sequence_parallel),
-            qkv,
+            *self.attention.split(qkv, context),
         )
         return self._add(x, out, "attention", self.attention_post_norm, context)
 
@@ -71,17 +71,17 @@ class DecoderLayer(nn.Module):
         return recomputed("activation" in self.recompute, self.mlp, lambda product: self._out(x, product, context=context), up)
 
     def _side_by_side(self, x: Tensor, context: ForwardContext) -> Tensor:
-        qkv, up = self._project_both(x, context)
+        *heads, up = self._project_both(x, context)
         attend = bind(self.attention, context=context)
         out = bind(self._out, context=context)
         again = self.recompute & {"attention", "activation"}
         if again == {"attention", "activation"}:
-            return recomputed(True, lambda qkv, up: (attend(qkv), self.mlp(up)), lambda a, p: out(x, a, p), qkv, up)
+            return recomputed(True, lambda *to: (attend(*to[:-1]), self.mlp(to[-1])), lambda a, p: out(x, a, p), *heads, up)
         if "activation" in again:
-            attended = attend(qkv)
+            attended = attend(*heads)
             return recomputed(True, self.mlp, lambda product: out(x, attended, product), up)
         product = self.mlp(up)
-        return recomputed("attention" in again, attend, lambda attended: out(x, attended, product), qkv)
+        return recomputed("attention" in again, attend, lambda attended: out(x, attended, product), *heads)
 
     def _into_down(self, x: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
         """All of a layer before its last product: (residual, input of the product)."""
@@ -91,8 +91,8 @@ class DecoderLayer(nn.Module):
 
     def _into_sum(self, x: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor, Tensor]:
         """The same where the last product is that of attention and MLP together."""
-        qkv, up = self._project_both(x, context)
-        return x, self.attention(qkv, context), self.mlp(up)
+        *heads, up = self._project_both(x, context)
+        return x, self.attention(*heads, context=context), self.mlp(up)
 
     def _out(self, x: Tensor, *products: Tensor, context: ForwardContext) -> Tensor:
         """The last product of the layer, added to the residual: of the MLP alone, or of attention and MLP."""
@@ -101,10 +101,13 @@ class DecoderLayer(nn.Module):
         return self._add(x, out, "mlp", self.mlp_post_norm, context)
 
     def _project_both(self, x: Tensor, context: ForwardContext) -> tuple[Tensor, ...]:
-        qkv, up = self.attention.qkv, self.mlp.up
+        """(q, k, v, what goes into the MLP's activation)."""
         if self.model.parallel_block == "one_norm":
-            return self._project(x, self.attention_norm, context, qkv, up)
-        return (*self._project(x, self.attention_norm, context, qkv), *self._project(x, self.mlp_norm, context, up))
+            qkv, up = self._project(x, self.attention_norm, context, self.attention.qkv, self.mlp.up)
+        else:
+            (qkv,) = self._project(x, self.attention_norm, context, self.attention.qkv)
+            (up,) = self._project(x, self.mlp_norm, context, self.mlp.up)
+        return *self.attention.split(qkv, context), up
 
     def _project(
         self, x: Tensor, norm: Norm | None, context: ForwardContext, *linears: ColumnParallelLinear

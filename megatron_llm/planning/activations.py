@@ -10,11 +10,12 @@ before it; that is not subtracted.)
     input of the layer; of the MLP's part     2 * S * H, side by side S * H
     norms before attention and MLP            S * H each                           S, or 2 S, each         norms
     norms behind attention and MLP            S * H each                           S, or 2 S, each
-    q, k, v as projected (v is a view)        T * (N + 2 K) * D
+    q, k, v as projected (the three are       T * (N + 2 K) * D
+    views, and rotated in place)
     the same, clipped                         T * (N + 2 K) * D                                            attention
     norms of q and k                                                               T * (N + K), twice that, attention
                                                                                    or of all heads 2 T
-    q and k, normalized or rotated            T * (N + K) * D                                              attention
+    q and k, normalized                       T * (N + K) * D                                              attention
     attention output, log-sum-exp             T * N * D                            T * N                   attention
     the same output with documents joined     T * N * D, only if several documents attend on their own     attention
     inputs of a gated MLP's product           T * 2 F
@@ -22,11 +23,15 @@ before it; that is not subtracted.)
     what either makes of them                 T * F                                                        activation
     an adapter's product with its A           T * R
 
+Rotation is in place, in what was projected or in what clipping or norms have made, and keeps nothing but the tables.
 A norm keeps the reciprocal deviation of a token, LayerNorm its mean too; a norm before keeps its output (its input is the
 layer's), one behind its input. relu is the one activation whose backward reads its result: recomputing it exchanges the result
-for the input. With `attn_logit_softcapping` attention is explicit, and keeps instead, from "q and k" down to "documents joined":
+for the input. With `attn_logit_softcapping` attention is explicit, and keeps instead, from "q and k" down to "documents joined",
+and mostly not q, k and v as projected (where no norm nor clipping needs them),
 
     q, k and v for every query head                                                3 T * N * D             attention
+    (q may be the one that was projected, which is kept then, all of it: where documents or rows attend one by one in at least
+    float32)
     tanh and softmax of the scores                                                 2 T * N * L             attention
     the mask                                  L * L bytes                                                  attention
     attention output                          T * N * D                                                    attention
@@ -155,7 +160,7 @@ class _Stage:
         if "norms" not in recomputed:
             readers = [_QKV, _UP] if self.before == 2 else [_QKV + _UP] * self.before
             kept += self.before * self.normalized - stream * sum(not self._reads(layer, *kinds) for kinds in readers)
-        if "attention" in recomputed or self.model.clip_qkv is not None or self._viewed(layer):
+        if "attention" in recomputed or self.model.clip_qkv is not None or self._viewed:
             kept += self.size * self.qkv
         if "attention" not in recomputed:
             kept += self._attention(layer)
@@ -194,9 +199,17 @@ class _Stage:
     def _rotates(self, layer: int) -> bool:
         return self.model.position_embedding == "rope" and layer not in self.model.nope_layers
 
-    def _viewed(self, layer: int) -> bool:
-        """Whether a view of q, k, v as they come into the layer's attention is kept: mostly v is."""
-        return not self.explicit or self.model.qk_norm != "none" or not self._rotates(layer)
+    @cached_property
+    def _viewed(self) -> bool:
+        """Whether views of q, k, v as they come into a layer's attention are kept."""
+        return not self.explicit or self.model.qk_norm != "none" or self._explicit_view
+
+    @cached_property
+    def _explicit_view(self) -> bool:
+        """Whether explicit attention keeps a view of q as projected, and not a copy or what norms and clipping make of it."""
+        one_by_one = self.training.document_isolation or self.training.micro_batch_size == 1
+        altered = self.model.qk_norm != "none" or self.model.clip_qkv is not None
+        return self.explicit and one_by_one and not altered and self.size == self.wide
 
     def _attention(self, layer: int) -> float:
         """Between the projections on either side."""
@@ -204,13 +217,14 @@ class _Stage:
         model, length = self.model, self.training.sequence_length
         read = self._reads(layer, "attention.o")
         kept = 0.0
-        if model.clip_qkv is not None and self._viewed(layer):
+        if model.clip_qkv is not None and self._viewed:
             kept += size * self.qkv
         if model.qk_norm != "none":
             kept += wide * t * (2 if model.qk_norm == "full" else (n + k) * (1 + self.center))
         if self.explicit:
-            return kept + wide * (3 * t * n * d + 2 * t * n * length) + self._square() + read * size * t * n * d
-        if self._rotates(layer) or model.qk_norm != "none":
+            kept += wide * t * n * ((2 if self._explicit_view else 3) * d + 2 * length)
+            return kept + self._square() + read * size * t * n * d
+        if model.qk_norm != "none":
             kept += size * t * (n + k) * d
         return kept + size * t * n * d * (1 + (read and self.training.document_isolation)) + wide * t * n
 

@@ -15,7 +15,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from megatron_llm.config import RopeScalingConfig
 from megatron_llm.ops.activation import activation, gated
 from megatron_llm.ops.norm import layer_norm, rms_norm
-from megatron_llm.ops.rope import rope_frequencies, rope_tables, rotary
+from megatron_llm.ops.rope import rope_frequencies, rope_tables, rotary_
 
 U = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half a unit in the last place, relative
 NARROW = pytest.mark.parametrize("dtype", U)
@@ -163,7 +163,12 @@ def test_swiglu_in_float16_overflows_only_where_its_gradient_does() -> None:
     assert_within_roundings(actual, expected, 1)
 
 
-# Rotary embeddings
+# Rotary embeddings; where they lie, and by the kernel: `triton/test_rope.py`
+
+
+def rotary(x_TND: Tensor, cos_T1P: Tensor, sin_T1P: Tensor) -> Tensor:
+    """A copy of queries, rotated."""
+    return rotary_(x_TND.clone(), x_TND.new_empty(len(x_TND), 0, x_TND.shape[2]), cos_T1P, sin_T1P)[0]
 
 
 def test_rotary_turns_pairs_as_complex_numbers() -> None:

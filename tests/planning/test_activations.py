@@ -261,6 +261,15 @@ def test_bytes_of_other_decoders(variant: str, isolated: bool) -> None:
     _assert_bytes(1, config, names, exact=not (isolated and variant in BY_LENGTH))
 
 
+@pytest.mark.parametrize("setting", ["none", "selective"])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("fields", [{}, {"nope_layers": [0, 1, 2]}, {"clip_qkv": 0.5}, {"qk_norm": "head"}], ids=str)
+def test_bytes_of_explicit_attention(fields: dict[str, Any], rows: int, setting: str) -> None:
+    """One row attends as a view of what was projected, several as copies."""
+    model = _variant("gemma2", sliding_window=None, layer_types=["full_attention"] * 3, **fields)
+    _assert_bytes(1, _config(1, "float32", False, True, model, micro_batch_size=rows, recompute=setting), ["three layers"])
+
+
 @pytest.mark.parametrize(("tp", "sequence_parallel"), [(2, True), (2, False), (3, True)])
 @pytest.mark.parametrize(
     "decoder", [pytest.param(name, marks=() if name in ("falcon", "olmo2") else pytest.mark.slow) for name in DECODERS]
