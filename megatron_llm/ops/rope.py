@@ -5,8 +5,8 @@ rotation, as in Llama), or 2i and 2i + 1 (interleaved, as in GPT-J). Called by `
 `models/positions.py` (tables, once per micro-batch and stage).
 
 Queries and keys are rotated where they lie, so nothing is kept for backward but the tables. Gradients never are: one that comes
-in may be somebody else's too. Rotating them back is a pass that writes what must be written anyway, the gradient of q, k and v side by
-side, which autograd would otherwise put together in a pass of its own.
+in may be somebody else's too. Rotating them back is a pass that writes what must be written anyway, the gradient of q, k and v
+side by side, which autograd would otherwise put together in a pass of its own.
 
 Shape suffixes: T tokens, N query heads, K key/value heads, D head dimension, P rotated pairs, C = (2 K + N) D channels.
 """
@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from megatron_llm.config import RopeScalingConfig
-from megatron_llm.ops.dtypes import stat_dtype
 
 
 def rope_frequencies(

@@ -4,8 +4,8 @@
     backward    the same with -sin, from the gradients of q, k and v into that of the buffer that has them side by side
 
 Bytes an element in 2-byte numbers: forward 4 (read, write) for the rotated channels of the N + K heads, nothing else is touched;
-backward 4 for all of N + 2 K heads, and the values are copied in the same pass, which autograd would do in one of its own. Besides, 8
-bytes a pair and token of the tables, read once for all heads. Nothing is made again, nothing kept.
+backward 4 for all of N + 2 K heads, since values are copied in the same pass, which autograd would do in one of its own. Besides,
+8 bytes a pair and token of the tables, read once for all heads. Nothing is made again, nothing kept.
 
 A program has one token, whose cosines and sines it reads once, and goes over its heads, some KB on their way at a time.
 
@@ -66,8 +66,8 @@ def rotate_kernel(
 ):  # fmt: skip
     """Grid: tokens. Q, K and V, if there are values: [T, heads, D] with given strides, channels side by side.
 
-    YQ, YK, YV: the same with heads D apart, and tokens of YV as those of YK; they may be Q and K themselves, which COPY, of what is
-    not rotated, would do nothing for.
+    YQ, YK, YV: the same with heads D apart, and tokens of YV as those of YK; YQ and YK may be Q and K. COPY: channels that are
+    not rotated too, with which there is nothing to do in place.
     """
     token = tl.program_id(0).to(tl.int64)
     Q, K, YQ, YK = Q + token * q_token, K + token * k_token, YQ + token * yq_token, YK + token * yk_token

@@ -1,4 +1,4 @@
-"""Rotary embeddings in Triton, and in place, against complex numbers in float64; and models that use them against torch's path."""
+"""Rotary embeddings in place, in Triton and torch, against complex numbers in float64; and models with either."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_few_tokens(tokens: int, kernel: str) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_gradients_are_read_wherever_they_lie_and_stay_what_they_are(kernel: str) -> None:
-    """As views of one tensor, which attention may hand over, with channels apart, one for many tokens, the same for q, k and v."""
+    """As views of one tensor, with channels apart, one for many tokens, the same for q, k and v."""
     _, _, tables = _case("full", torch.float32)
     leaf = randn(6, 3 * 4 * 8).requires_grad_()
     shared = randn(6, 4, 8, seed=9)
