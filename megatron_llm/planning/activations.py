@@ -48,7 +48,7 @@ not compute in float64.
 Besides, per stage: the rotary tables, also those of layers with a window where they differ; unless attention is packed, what is
 added to the scores of ALiBi (N * L * L) or of a sliding window shorter than rows (L * L), once for all layers that are alike. On
 the first stage the ids, the positions if they are learned, and the input of a norm behind the embedding; on the last what the
-final norm saves, and the gradient of the head's input, S * H, and of its bias, V of at least float32, which the forward pass makes
+final norm saves, and the gradient of the head's input, S * H, and of its bias, V of at least float32, which F makes
 (`parallel/head.py`).
 
 It holds for devices that compute in the compute dtype itself, and for attention kernels that keep no score matrix and no copy of

@@ -19,7 +19,7 @@ from tests.families.models import gradients_of_stage, logical_gradients, packed_
 
 CASES = {name: case for name, case in cases().items() if case.layouts}
 FEW = ("llama", "gemma2", "falcon-7b", "qwen3")
-"""Between them: grouped queries, both places of norms, soft caps, windows, norms of heads, LayerNorm, attention beside the MLP."""
+"""Between them: grouped queries, both places of norms, soft caps, windows, head norms, LayerNorm, attention beside the MLP."""
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TRITON = KernelsConfig(attention="triton", **dict.fromkeys(FUSED, "triton"))
