@@ -26,6 +26,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+PER_BATCH = {"do_not_specialize": ["T"], "do_not_specialize_on_alignment": ["TILES"]}
+"""What differs from micro-batch to micro-batch has no kernels of its own: one that is loaded in the middle of a run may wait for the
+GPU to come to rest, which a pipeline rank with receives under way does not do.
+"""
+
 
 @triton.jit
 def _tile(TILES, at):
@@ -169,7 +174,7 @@ def _attend(acc, total, top, q, K, V, positions, first, end, k_stride, v_stride,
     return acc, total, top
 
 
-@triton.jit
+@triton.jit(**PER_BATCH)
 def forward_kernel(Q, K, V, OUT, LSE, TILES, SLOPES, q_stride, q_head, k_stride, k_head, v_stride, v_head, T, scale_log2,
                    cap_scale, cap_log2, window, heads, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
                    N: tl.constexpr, CAP: tl.constexpr, COARSE: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
@@ -201,7 +206,7 @@ def forward_kernel(Q, K, V, OUT, LSE, TILES, SLOPES, q_stride, q_head, k_stride,
     tl.store(LSE + head * T + q0 + rows, lse, mask=rows < q_len)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def delta_kernel(DO, OUT, DELTA, do_stride, do_head, T, heads, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr):
     """delta = sum over D of dO O, [heads, T]. Grid: (blocks of tokens, heads). OUT: [T, heads, D] contiguous."""
     rows = tl.program_id(0) * M + tl.arange(0, M)
@@ -211,7 +216,7 @@ def delta_kernel(DO, OUT, DELTA, do_stride, do_head, T, heads, D: tl.constexpr, 
     tl.store(DELTA + head * T + rows, tl.sum(do * o, 1), mask=rows < T)
 
 
-@triton.jit
+@triton.jit(**PER_BATCH)
 def dkdv_kernel(Q, K, V, DO, LSE, DELTA, DK, DV, TILES, SLOPES, q_stride, q_head, k_stride, k_head, v_stride, v_head, do_stride,
                 do_head, T, scale, scale_log2, cap_scale, cap_log2, window, heads, GROUP: tl.constexpr, D: tl.constexpr,
                 DP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CAP: tl.constexpr, COARSE: tl.constexpr,
@@ -285,7 +290,7 @@ def _add_dq(dq, q, do, lse, delta, K, V, positions, first, end, k_stride, v_stri
     return dq
 
 
-@triton.jit
+@triton.jit(**PER_BATCH)
 def dq_kernel(Q, K, V, DO, LSE, DELTA, DQ, TILES, SLOPES, q_stride, q_head, k_stride, k_head, v_stride, v_head, do_stride,
               do_head, T, scale, scale_log2, cap_scale, cap_log2, window, heads, GROUP: tl.constexpr, D: tl.constexpr,
               DP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CAP: tl.constexpr, COARSE: tl.constexpr,

@@ -19,9 +19,9 @@ _SIGNATURE = (
     | {"TILES": "*i32"}
 )
 _ALIGNED = {
-    "forward": ("Q", "K", "V", "OUT", "LSE", *_STRIDES[:6], "T"),
-    "dkdv": ("Q", "K", "V", "DO", "LSE", "DELTA", "DK", "DV", *_STRIDES, "T"),
-    "dq": ("Q", "K", "V", "DO", "LSE", "DELTA", "DQ", *_STRIDES, "T"),
+    "forward": ("Q", "K", "V", "OUT", "LSE", *_STRIDES[:6]),
+    "dkdv": ("Q", "K", "V", "DO", "LSE", "DELTA", "DK", "DV", *_STRIDES),
+    "dq": ("Q", "K", "V", "DO", "LSE", "DELTA", "DQ", *_STRIDES),
 }
 _FEATURES: dict[str, dict[str, bool]] = {
     "plain": {},
