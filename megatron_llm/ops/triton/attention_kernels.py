@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 PER_BATCH = {"do_not_specialize": ["T"], "do_not_specialize_on_alignment": ["TILES"]}
-"""What differs from micro-batch to micro-batch has no kernels of its own: one that is loaded in the middle of a run may wait for the
+"""What differs between micro-batches gets no kernels of its own: one that is loaded in the middle of a run may wait for the
 GPU to come to rest, which a pipeline rank with receives under way does not do.
 """
 
