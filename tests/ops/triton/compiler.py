@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,9 @@ from typing import Any
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
 """Bytes that one block may have, by architecture."""
 
-NARROW = 4
-"""So many loads, and stores, of less than 16 bytes are let pass: the numbers that a row has one of. An operand that is not
-vectorized has at least as many as it would have elements in 16 bytes, and is told from those by its number.
+NARROW = 6
+"""So many loads, and stores, of less than 16 bytes are let pass: the numbers that a row has one of. An operand of 8 elements a
+thread that is not vectorized has 8, and is found.
 """
 
 
@@ -186,25 +186,31 @@ def _examine(task: tuple[Case, int]) -> dict[str, Any]:
     return examine(*task)
 
 
-def examine_all(chosen: Iterable[Case], processes: int) -> Iterator[dict[str, Any]]:
-    """For every architecture of each, as they become ready."""
+def label(case: Case, arch: int) -> str:
+    """By which a case on an architecture is asked for."""
+    return f"{case.name}, sm_{arch}"
+
+
+def examine_all(tasks: Sequence[tuple[Case, int]], processes: int) -> Iterator[dict[str, Any]]:
+    """Each case on its architecture, as they become ready."""
     import torch  # noqa: F401  # before the fork, as triton: seconds for each process otherwise
     import triton  # noqa: F401
 
-    tasks = [(case, arch) for case in chosen for arch in case.archs]
     with multiprocessing.get_context("fork").Pool(processes) as pool:
         yield from pool.imap_unordered(_examine, tasks)
 
 
 def main(chosen: list[str]) -> None:
-    """chosen: parts of names of cases; none: all but those that are broken on purpose."""
+    """chosen: parts of `label`; none: all but those that are broken on purpose."""
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     found = cases()
     if chosen:
         from tests.ops.triton.broken import CASES as broken
 
-        found = [case for case in [*found, *broken] if any(part in case.name for part in chosen)]
-    for result in examine_all(found, len(os.sched_getaffinity(0))):
+        found += broken
+    tasks = [(case, arch) for case in found for arch in case.archs]
+    tasks = [task for task in tasks if not chosen or any(part in label(*task) for part in chosen)]
+    for result in examine_all(tasks, len(os.sched_getaffinity(0))):
         print(json.dumps(result), flush=True)
 
 

@@ -15,12 +15,20 @@ from typing import Any
 import pytest
 
 from tests.ops.triton.broken import CASES as BROKEN
-from tests.ops.triton.compiler import Case, cases
+from tests.ops.triton.compiler import Case, cases, label
 
 ROOT = Path(__file__).parents[3]
 SECONDS = 840  # on a machine with other work to do
 pytestmark = pytest.mark.timeout(SECONDS + 60)
-CASES = [pytest.param(case, arch, id=f"{case.name}, sm_{arch}") for case in cases() for arch in case.archs]
+
+
+def _param(case: Case, arch: int) -> Any:
+    """The slowest to compile, attention's, wait on two architectures for `make test-slow`."""
+    later = [pytest.mark.slow] if case.tensor_cores and arch != 90 else []
+    return pytest.param(case, arch, id=label(case, arch), marks=later)
+
+
+CASES = [_param(case, arch) for case in cases() for arch in case.archs]
 EXPECTED = {
     "broken: spills": "spill registers",
     "broken: shared memory": "bytes of shared memory",
@@ -35,13 +43,10 @@ Results = dict[tuple[str, int], dict[str, Any]]
 @pytest.fixture(scope="module")
 def results(request: pytest.FixtureRequest) -> Results:
     """What the compiler found, by case and architecture."""
-    here = [
-        item.callspec.params["case"].name
-        for item in request.session.items
-        if item.path == request.path and hasattr(item, "callspec")
-    ]
+    mine = [item.callspec.params for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    labels = [label(one["case"], arch) for one in mine for arch in ([one["arch"]] if "arch" in one else one["case"].archs)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.ops.triton.compiler", *dict.fromkeys(here)]
+    command = [sys.executable, "-m", "tests.ops.triton.compiler", *labels]
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, timeout=SECONDS)
     assert done.returncode == 0
     found = [json.loads(line) for line in done.stdout.splitlines()]
