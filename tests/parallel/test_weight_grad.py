@@ -117,7 +117,11 @@ def _both_ways(
             x, y, dy = _forward(stage, mb)
             with FlopCounterMode(display=False) as counter:
                 if way == "split":
-                    XX                else:
+                    with gradients.deferred(mb):
+                        torch.autograd.backward(y, dy)
+                    made = [name for name, grad in _main_grads(stage).items() if grad.any()]
+                    assert made == _made_in_forward(stage), "B must leave weight gradients alone"
+                else:
                     torch.autograd.backward(y, dy)
             flops["B"] += counter.get_total_flops()
             inputs.append(None if x is None else x.grad)
