@@ -57,6 +57,20 @@ def test_rows_that_are_not_neighbours() -> None:
         assert_near(dx[:, :40], expected_dx)
 
 
+@pytest.mark.parametrize("is_gated", [True, False], ids=["gated", "plain"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_what_is_no_number_stays_none(name: str, is_gated: bool) -> None:
+    """Forward and backward, so that a step that is broken is seen to be: a GPU's maximum of nan and 0 is 0."""
+    x = randn(2, 8 * (1 + is_gated))
+    x[0, 3] = torch.nan
+    x.requires_grad_()
+    y = (gated if is_gated else activation)(x, name, "triton")
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert y.isnan().nonzero().tolist() == [[0, 3]]
+    expected_y, expected_dx = _expected(x, torch.ones_like(y), name, is_gated)
+    assert torch.equal(y.isnan(), expected_y.isnan()) and torch.equal(dx.isnan(), expected_dx.isnan())
+
+
 def test_no_tokens() -> None:
     x = randn(0, 16).requires_grad_()
     y = gated(x, "silu", "triton")
