@@ -44,7 +44,7 @@ def _activation(x, ACT: tl.constexpr):
         dy = 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * 0.7978845608028654 * (1.0 + 0.134145 * x * x)
     else:
         tl.static_assert(ACT == "relu")
-        y, dy = tl.maximum(x, 0.0), tl.where(x > 0.0, 1.0, 0.0)
+        y, dy = tl.where(x <= 0.0, 0.0, x), tl.where(x <= 0.0, 0.0, 1.0)  # maximum() would make 0 of nan
     return y, dy
 
 

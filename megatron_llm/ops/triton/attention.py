@@ -120,6 +120,8 @@ def launch(direction: str, arch: int, head_dim: int, itemsize: int = 2, extras: 
     chosen = table[direction][padded][extras or filled]
     if filled and direction == "dq":
         chosen = replace(chosen, block=chosen.block // 2)
+    if filled and direction == "forward" and arch < 90:
+        chosen = replace(chosen, rows=64)
     return Launch(chosen.rows, 16, chosen.warps, 1, chosen.apart) if itemsize == 4 else chosen
 
 

@@ -38,7 +38,7 @@ def block_of(hidden: int) -> int:
     return min(BLOCK, max(16, triton.next_power_of_2(hidden)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def runs_kernel(ROWS, ORDER, DY, TABLE, PARTIAL, T, V, H, dy_stride, stride, WINDOW: tl.constexpr, BLOCK: tl.constexpr):
     """Grid: (windows of tokens, blocks of columns). ROWS: [T] sorted; ORDER: [T], the token of each.
 
@@ -76,7 +76,7 @@ def runs_kernel(ROWS, ORDER, DY, TABLE, PARTIAL, T, V, H, dy_stride, stride, WIN
         row, columns = following, ahead
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def join_kernel(ROWS, TABLE, PARTIAL, T, V, H, stride, WINDOW: tl.constexpr, JOINED: tl.constexpr, BLOCK: tl.constexpr):
     """Grid: (windows but the last, blocks of columns). Of the run that begins in this window and goes on, if there is one."""
     window = tl.program_id(0).to(tl.int64)

@@ -72,7 +72,7 @@ def _weight(W, offset, D: tl.constexpr, BLOCK: tl.constexpr, PER_HEAD: tl.conste
     return _widened(W, first + d, d < D) + offset
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def forward_kernel(
     X, F, W, B, S, Y, STATS, x_token, x_head, f_token, tokens, eps, offset,
     D: tl.constexpr, HEADS: tl.constexpr, PER_HEAD: tl.constexpr, CENTER: tl.constexpr, ROUND: tl.constexpr,
@@ -119,7 +119,7 @@ def _operands(DY, X, rstd, mean, at_dy, at_x, here, CENTER: tl.constexpr, KEEP: 
     return n * rstd, dy
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])  # training has one number of tokens; registers spill without its 16
 def backward_kernel(
     DY, X, STATS, W, DRES, DX, SUMS, dy_token, dy_head, x_token, x_head, dres_token, tokens, blocks, offset,
     D: tl.constexpr, HEADS: tl.constexpr, PER_HEAD: tl.constexpr, CENTER: tl.constexpr, BIAS: tl.constexpr,

@@ -86,7 +86,11 @@ def rotate_kernel(
 
 
 def launch_options(queries: int, keys: int, dim: int, pairs: int, copy: bool) -> dict[str, int]:
-    """Block sizes and warps: up to 4 warps with 32 channels of the queries a thread, 16 at least, which it reads 8 at a time."""
+    """Block sizes and warps: up to 4 warps with 32 channels of the queries a thread, 16 at least, which it reads 8 at a time.
+
+    So blocks are never smaller than what their threads read at once: in one that is, several threads hold the same channels, and
+    in place some may read what another has written.
+    """
     block_pairs = triton.next_power_of_2(pairs)
     channels = triton.next_power_of_2(dim) if copy else 2 * block_pairs
     warps = min(4, max(1, triton.next_power_of_2(queries) * channels // 1024))

@@ -32,8 +32,8 @@ _FEATURES: dict[str, dict[str, bool]] = {
 }
 _COMPILED = {
     90: {64: ("plain", "all"), 80: ("all",), 96: ("plain",), 128: tuple(_FEATURES), 256: ("plain", "all")},
-    80: {64: ("all",), 128: ("plain", "all"), 256: ("all",)},
-    100: {64: ("all",), 128: ("plain", "all"), 256: ("all",)},
+    80: {64: ("all",), 96: ("plain", "all"), 128: ("plain", "all"), 256: ("all",)},
+    100: {64: ("all",), 96: ("all",), 128: ("plain", "all"), 256: ("all",)},
 }
 
 

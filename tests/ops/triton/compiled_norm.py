@@ -26,7 +26,7 @@ def _case(kind: str, size: int, heads: int, absent: tuple[str, ...], center: boo
     options = {"num_warps": chosen["num_warps"]}
     names = [name for name in (_FORWARD if forward else _BACKWARD) if name not in constants]
     signature = {name: _FLOATS.get(name) or ("i64" if "_" in name else "*bf16" if name.isupper() else "i32") for name in names}
-    aligned = tuple(name for name in names if name not in ("eps", "offset", "blocks"))
+    aligned = tuple(name for name in names if name not in ("eps", "offset", "blocks") and not (forward and name == "tokens"))
     return Case(
         f"norm {kind} {size}{' heads' if heads > 1 else ''}",
         f"norm:{'forward' if forward else 'backward'}_kernel",

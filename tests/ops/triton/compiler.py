@@ -114,6 +114,8 @@ def compiled(case: Case, arch: int) -> Resources:
     module, name = case.kernel.split(":")
     path = module if module.startswith("tests.") else f"megatron_llm.ops.triton.{module}"
     fn = getattr(importlib.import_module(path), name)
+    if unseen := set(fn.do_not_specialize) & set(case.aligned):
+        raise ValueError(f"the launcher does not look whether {sorted(unseen)} are multiples of 16")
     signature = {arg: "constexpr" if arg in case.constants else case.signature[arg] for arg in fn.arg_names}
     attrs = {(fn.arg_names.index(arg),): [["tt.divisibility", 16]] for arg in case.aligned}
     source = ASTSource(fn=fn, signature=signature, constexprs=dict(case.constants), attrs=attrs)

@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_llm.ops.activation import activation, gated
 from megatron_llm.ops.triton.activation import activation as fused
 from megatron_llm.ops.triton.activation import activation_backward
-from tests.ops.triton.common import DEVICE, assert_near, randn
+from tests.ops.triton.common import DEVICE, assert_near, far_rows, randn
 
 FUNCTIONS = {
     "silu": functional.silu,
@@ -55,6 +55,31 @@ def test_rows_that_are_not_neighbours() -> None:
         expected_y, expected_dx = _expected(x[:, :40], gradient, "silu", True)
         assert_near(y, expected_y)
         assert_near(dx[:, :40], expected_dx)
+
+
+@pytest.mark.parametrize("is_gated", [True, False], ids=["gated", "plain"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_what_is_no_number_stays_none(name: str, is_gated: bool) -> None:
+    """Forward and backward, so that a step that is broken is seen to be: a GPU's maximum of nan and 0 is 0."""
+    x = randn(2, 8 * (1 + is_gated))
+    x[0, 3] = torch.nan
+    x.requires_grad_()
+    y = (gated if is_gated else activation)(x, name, "triton")
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert y.isnan().nonzero().tolist() == [[0, 3]]
+    expected_y, expected_dx = _expected(x, torch.ones_like(y), name, is_gated)
+    assert torch.equal(y.isnan(), expected_y.isnan()) and torch.equal(dx.isnan(), expected_dx.isnan())
+
+
+@pytest.mark.parametrize("is_gated", [True, False], ids=["gated", "plain"])
+def test_rows_further_apart_than_int32_counts(is_gated: bool) -> None:
+    size = 24
+    x, dy = far_rows(3, size * (1 + is_gated)), far_rows(3, size)
+    x.copy_(randn(*x.shape))
+    dy.copy_(randn(*dy.shape, seed=1))
+    expected_y, expected_dx = _expected(x.clone(), dy.clone(), "silu", is_gated)
+    assert_near((gated if is_gated else activation)(x, "silu", "triton"), expected_y)
+    assert_near(activation_backward(dy, x, "silu", is_gated), expected_dx)
 
 
 def test_no_tokens() -> None:

@@ -279,8 +279,26 @@ def test_other_documents_are_not_seen() -> None:
         assert torch.equal(one, all_of_them[21:40])
 
 
-@pytest.mark.parametrize("cu_q, cu_k", [((0,), (0,)), ((0, 0), (0, 0)), ((0, 0), (0, 3)), ((0, 2, 2), (0, 2, 5))], ids=str)
-def test_no_tokens(cu_q: tuple[int, ...], cu_k: tuple[int, ...]) -> None:
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("which", range(4), ids=["q", "k", "v", "do"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_no_number_stays_none(which: int, value: float) -> None:
+    """Maxima leave nan out; the output has it all the same wherever the token is seen, and so have gradients."""
+    inputs = [x.clone() for x in _inputs((0, 40), (0, 40), 1, 1, 16)]
+    inputs[which][20] = value
+    o, *gradients = _fused(*inputs, (0, 40), (0, 40), PLAIN)
+    broken = (~o.isfinite()).any(-1).any(-1).nonzero().flatten().tolist()
+    seen = [[20], list(range(20, 40)), list(range(20, 40)), []][which]
+    assert set(seen) <= set(broken) and (which == 2 or broken == seen)  # 0 * nan of a value in a block that is masked
+    assert not all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize(
+    "cu_q, cu_k",
+    [((0,), (0,)), ((0, 0), (0, 0)), ((0, 0), (0, 3)), ((0, 2, 2), (0, 2, 5)), ((0, 1), (0, 3))],
+    ids=str,
+)
+def test_no_tokens_and_one(cu_q: tuple[int, ...], cu_k: tuple[int, ...]) -> None:
     _check(_inputs(cu_q, cu_k, 2, 1, 16), cu_q, cu_k, Scores(window=2))
 
 

@@ -5,6 +5,7 @@ One process compiles what of this module is to run, on all cores (`compiler.py`)
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -43,7 +44,8 @@ Results = dict[tuple[str, int], dict[str, Any]]
 @pytest.fixture(scope="module")
 def results(request: pytest.FixtureRequest) -> Results:
     """What the compiler found, by case and architecture."""
-    mine = [item.callspec.params for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    params = [item.callspec.params for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    mine = [one for one in params if "case" in one]
     labels = [label(one["case"], arch) for one in mine for arch in ([one["arch"]] if "arch" in one else one["case"].archs)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.ops.triton.compiler", *labels]
@@ -62,6 +64,18 @@ def test_fits_the_gpu(results: Results, case: Case, arch: int) -> None:
 def test_what_does_not_is_found(results: Results, case: Case) -> None:
     for arch in case.archs:
         assert any(EXPECTED[case.name] in problem for problem in results[case.name, arch]["problems"])
+
+
+@pytest.mark.parametrize("kernel", sorted({case.kernel for case in cases()}))
+def test_the_size_of_a_micro_batch_makes_no_kernels(kernel: str) -> None:
+    """One that is loaded in the middle of a run may wait for the GPU: what counts tokens must not be specialized (as 1, as a
+    multiple of 16). Kernels without such an argument get it by their grid.
+    """
+    module, name = kernel.split(":")
+    fn = getattr(importlib.import_module(f"megatron_llm.ops.triton.{module}"), name)
+    unspecialized = fn.kwargs["do_not_specialize"] if hasattr(fn, "kwargs") else fn.do_not_specialize
+    counts = {"T", "blocks"} if kernel == "norm:backward_kernel" else {"T", "tokens", "blocks"}
+    assert counts & set(fn.arg_names) <= set(unspecialized or ())
 
 
 def test_names_are_unique() -> None:

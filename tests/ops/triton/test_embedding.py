@@ -175,6 +175,13 @@ def test_every_rank_gets_the_gradients_of_its_rows(size: int, main_grad: bool, m
     assert_near(torch.cat(parts)[:V], expected)
 
 
+def test_gradcheck() -> None:
+    """Of the function around the kernel, on its reference."""
+    weight = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    rows = torch.tensor([4, 0, 4, 4, 2])
+    assert torch.autograd.gradcheck(lambda weight: lookup(rows, weight), (weight,))
+
+
 def test_a_table_that_is_whole_and_gradients_left_to_w() -> None:
     """Learned positions; and what waits for W is added there."""
     weight = nn.Parameter(randn(V, 12))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from megatron_llm.models.stages import add_adapters
 from megatron_llm.ops.batch import Batch
 from megatron_llm.ops.kernels import Kernels
 from megatron_llm.ops.rope import rope_frequencies, rope_tables, rotary_, split_heads, split_rotated
-from megatron_llm.ops.triton.rope import rope_, rope_back, rope_join
+from megatron_llm.ops.triton.rope import launch_options, rope_, rope_back, rope_join
 from megatron_llm.parallel.grid import Grid
 from tests.decoders import DECODERS
 from tests.ops.triton.common import DEVICE, assert_near, far_rows, randn
@@ -192,6 +193,15 @@ def test_tables_far_apart() -> None:
     qkv = randn(3, 3 * 8)
     out = split_rotated(qkv.clone(), wide[:, None, :4], wide[:, None, 8:12], 1, 8, False, "triton")
     assert_near(out[0], _turned(split_heads(qkv, 1, 8)[0], (cos, sin), False))
+
+
+@pytest.mark.parametrize("dim, pairs", [(8, 4), (64, 8), (80, 10), (96, 12), (128, 64), (256, 128)])
+def test_no_two_threads_have_the_same_channels(dim: int, pairs: int) -> None:
+    """Which the interpreter cannot show: in place one would read what the other has written."""
+    for queries, keys, copy in product((1, 3, 8, 40, 128), (1, 3, 8), (False, True)):
+        options = launch_options(queries, keys, dim, pairs, copy)
+        least = min(options["BLOCK_QUERIES"], options["BLOCK_KEYS"]) * options["BLOCK_PAIRS"]
+        assert least >= 8 * 32 * options["num_warps"], (queries, keys, options)
 
 
 def test_operators() -> None:
