@@ -134,6 +134,7 @@ def test_a_deterministic_backward_rules_out_cudnn_only() -> None:
             ALL,
             "triton cannot: its heads have at most 256 channels here, not 288 (model.head_dim); take",
         ),
+        ("triton", Case(torch.float32, 256), ALL, "at most 128 channels here, not 256"),
         ("triton", Case(torch.float64, 64), ALL, "kernels in Triton compute in float32, and the model in float64"),
     ],
 )
