@@ -4,6 +4,7 @@ template of the rank pool.
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Before anything imports a Hugging Face library: a test that would reach for the hub fails at once instead of waiting.
@@ -24,3 +25,8 @@ torch.set_num_threads(1)
 def pytest_collection_finish() -> None:
     """The test modules are imported and no test has run: the moment to fork the template of the rank pool."""
     ranks.start_template()
+
+
+def pytest_unconfigure() -> None:
+    """What `ranks` froze is collected at exit again: Triton's library calls every object that is left over then a leak."""
+    gc.unfreeze()

@@ -139,6 +139,12 @@ class PrecisionConfig(Section):
     compute: Literal["auto", "float64", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="weights and activations; auto: bfloat16 on GPU, float32 on CPU"
     )
+    linear: Literal["compute", "fp8"] = Field(
+        default="compute",
+        description="in which the linear layers of the decoder multiply. fp8: y = x W^T and dx = dy W from 8-bit operands with "
+        "scales by token and channel, on GPUs of compute capability 8.9 or more, if all sizes are multiples of 16; weights and "
+        "their gradients, adapters, embedding and head stay in the compute dtype, bfloat16",
+    )
     gradients: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="main gradients, in which micro-batches add up; auto: at least float32"
     )
@@ -157,6 +163,10 @@ class PrecisionConfig(Section):
     def _dtypes_fit(self) -> PrecisionConfig:
         if self.compute == "float64" and (self.gradients, self.gradient_reduction) != ("auto", "auto"):
             raise ValueError("compute float64 is for proofs: gradients and gradient_reduction must stay auto")
+        if self.linear == "fp8" and self.compute not in ("auto", "bfloat16"):
+            raise ValueError(
+                f"linear fp8 has results in bfloat16, and compute is {self.compute}; set compute to bfloat16 or auto"
+            )
         if self.gradients == "bfloat16" and self.gradient_reduction == "float32":
             raise ValueError(
                 "gradient_reduction float32 makes no difference to bfloat16 gradients but twice the bytes: they are added in "

@@ -344,7 +344,11 @@ Implementation = Literal["auto", "torch", "triton"]
 class KernelsConfig(Section):
     """Which implementation of an operation runs. `auto`: the fused kernel in Triton on a GPU, torch on a CPU and in float64."""
 
-    attention: Literal["auto", "sdpa", "reference"] = "auto"
+    attention: Literal["auto", "flash4", "flash3", "flash2", "varlen", "cudnn", "triton", "sdpa", "reference"] = Field(
+        default="auto",
+        description="auto: on a GPU for each layer the first in this order that can; sdpa elsewhere. flash4, flash3, flash2: the "
+        "packages of FlashAttention, if installed; varlen, cudnn, sdpa: torch's; triton: ours; reference: explicit matrices",
+    )
     norm: Implementation = Field(default="auto", description="RMSNorm and LayerNorm, with the addition before them")
     rope: Implementation = Field(default="auto", description="rotary embeddings of queries and keys, in place")
     activation: Implementation = Field(default="auto", description="SwiGLU, GeGLU and plain activations")
@@ -352,7 +356,8 @@ class KernelsConfig(Section):
     embedding: Implementation = Field(default="auto", description="the gradient of the embedding, into the main gradients")
     optimizer: Implementation = Field(default="auto", description="the update, and the norm of gradients")
     deterministic: bool = Field(
-        default=False, description="the same bits whenever a step is run again, on a GPU too; attention may be slower"
+        default=False,
+        description="the same bits whenever a step is run again, on a GPU too; some kernels are slower then",
     )
 
 

@@ -15,15 +15,16 @@ from megatron_llm.models.context import ForwardContext
 from megatron_llm.models.heads import Heads
 from megatron_llm.models.norm import head_norm
 from megatron_llm.models.setup import Setup
-from megatron_llm.ops.attention import Scores, alibi_slopes, attention
+from megatron_llm.ops.attention import Available, Case, attention, choose
 from megatron_llm.ops.dtypes import stat_dtype
-from megatron_llm.ops.rope import rotary
+from megatron_llm.ops.rope import rotary_, split_heads, split_rotated
+from megatron_llm.ops.scores import Scores, alibi_slopes
 from megatron_llm.parallel.grid import Axis
 from megatron_llm.parallel.linear import ColumnParallelLinear, OutputShard, RowParallelLinear, sharded_bias, sharded_weight
 
 
 class SelfAttention(nn.Module):
-    """`qkv` and `o` are the products on either side, which a layer calls; `forward` is all between them."""
+    """`qkv` and `o` are the products on either side, which a layer calls; `split` and then `forward` are all between them."""
 
     def __init__(self, setup: Setup, layer: int):
         super().__init__()
@@ -39,7 +40,7 @@ class SelfAttention(nn.Module):
             OutputShard.of(f"{name}.v.weight", keys * dim, heads.keys, heads.most_keys, dim, copies),
             OutputShard.of(f"{name}.q.weight", queries * dim, heads.queries, heads.most_queries, dim),
         ]
-        self.heads = [len(heads.keys), len(heads.keys), len(heads.queries)]
+        self.keys = len(heads.keys)
         bias = sharded_bias(shards, dtype, device) if model.qkv_bias else None
         self.qkv = ColumnParallelLinear(sharded_weight(model.hidden_size, shards, dtype, device), tp, bias)
         self.o = RowParallelLinear(
@@ -53,7 +54,12 @@ class SelfAttention(nn.Module):
             self.q_norm = head_norm(f"{name}.q_norm", queries, heads.queries, most[0], Axis("none"), setup)
             self.k_norm = head_norm(f"{name}.k_norm", keys, heads.keys, most[1], copies, setup)
         self.scores = self._scores(heads.queries, stat_dtype(dtype), device)
+        self.deterministic = setup.kernels.deterministic
+        case = Case.of(model, layer, dtype, self.deterministic)
+        self.choice = choose(setup.kernels.attention, case, Available.on(device))
         self.rotates = model.position_embedding == "rope" and layer not in model.nope_layers
+        self.altered = model.clip_qkv is not None or model.qk_norm != "none"  # before they are rotated
+        self.interleaved, self.kernel = model.rope_interleaved, setup.kernels.rope
 
     def _scores(self, queries: range, dtype: torch.dtype, device: torch.device) -> Scores:
         model = self.model
@@ -64,21 +70,31 @@ class SelfAttention(nn.Module):
         window = model.window(self.layer)
         return Scores(model.scale(self.layer), model.attn_logit_softcapping, slopes, model.alibi_scaled, window)
 
-    def forward(self, qkv: Tensor, context: ForwardContext) -> Tensor:
-        """[T, (2 K + N) D] -> [T, N D]."""
-        model = self.model
-        if model.clip_qkv is not None:
-            qkv = qkv.clamp(-model.clip_qkv, model.clip_qkv)
-        k_TKD, v_TKD, q_TND = qkv.unflatten(-1, (-1, model.head_dim)).split(self.heads, dim=1)
+    def split(self, qkv: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, (2 K + N) D] as projected -> views of it, q [T, N, D], k and v [T, K, D]: what a layer keeps for `forward`.
+
+        Where nothing comes before the rotation it has happened, once and in the buffer: `forward` may run again in backward.
+        """
+        if self.rotates and not self.altered:
+            return split_rotated(qkv, *self._tables(context), self.keys, self.model.head_dim, self.interleaved, self.kernel)
+        return split_heads(qkv, self.keys, self.model.head_dim)
+
+    def forward(self, q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, context: ForwardContext) -> Tensor:
+        """What `split` gives -> [T, N D]."""
+        clip = self.model.clip_qkv
+        if clip is not None:
+            q_TND, k_TKD, v_TKD = (x.clamp(-clip, clip) for x in (q_TND, k_TKD, v_TKD))
         if self.q_norm is not None and self.k_norm is not None:
             q_TND, k_TKD = self.q_norm(q_TND), self.k_norm(k_TKD)
-        if self.rotates:
-            tables = context.local_rope if self.scores.window is not None else context.rope
-            assert tables is not None
-            q_TND = rotary(q_TND, *tables, model.rope_interleaved)
-            k_TKD = rotary(k_TKD, *tables, model.rope_interleaved)
+        if self.rotates and self.altered:
+            q_TND, k_TKD = rotary_(q_TND, k_TKD, *self._tables(context), self.interleaved, self.kernel)
         k_SKD, v_SKD, cu_k = k_TKD, v_TKD, context.cu_seqlens
         if context.cache is not None:
             k_SKD, v_SKD, cu_k = context.cache.extend(self.layer, k_TKD, v_TKD)
-        out_TND = attention(q_TND, k_SKD, v_SKD, context.cu_seqlens, cu_k, context.attention_backend, self.scores, context.masks)
-        return out_TND.flatten(1)
+        terms = context.cu_seqlens, cu_k, self.choice.name, self.scores, context.shared, self.deterministic
+        return attention(q_TND, k_SKD, v_SKD, *terms).flatten(1)
+
+    def _tables(self, context: ForwardContext) -> tuple[Tensor, Tensor]:
+        tables = context.local_rope if self.scores.window is not None else context.rope
+        assert tables is not None
+        return tables

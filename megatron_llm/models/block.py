@@ -7,6 +7,10 @@
 
 f(x) passes through dropout before it is added, in training steps that have it; in a parallel block the sum does.
 `models/names.py` says which norms a layer has.
+
+The addition behind attention is one operation with the norm of its sum (`Norm.of_sum`), where that norm is not made again: its
+kernel reads both terms, which recomputation would have to keep for it instead of the sum. The addition at the end of a layer
+stands alone: its sum crosses to the next layer, and maybe to the next stage, whose input is one tensor.
 """
 
 from __future__ import annotations
@@ -54,57 +58,70 @@ class DecoderLayer(nn.Module):
         if "layer" in self.recompute:
             make = self._into_sum if side_by_side else self._into_down
             return recomputed(True, bind(make, context=context), bind(self._out, context=context), x)
-        return self._side_by_side(x, context) if side_by_side else self._mlp(self._attention(x, context), context)
+        return self._side_by_side(x, context) if side_by_side else self._one_after_the_other(x, context)
 
     def _attention(self, x: Tensor, context: ForwardContext) -> Tensor:
+        """What is to be added to x."""
         (qkv,) = self._project(x, self.attention_norm, context, self.attention.qkv)
         out = recomputed(
             "attention" in self.recompute,
             bind(self.attention, context=context),
             lambda out: row_parallel([out], [self.attention.o], context.sequence_parallel),
-            qkv,
+            *self.attention.split(qkv, context),
         )
-        return self._add(x, out, "attention", self.attention_post_norm, context)
+        return self._term(out, "attention", self.attention_post_norm, context)
 
-    def _mlp(self, x: Tensor, context: ForwardContext) -> Tensor:
-        (up,) = self._project(x, self.mlp_norm, context, self.mlp.up)
+    def _one_after_the_other(self, x: Tensor, context: ForwardContext) -> Tensor:
+        x, up = self._into_up(x, context)
         return recomputed("activation" in self.recompute, self.mlp, lambda product: self._out(x, product, context=context), up)
 
     def _side_by_side(self, x: Tensor, context: ForwardContext) -> Tensor:
-        qkv, up = self._project_both(x, context)
+        *heads, up = self._project_both(x, context)
         attend = bind(self.attention, context=context)
         out = bind(self._out, context=context)
         again = self.recompute & {"attention", "activation"}
         if again == {"attention", "activation"}:
-            return recomputed(True, lambda qkv, up: (attend(qkv), self.mlp(up)), lambda a, p: out(x, a, p), qkv, up)
+            return recomputed(True, lambda *to: (attend(*to[:-1]), self.mlp(to[-1])), lambda a, p: out(x, a, p), *heads, up)
         if "activation" in again:
-            attended = attend(qkv)
+            attended = attend(*heads)
             return recomputed(True, self.mlp, lambda product: out(x, attended, product), up)
         product = self.mlp(up)
-        return recomputed("attention" in again, attend, lambda attended: out(x, attended, product), qkv)
+        return recomputed("attention" in again, attend, lambda attended: out(x, attended, product), *heads)
 
     def _into_down(self, x: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
         """All of a layer before its last product: (residual, input of the product)."""
-        x = self._attention(x, context)
-        (up,) = self._project(x, self.mlp_norm, context, self.mlp.up)
+        x, up = self._into_up(x, context)
         return x, self.mlp(up)
 
     def _into_sum(self, x: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor, Tensor]:
         """The same where the last product is that of attention and MLP together."""
-        qkv, up = self._project_both(x, context)
-        return x, self.attention(qkv, context), self.mlp(up)
+        *heads, up = self._project_both(x, context)
+        return x, self.attention(*heads, context=context), self.mlp(up)
 
     def _out(self, x: Tensor, *products: Tensor, context: ForwardContext) -> Tensor:
         """The last product of the layer, added to the residual: of the MLP alone, or of attention and MLP."""
         linears = [self.attention.o, self.mlp.down] if len(products) == 2 else [self.mlp.down]
         out = row_parallel(products, linears, context.sequence_parallel)
-        return self._add(x, out, "mlp", self.mlp_post_norm, context)
+        return self._add(x, self._term(out, "mlp", self.mlp_post_norm, context), self.mlp_post_norm)
+
+    def _into_up(self, x: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
+        """All before the MLP: (its residual, the product with its first matrix)."""
+        if self.mlp_norm is None or "norms" in self.recompute:
+            x = self._add(x, self._attention(x, context), self.attention_post_norm)
+            (up,) = self._project(x, self.mlp_norm, context, self.mlp.up)
+        else:
+            x, n = self.mlp_norm.of_sum(x, self._attention(x, context))
+            (up,) = column_parallel(n, [self.mlp.up], context.sequence_parallel)
+        return x, up
 
     def _project_both(self, x: Tensor, context: ForwardContext) -> tuple[Tensor, ...]:
-        qkv, up = self.attention.qkv, self.mlp.up
+        """(q, k, v, what goes into the MLP's activation)."""
         if self.model.parallel_block == "one_norm":
-            return self._project(x, self.attention_norm, context, qkv, up)
-        return (*self._project(x, self.attention_norm, context, qkv), *self._project(x, self.mlp_norm, context, up))
+            qkv, up = self._project(x, self.attention_norm, context, self.attention.qkv, self.mlp.up)
+        else:
+            (qkv,) = self._project(x, self.attention_norm, context, self.attention.qkv)
+            (up,) = self._project(x, self.mlp_norm, context, self.mlp.up)
+        return *self.attention.split(qkv, context), up
 
     def _project(
         self, x: Tensor, norm: Norm | None, context: ForwardContext, *linears: ColumnParallelLinear
@@ -115,12 +132,15 @@ class DecoderLayer(nn.Module):
             return column_parallel(x, linears, shard)
         return recomputed("norms" in self.recompute, norm, lambda n: column_parallel(n, linears, shard), x)
 
-    def _add(self, x: Tensor, out: Tensor, site: Site, post_norm: Norm | None, context: ForwardContext) -> Tensor:
+    def _term(self, out: Tensor, site: Site, post_norm: Norm | None, context: ForwardContext) -> Tensor:
+        """What is added to the residual."""
         if post_norm is not None and self.model.norm_placement != "residual":
-            out, post_norm = post_norm(out), None
+            out = post_norm(out)
         if self.model.residual_multiplier != 1.0:
             out = out * self.model.residual_multiplier
-        if context.noise is not None:
-            out = context.noise.drop(out, site, self.layer)
-        x = x + out
-        return x if post_norm is None else post_norm(x)
+        return out if context.noise is None else context.noise.drop(out, site, self.layer)
+
+    def _add(self, x: Tensor, term: Tensor, post_norm: Norm | None) -> Tensor:
+        if post_norm is not None and self.model.norm_placement == "residual":
+            return post_norm.of_sum(x, term)[1]
+        return x + term

@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from megatron_llm.models.regularization import Noise
-from megatron_llm.ops.attention import Masks
+from megatron_llm.ops.scores import Shared
 
 
 class KeyValueCache(Protocol):
@@ -33,9 +33,8 @@ class ForwardContext:
         window where these differ; None in models without rotary embeddings.
     cu_seqlens: document boundaries of the T tokens.
     sequence_parallel: whether activations between tensor-parallel regions are sharded along tokens in this pass.
-    attention_backend: name for `ops.attention`.
     cache: earlier keys and values when generating.
-    masks: what the layers' attention makes once for all of them.
+    shared: what the layers' attention makes once for all of them.
     noise: dropout of this pass, when training with it.
     """
 
@@ -43,7 +42,6 @@ class ForwardContext:
     local_rope: tuple[Tensor, Tensor] | None
     cu_seqlens: tuple[int, ...]
     sequence_parallel: bool
-    attention_backend: str
     cache: KeyValueCache | None = None
-    masks: Masks = field(default_factory=dict)
+    shared: Shared = field(default_factory=dict)
     noise: Noise | None = None

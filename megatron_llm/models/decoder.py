@@ -27,8 +27,9 @@ from megatron_llm.ops.dtypes import stat_dtype
 from megatron_llm.ops.kernels import Kernels
 from megatron_llm.parallel.embedding import VocabParallelEmbedding
 from megatron_llm.parallel.grid import Axis, Grid
+from megatron_llm.parallel.head import Head, linear_objective, linear_scores
 from megatron_llm.parallel.linear import ColumnParallelLinear, OutputShard, sharded_bias, sharded_weight
-from megatron_llm.parallel.loss import vocab_parallel_objective, vocab_parallel_scores
+from megatron_llm.parallel.loss import VocabularySlice
 
 
 class DecoderStage(nn.Module):
@@ -70,7 +71,7 @@ class DecoderStage(nn.Module):
             embedding_weight = sharded_weight(model.hidden_size, [embedding_shard], dtype, device)
         self.position_embedding = self.embedding_norm = self.final_norm = None
         if first:
-            self.embedding = VocabParallelEmbedding(embedding_weight, embedding_shard.start, grid.tp)
+            self.embedding = VocabParallelEmbedding(embedding_weight, embedding_shard.start, grid.tp, kernels.embedding)
             if model.position_embedding == "learned":
                 self.position_embedding = PositionEmbedding(setup)
             if model.embedding_norm:
@@ -117,7 +118,7 @@ class DecoderStage(nn.Module):
             sequence_parallel = self.sequence_parallel
         tables = self.rotary.tables(batch, cache)
         noise = None if regularization is None else regularization.noise(batch, self.tp, sequence_parallel)
-        context = ForwardContext(*tables, batch.cu_seqlens, sequence_parallel, self.kernels.attention, cache, noise=noise)
+        context = ForwardContext(*tables, batch.cu_seqlens, sequence_parallel, cache, noise=noise)
         if self.first:
             before(-1)
             x = self._embed(batch, context)
@@ -148,14 +149,17 @@ class DecoderStage(nn.Module):
     def logits(self, hidden: Tensor, sequence_parallel: bool | None = None) -> Tensor:
         """[S or T, H] -> this rank's slice of the logits, [T, V]; columns beyond the true vocabulary are padding.
 
-        In the compute dtype, or float32 where the device computes the product in float32 anyway.
+        In the compute dtype, or float32 where the device computes the product in float32 anyway. For generation: training and
+        evaluation never have them all.
         """
         sequence_parallel = self.sequence_parallel if sequence_parallel is None else sequence_parallel
-        if self.model.logit_multiplier != 1.0:
-            hidden = hidden * self.model.logit_multiplier  # the head has no bias then: fewer numbers than logits
-        logits = self.head(hidden, sequence_parallel, keep_wide=True)
+        logits = self.head(self._multiplied(hidden), sequence_parallel, keep_wide=True)
         cap = self.model.final_logit_softcapping
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def _multiplied(self, hidden: Tensor) -> Tensor:
+        """What the head reads. (It has no bias where there is a factor, and hidden states are fewer numbers than logits.)"""
+        return hidden if self.model.logit_multiplier == 1.0 else hidden * self.model.logit_multiplier
 
     def loss(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Sum over the micro-batch of weight * cross-entropy: a scalar in `stat_dtype`, equal on all tp ranks.
@@ -165,19 +169,28 @@ class DecoderStage(nn.Module):
         """
         return self.objective(hidden, batch, None)[0]
 
-    def objective(self, hidden: Tensor, batch: Batch, regularization: Regularization | None) -> tuple[Tensor, Tensor]:
-        """(what a training step is to backpropagate, `loss` as a number without gradient)."""
-        shard, penalties = self.head_shard, Penalties()
+    def objective(
+        self, hidden: Tensor, batch: Batch, regularization: Regularization | None, scale: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """(what a training step is to backpropagate, `loss` as a number without gradient).
+
+        scale: a factor on the former. Gradients of the head are made here already, as `parallel/head.py` says.
+        """
+        penalties = Penalties()
         if regularization is not None:
-            penalties = Penalties(shard.rows, regularization.label_smoothing, regularization.z_loss)
-        return vocab_parallel_objective(
-            self.logits(hidden), batch.labels_T, batch.weights_T, shard.start, shard.stop, self.tp, penalties
-        )
+            penalties = Penalties(self.head_shard.rows, regularization.label_smoothing, regularization.z_loss)
+        x = self._multiplied(hidden)
+        return linear_objective(x, self._head, batch.labels_T, batch.weights_T, penalties, scale)
 
     def scores(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """(loss, whether the label is the most likely token) of every position, unweighted: [T] in `stat_dtype` and bool [T]."""
-        shard = self.head_shard
-        return vocab_parallel_scores(self.logits(hidden), batch.labels_T, shard.start, shard.stop, self.tp)
+        return linear_scores(self._multiplied(hidden), self._head, batch.labels_T)
+
+    @property
+    def _head(self) -> Head:
+        shard, kernel = self.head_shard, self.kernels.cross_entropy
+        vocabulary = VocabularySlice(shard.start, shard.stop, self.tp, self.model.final_logit_softcapping, kernel)
+        return Head(self.head.weight, self.head.bias, vocabulary, self.sequence_parallel)
 
 
 def _nothing(layer: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from megatron_llm.config import ModelConfig
 from megatron_llm.models.setup import Setup
 from megatron_llm.ops.dtypes import stat_dtype
-from megatron_llm.ops.norm import layer_norm, rms_norm
+from megatron_llm.ops.norm import NormKind, add_norm, norm
 from megatron_llm.parallel.collectives import all_reduce
 from megatron_llm.parallel.grid import Axis
 from megatron_llm.parallel.linear import replicated
@@ -25,14 +25,16 @@ class Norm(nn.Module):
     def __init__(self, setup: Setup, weight: nn.Parameter | None, bias: nn.Parameter | None):
         super().__init__()
         model = setup.model
-        self.eps, self.offset = model.norm_eps, model.norm_weight_offset
-        self.center = model.norm == "layer_norm"
+        center = model.norm == "layer_norm"
+        self.kind = NormKind(model.norm_eps, model.norm_weight_offset, center, setup.kernels.norm, vector_weight_gradient)
         self.weight, self.bias = weight, bias
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.center:
-            return layer_norm(x, self.weight, self.bias, self.eps, vector_weight_gradient, self.offset)
-        return rms_norm(x, self.weight, self.eps, vector_weight_gradient, self.offset)
+        return norm(x, self.weight, self.bias, self.kind)
+
+    def of_sum(self, x: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
+        """(x + f, its norm) of hidden states, which kernels make in one pass."""
+        return add_norm(x, f, self.weight, self.bias, self.kind)
 
 
 def hidden_norm(name: str, setup: Setup) -> Norm:
@@ -97,29 +99,35 @@ class FullNorm(nn.Module):
         self.weight = weight
 
     def forward(self, x_TND: Tensor) -> Tensor:
-        return _FullNorm.apply(x_TND.flatten(1), self.weight, self).view_as(x_TND)
+        return _FullNorm.apply(x_TND, self.weight, self)
 
 
 class _FullNorm(torch.autograd.Function):
-    """As `ops/norm.py`, with both means over what all ranks hold. A copy's share of the mean's gradient is one of `copies`."""
+    """As `ops/norm.py`, with both means over what all ranks hold. A copy's share of the mean's gradient is one of `copies`.
+
+    The result is no view, so it may be rotated in place.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x_TC: Tensor, weight_C: Tensor, norm: FullNorm) -> Tensor:
+    def forward(ctx: Any, x_TND: Tensor, weight_C: Tensor, norm: FullNorm) -> Tensor:
+        x_TC = x_TND.flatten(1)
         wide_TC = x_TC.to(stat_dtype(x_TC.dtype))
         total_T1 = all_reduce(wide_TC.square().sum(-1, keepdim=True), norm.tp, dist.ReduceOp.SUM)
         rstd_T1 = torch.rsqrt(total_T1 / (norm.size * norm.copies) + norm.eps)
         ctx.save_for_backward(x_TC, rstd_T1)
         ctx.weight, ctx.norm = weight_C, norm
-        return (wide_TC * rstd_T1 * (weight_C.to(wide_TC.dtype) + norm.offset)).to(x_TC.dtype)
+        y_TND = x_TND.new_empty(x_TND.shape)
+        y_TND.flatten(1).copy_(wide_TC * rstd_T1 * (weight_C.to(wide_TC.dtype) + norm.offset))
+        return y_TND
 
     @staticmethod
-    def backward(ctx: Any, dy_TC: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, dy_TND: Tensor) -> tuple[Tensor, Tensor | None, None]:
         (x_TC, rstd_T1), weight_C, norm = ctx.saved_tensors, ctx.weight, ctx.norm
         wide = rstd_T1.dtype
-        n_TC, dy_TC = x_TC.to(wide) * rstd_T1, dy_TC.to(wide)
+        n_TC, dy_TC = x_TC.to(wide) * rstd_T1, dy_TND.flatten(1).to(wide)
         dweight_C = vector_weight_gradient(weight_C, (dy_TC * n_TC).sum(0)) if ctx.needs_input_grad[1] else None
         g_TC = dy_TC * (weight_C.to(wide) + norm.offset)
         # A copy's dy is a partial sum, so the sum over all ranks counts every channel once.
         mean_T1 = all_reduce((g_TC * n_TC).sum(-1, keepdim=True), norm.tp, dist.ReduceOp.SUM) / norm.size
         dx_TC = (g_TC - n_TC * mean_T1 / norm.copies) * rstd_T1
-        return dx_TC.to(x_TC.dtype), dweight_C, None
+        return dx_TC.to(x_TC.dtype).view_as(dy_TND), dweight_C, None

@@ -81,7 +81,7 @@ class PositionEmbedding(nn.Module):
     def __init__(self, setup: Setup):
         super().__init__()
         model, tp = setup.model, setup.tp
-        self.tp, self.offset = tp, model.position_offset
+        self.tp, self.offset, self.kernel = tp, model.position_offset, setup.kernels.embedding
         shape = (model.max_position_embeddings + model.position_offset, model.hidden_size)
         self.weight = replicated(
             "position_embedding.weight", shape, "normal", tp, setup.partial, setup.dtype, setup.device, decay=True
@@ -91,4 +91,4 @@ class PositionEmbedding(nn.Module):
         rows = positions_T + self.offset
         if sequence_parallel and self.tp.size > 1:
             rows = rows.chunk(self.tp.size)[self.tp.rank]
-        return lookup(rows, self.weight)
+        return lookup(rows, self.weight, self.kernel)

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -14,9 +14,9 @@ from megatron_llm.models.decoder import DecoderStage
 from megatron_llm.models.lora import adapted_layers
 from megatron_llm.models.recompute import Recompute
 from megatron_llm.models.split import layer_costs, split_layers
-from megatron_llm.ops.kernels import Kernels
+from megatron_llm.ops.kernels import Kernels, triton_problem
 from megatron_llm.parallel.grid import Grid
-from megatron_llm.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megatron_llm.parallel.linear import ColumnParallelLinear, RowParallelLinear, multiply_in_fp8
 from megatron_llm.parallel.lora import ColumnLora, RowLora
 
 
@@ -44,6 +44,9 @@ def build_stages(
                 kernels=Kernels.choose(config.kernels, device, dtype),
                 recompute=Recompute.of(config.training),
             )
+    if config.precision.linear == "fp8":
+        fused = device.type == "cuda" and triton_problem(device.type, dtype) is None
+        multiply_in_fp8(_linears(stages.values()), "triton" if fused else "torch")
     if config.peft is not None:
         add_adapters(stages.values(), model, config.peft)
     if model.tie_word_embeddings and stages.keys() >= {0, last}:
@@ -54,13 +57,19 @@ def build_stages(
 def add_adapters(stages: Iterable[DecoderStage], model: ModelConfig, peft: PeftConfig) -> None:
     """Give the linear layers that `peft.targets` names adapters of zeros, cut as they are."""
     targets = frozenset(f"{name}.weight" for name in adapted_layers(model, peft))
+    for linear in _linears(stages):
+        if isinstance(linear, ColumnParallelLinear):
+            linear.lora = ColumnLora.of(linear.weight, linear.tp, targets, peft.rank, peft.scale)
+        else:
+            linear.lora = RowLora.of(linear.weight, linear.tp, targets, peft.rank, peft.scale)
+
+
+def _linears(stages: Iterable[DecoderStage]) -> Iterator[ColumnParallelLinear | RowParallelLinear]:
+    """The linear layers inside decoder layers: not the head."""
     for stage in stages:
-        for layer in stage.layers:
-            for linear in layer.modules():
-                if isinstance(linear, ColumnParallelLinear):
-                    linear.lora = ColumnLora.of(linear.weight, linear.tp, targets, peft.rank, peft.scale)
-                elif isinstance(linear, RowParallelLinear):
-                    linear.lora = RowLora.of(linear.weight, linear.tp, targets, peft.rank, peft.scale)
+        for linear in stage.layers.modules():
+            if isinstance(linear, ColumnParallelLinear | RowParallelLinear):
+                yield linear
 
 
 def whole_model(

@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov & Hutter 2019) on a flat run of elements, through torch's fused kernels. Called by `optim/zero1.py`.
+"""AdamW (Loshchilov & Hutter 2019) on a flat run of elements, through torch's fused kernels or ours. Called by `optim/state.py`.
 
 With g = gradient * scale:  m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2;
 w = w (1 - lr * decay) - lr * (m / (1-b1^t)) / (sqrt(v / (1-b2^t)) + eps).
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from megatron_llm.ops.chunks import update_in_chunks
+from megatron_llm.ops.chunks import check_rounding, update_in_chunks
 from megatron_llm.ops.rounding import StochasticRounding
 
 _VECTOR = 64  # elements: a multiple of every processor's vector, and of the unit in which torch deals work to threads
@@ -30,6 +30,7 @@ def adamw_(
     eps: float,
     weight_decay: float,
     rounding: StochasticRounding | None,
+    kernel: str = "torch",
 ) -> None:
     """Update weights, m and v, all [n] and contiguous, in place; the gradient is consumed.
 
@@ -37,7 +38,14 @@ def adamw_(
     out: [n], gets the new weights in its dtype; None where the weights are those that are computed with.
     scale: factor on the gradient (one over the sum of loss weights, times the clipping coefficient).
     update: number of this update, from 1; the bias corrections follow from it.
+    kernel: "torch", or "triton", which leaves the gradient as it was and needs weights in float32.
     """
+    check_rounding(m, rounding)
+    if kernel == "triton":
+        from megatron_llm.ops.triton import update as fused_update
+
+        fused_update.adamw_(weights, gradient, m, v, out, scale, update, lr, betas, eps, weight_decay, rounding)
+        return
     device, on_gpu = weights.device, weights.is_cuda
     # The fused kernel divides by a *float32* grad_scale; float64 runs exist for proofs at 1e-9, so they multiply first.
     exact = weights.dtype is torch.float64

@@ -1,67 +1,29 @@
-"""Causal attention over packed documents, behind one function. Called by `models/attention.py`.
+"""Causal attention over packed documents, behind one function, and which of its backends runs where.
+
+`models/attention.py` chooses a backend for each layer when it is made, and calls `attention`; `training/resolve.py` asks for
+problems before anything is launched.
 
 Queries and keys carry their own boundaries, so training (equal), a KV cache (few queries, many keys) and later context
 parallelism fit one signature. Document i has queries cu_q[i]:cu_q[i+1] and keys cu_k[i]:cu_k[i+1]; its queries are the
-*last* positions of its keys (bottom-right aligned causal mask). Documents never see each other.
+*last* positions of its keys (bottom-right aligned causal mask). Documents never see each other, and may be empty.
 
-Shape suffixes: T query tokens, S key tokens, N query heads, K key/value heads (N a multiple of K), D head dimension,
-B equally long documents, L their length.
+Shape suffixes: T query tokens, S key tokens, N query heads, K key/value heads (N a multiple of K), D head dimension.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor
 
-from megatron_llm.ops.dtypes import stat_dtype
-from megatron_llm.ops.matmul import widen
-
-BACKENDS = ("sdpa", "reference")
-Masks = dict[object, Tensor]
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What happens to scores between q k^T and the softmax, in this order.
-
-    Attributes:
-        scale: they are multiplied by it; None: 1 / sqrt(D).
-        softcap: they become cap * tanh(scores / cap).
-        slopes_N: ALiBi (Press et al. 2022): less slope * distance, for each query head here.
-        coarse: ALiBi as a bfloat16 number, slope * position of the key, multiplied by the scale like the scores (Falcon).
-        window: a query sees so many keys, itself included; None: all before it.
-    """
-
-    scale: float | None = None
-    softcap: float | None = None
-    slopes_N: Tensor | None = None
-    coarse: bool = False
-    window: int | None = None
-
-    def bias(self, q_len: int, k_len: int, head_dim: int, dtype: torch.dtype) -> Tensor | None:
-        """ALiBi's [N, q_len, k_len] (or [N, 1, k_len]), None without; the last query is at the last key's position."""
-        if self.slopes_N is None:
-            return None
-        keys_S = torch.arange(k_len, device=self.slopes_N.device)
-        if self.coarse:
-            bias_N1S = (self.slopes_N.bfloat16()[:, None] * keys_S)[:, None].to(dtype)
-            return bias_N1S * (head_dim**-0.5 if self.scale is None else self.scale)
-        distance_TS = keys_S - keys_S[k_len - q_len :, None]
-        return (self.slopes_N[:, None, None] * distance_TS).to(dtype)
-
-
-def alibi_slopes(heads: int, bias_max: float = 8.0) -> list[float]:
-    """The slope of each head: 2^(-bias_max * i / heads) for powers of two; others take every second one of twice as many too."""
-    power = 2 ** math.floor(math.log2(heads))
-    slopes = [2.0 ** (-bias_max * (i + 1) / power) for i in range(power)]
-    between = [2.0 ** (-bias_max * (i + 1) / (2 * power)) for i in range(0, 2 * power, 2)]
-    return slopes + between[: heads - power]
+from megatron_llm.config import KernelsConfig, ModelConfig
+from megatron_llm.ops import attention_dense, attention_packed
+from megatron_llm.ops.attention_packed import LIBRARIES
+from megatron_llm.ops.kernels import triton_problem
+from megatron_llm.ops.scores import Attend, Scores, Shared, Terms
 
 
 def attention(
@@ -70,92 +32,218 @@ def attention(
     v_SKD: Tensor,
     cu_q: Sequence[int],
     cu_k: Sequence[int],
-    backend: str = "auto",
+    backend: str,
     scores: Scores = Scores(),
-    masks: Masks | None = None,
+    shared: Shared | None = None,
+    deterministic: bool = False,
 ) -> Tensor:
     """softmax(scores of q k^T) v inside every document: [T, N, D], [S, K, D], [S, K, D] -> [T, N, D].
 
-    `backend`: `sdpa` (torch's fused kernels, one call per run of equally long documents; explicit matrices where scores have a
-    soft cap, which torch's kernels do not know), `reference` (explicit matrices in `stat_dtype`: the oracle), `auto` = sdpa.
-    Raises ValueError for another name. masks: where layers of one pass with the same heads share what they need to make once.
+    backend: a key of BACKENDS that can (`choose`). shared: where layers of one pass with the same heads keep what they make once
+    for all of them.
     """
-    masks = {} if masks is None else masks
-    if backend == "auto":
-        backend = "sdpa"
-    if backend not in BACKENDS:
-        raise ValueError(f"attention backend {backend!r} is unknown; known: auto, {', '.join(BACKENDS)}")
-    attend = _reference if backend == "reference" or scores.softcap is not None else _sdpa
-    dtype = q_TND.dtype
-    q_TND, k_SKD, v_SKD = widen(q_TND), widen(k_SKD), widen(v_SKD)
-    runs = _runs(cu_q, cu_k)
-    q_tokens, k_tokens = [count * q_len for count, q_len, _ in runs], [count * k_len for count, _, k_len in runs]
-    # One split, not a slice per document: the backward of a slice writes a whole tensor of zeros.
-    blocks = zip(runs, q_TND.split(q_tokens), k_SKD.split(k_tokens), v_SKD.split(k_tokens), strict=True)
-    outputs = []
-    for (count, _, _), *tensors in blocks:
-        q_BNLD, k_BKLD, v_BKLD = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in tensors)
-        outputs.append(attend(q_BNLD, k_BKLD, v_BKLD, scores, masks).transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs).to(dtype) if len(outputs) > 1 else outputs[0].to(dtype)
+    if not q_TND.shape[0]:
+        return q_TND.clone()
+    terms = Terms(cu_q, cu_k, scores, {} if shared is None else shared, deterministic)
+    return BACKENDS[backend].attend(q_TND, k_SKD, v_SKD, terms)
 
 
-def _runs(cu_q: Sequence[int], cu_k: Sequence[int]) -> list[tuple[int, int, int]]:
-    """(how many, query length, key length) for each run of neighbouring documents of equal lengths."""
-    lengths = zip(map(_length, itertools.pairwise(cu_q)), map(_length, itertools.pairwise(cu_k)), strict=True)
-    return [(len(list(run)), q_len, k_len) for (q_len, k_len), run in itertools.groupby(lengths)]
+@dataclass(frozen=True)
+class Case:
+    """What a layer asks of attention, as far as a backend may not have it.
 
-
-def _length(bounds: tuple[int, int]) -> int:
-    return bounds[1] - bounds[0]
-
-
-def _causal_mask(q_len: int, k_len: int, window: int | None, device: torch.device) -> Tensor:
-    """bool [q_len, k_len], True where attention is allowed; the last query is at the last key's position."""
-    allowed = torch.ones(q_len, k_len, dtype=torch.bool, device=device).tril(k_len - q_len)
-    return allowed if window is None else allowed.triu(k_len - q_len - window + 1)
-
-
-def _mask(q_BNLD: Tensor, k_len: int, scores: Scores, masks: Masks) -> Tensor | None:
-    """What torch's kernels are given: None for plain causal attention, else what is added to scores, in the dtype of the queries.
-
-    Not bool: each call would make numbers of it, which backward would keep for every layer.
+    Attributes:
+        softcap, alibi, coarse, window: whether `Scores` has these. deterministic: whether backward makes the same bits again.
     """
-    q_len = q_BNLD.shape[2]
-    window = scores.window if scores.window is not None and scores.window < k_len else None
-    if scores.slopes_N is None and window is None and q_len in (1, k_len):
+
+    dtype: torch.dtype
+    head_dim: int
+    softcap: bool = False
+    alibi: bool = False
+    coarse: bool = False
+    window: bool = False
+    deterministic: bool = False
+
+    @classmethod
+    def of(cls, model: ModelConfig, layer: int, dtype: torch.dtype, deterministic: bool) -> Case:
+        alibi = model.position_embedding == "alibi"
+        return cls(
+            dtype,
+            model.head_dim,
+            model.attn_logit_softcapping is not None,
+            alibi,
+            alibi and model.alibi_scaled,
+            model.window(layer) is not None,
+            deterministic,
+        )
+
+
+@dataclass(frozen=True)
+class Available:
+    """What there is to run on.
+
+    Attributes:
+        device: "cpu", "cuda", or "meta" where nothing runs. capability: of the GPU.
+        libraries: the backends whose library is there; None: those that can be imported.
+    """
+
+    device: str
+    capability: tuple[int, int] = (0, 0)
+    libraries: frozenset[str] | None = None
+
+    @classmethod
+    @functools.cache
+    def on(cls, device: torch.device) -> Available:
+        return cls(device.type, torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0))
+
+    def library_problem(self, name: str) -> str | None:
+        if self.libraries is None:
+            return _import_problem(name)
+        return None if name in self.libraries else f"{LIBRARIES[name].module} is not installed ({LIBRARIES[name].install})"
+
+
+@functools.cache
+def _import_problem(name: str) -> str | None:
+    return LIBRARIES[name].problem()
+
+
+_FEATURES = {
+    "softcap": "soft cap of scores (model.attn_logit_softcapping)",
+    "coarse": "ALiBi in bfloat16 (model.alibi_scaled)",
+    "alibi": "ALiBi (model.position_embedding)",
+    "window": "sliding windows (model.sliding_window)",
+    "deterministic": "deterministic backward (kernels.deterministic)",
+}
+"""Of a case, in the words of a config."""
+
+_NARROW = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Attributes:
+    attend: how it is called.
+    lacks: which of `_FEATURES` it has not.
+    heads: by the first number of a compute capability the most channels of a head, of which libraries want a multiple of 8; it
+        does not run on other GPUs. None: anything goes.
+    """
+
+    attend: Attend
+    lacks: frozenset[str] = frozenset()
+    heads: Mapping[int, int] | None = None
+
+
+def _backend(attend: Attend, lacks: str = "", heads: Mapping[int, int] | None = None) -> Backend:
+    return Backend(attend, frozenset(lacks.split()), heads)
+
+
+_AMPERE_ON = dict.fromkeys((8, 9, 10, 11, 12), 256)
+BACKENDS = {
+    "flash4": _backend(attention_packed.flash4, "alibi coarse", {9: 256, 10: 128, 11: 128}),
+    "flash3": _backend(attention_packed.flash3, "alibi coarse", {9: 256}),
+    "flash2": _backend(attention_packed.flash2, "coarse", _AMPERE_ON),
+    "varlen": _backend(attention_packed.varlen, "softcap alibi coarse", _AMPERE_ON),
+    "cudnn": _backend(attention_dense.cudnn, "softcap alibi coarse window deterministic", dict.fromkeys(_AMPERE_ON, 128)),
+    "triton": _backend(attention_packed.triton, heads=_AMPERE_ON),
+    "sdpa": _backend(attention_dense.sdpa),
+    "reference": _backend(attention_dense.reference),
+}
+"""By their names in `kernels.attention`, the fastest first. What they have the sources say: of the packages that
+`attention_packed.py` names; of torch, in `aten/src/ATen/native/transformers/cuda`, `sdp_utils.cpp` for cuDNN, and for varlen
+`attention_backward.cu`, by which it is deterministic where torch is told to be (`ops/kernels.py`)."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend of a layer. passed_over: why none of the faster ones, a sentence each, where something was left to choose."""
+
+    name: str
+    passed_over: tuple[str, ...] = ()
+
+
+def choose(name: str, case: Case, available: Available) -> Choice:
+    """What `kernels.attention` means for a layer: itself, or for `auto` the fastest that can on a GPU, and sdpa elsewhere.
+
+    Raises ValueError where the named backend cannot.
+    """
+    if name != "auto":
+        assert_supported(name, case, available)
+        return Choice(name)
+    if available.device != "cuda":
+        return Choice("sdpa")
+    passed_over: list[str] = []
+    for candidate in BACKENDS:
+        problem = _problem(candidate, case, available)
+        if problem is None:
+            return Choice(candidate, tuple(passed_over))
+        passed_over.append(f"{candidate}: {problem}")
+    raise AssertionError("the reference can everything")
+
+
+def assert_supported(name: str, case: Case, available: Available) -> None:
+    """Raises ValueError with the reason why a backend cannot run a case, and those that can."""
+    if problem := _problem(name, case, available):
+        able = [other for other in BACKENDS if other != name and _problem(other, case, available) is None]
+        raise ValueError(f"{name} cannot: {problem}; take auto, or one of {', '.join(able)}")
+
+
+def _problem(name: str, case: Case, available: Available) -> str | None:
+    """Why a backend cannot run a case; None if it can. Libraries are imported last."""
+    backend, ours = BACKENDS[name], name == "triton"
+    if available.device == "meta" or backend.heads is None:
         return None
-    key = (q_len, k_len, window, scores.slopes_N is not None, scores.scale if scores.coarse else None)
-    if key not in masks:
-        bias = scores.bias(q_len, k_len, q_BNLD.shape[3], q_BNLD.dtype)
-        hidden = ~_causal_mask(q_len, k_len, window, q_BNLD.device)
-        masks[key] = (q_BNLD.new_zeros(1, q_len, k_len) if bias is None else bias).masked_fill(hidden, -math.inf)[None]
-    return masks[key]
+    if ours and (problem := triton_problem(available.device, case.dtype)):
+        return problem
+    if available.device != "cuda" and not ours:
+        return "it needs an NVIDIA GPU"
+    if case.dtype not in _NARROW and not ours:
+        return f"it computes in bfloat16 and float16, not in {str(case.dtype).removeprefix('torch.')}"
+    if available.device == "cuda" and available.capability[0] not in backend.heads:
+        return f"it is not for GPUs of compute capability {'.'.join(map(str, available.capability))}"
+    most = backend.heads.get(available.capability[0], 256)
+    if case.head_dim > most or (case.head_dim % 8 and not ours):
+        kind = "" if ours else "a multiple of 8 and "
+        return f"its heads have {kind}at most {most} channels here, not {case.head_dim} (model.head_dim)"
+    lacking = [text for feature, text in _FEATURES.items() if feature in backend.lacks and getattr(case, feature)]
+    if lacking:
+        return f"it has no {' and no '.join(lacking)}"
+    return available.library_problem(name) if name in LIBRARIES else None
 
 
-def _sdpa(q_BNLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, scores: Scores, masks: Masks) -> Tensor:
-    mask = _mask(q_BNLD, k_BKLD.shape[2], scores, masks)
-    return functional.scaled_dot_product_attention(
-        q_BNLD,
-        k_BKLD,
-        v_BKLD,
-        attn_mask=mask,
-        is_causal=mask is None and q_BNLD.shape[2] > 1,
-        scale=scores.scale,
-        enable_gqa=q_BNLD.shape[1] != k_BKLD.shape[1],
-    )
+def attention_problems(config: KernelsConfig, model: ModelConfig, dtype: torch.dtype, available: Available) -> list[str]:
+    """A sentence for every kind of layer that `kernels.attention` cannot run. dtype: what the model computes in."""
+    if config.attention == "auto":
+        return []
+    cases: dict[Case, list[int]] = {}
+    for layer in range(model.num_hidden_layers):
+        cases.setdefault(Case.of(model, layer, dtype, config.deterministic), []).append(layer)
+    problems = []
+    for case, layers in cases.items():
+        try:
+            assert_supported(config.attention, case, available)
+        except ValueError as error:
+            problems.append(f"kernels.attention, {_layers(layers)}: {error}")
+    return problems
 
 
-def _reference(q_BNLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, settings: Scores, masks: Masks) -> Tensor:
-    copies = q_BNLD.shape[1] // k_BKLD.shape[1]
-    wide = stat_dtype(q_BNLD.dtype)
-    k_BNLD, v_BNLD = (x.to(wide).repeat_interleave(copies, dim=1) for x in (k_BKLD, v_BKLD))
-    scale = q_BNLD.shape[-1] ** -0.5 if settings.scale is None else settings.scale
-    scores = q_BNLD.to(wide) @ k_BNLD.transpose(-1, -2) * scale
-    if settings.softcap is not None:
-        scores = settings.softcap * torch.tanh(scores / settings.softcap)
-    q_len, k_len = scores.shape[2:]
-    bias = settings.bias(q_len, k_len, q_BNLD.shape[3], wide)
-    if bias is not None:
-        scores = scores + bias
-    allowed = _causal_mask(q_len, k_len, settings.window, q_BNLD.device)
-    return (scores.masked_fill(~allowed, -math.inf).softmax(-1) @ v_BNLD).to(q_BNLD.dtype)
+def described(choices: Mapping[int, Choice]) -> list[str]:
+    """A line for every kind of choice, of those of some layers by number: which backend runs, and why none of the faster ones."""
+    kinds: dict[Choice, list[int]] = {}
+    for layer, choice in choices.items():
+        kinds.setdefault(choice, []).append(layer)
+    return [
+        f"{choice.name} in {_layers(layers)}" + (f" (not {'; not '.join(choice.passed_over)})" if choice.passed_over else "")
+        for choice, layers in kinds.items()
+    ]
+
+
+def _layers(numbers: list[int]) -> str:
+    """layers 0-3, 5, 7-9."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    parts = [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
+    return ("layer " if len(numbers) == 1 else "layers ") + ", ".join(parts)

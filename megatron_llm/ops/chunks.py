@@ -21,6 +21,14 @@ from megatron_llm.ops.rounding import RoundingBits, StochasticRounding, round_in
 CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 21}  # five float32 arrays of them: 5 MB in L2 and L3; 42 MB in a GPU's L2
 
 
+def check_rounding(moment: Tensor, rounding: StochasticRounding | None) -> None:
+    """Raises ValueError if bfloat16 moments come without `rounding`, or other moments with it."""
+    if (moment.dtype is torch.bfloat16) is not (rounding is not None):
+        raise ValueError(
+            f"moments are {moment.dtype} and rounding is {rounding}: bfloat16 moments need a StochasticRounding, others none"
+        )
+
+
 def update_in_chunks(
     update: Callable[..., None],
     weights: Tensor,
@@ -36,13 +44,8 @@ def update_in_chunks(
 
     Moments in bfloat16 are widened before and rounded stochastically after, each with bits of its own.
     scratch: how many more tensors [n] the update works in. chunk: elements, by default what fits in the cache of the device.
-    Raises ValueError if bfloat16 moments come without `rounding`, or other moments with it.
     """
-    narrow = moments[0].dtype is torch.bfloat16
-    if narrow is not (rounding is not None):
-        raise ValueError(
-            f"moments are {moments[0].dtype} and rounding is {rounding}: bfloat16 moments need a StochasticRounding, others none"
-        )
+    narrow = rounding is not None
     size = weights.numel()
     chunk = max(1, min(size, chunk or CHUNK_ELEMENTS[weights.device.type]))
     spare = weights.new_empty(scratch + (len(moments) if narrow else 0), chunk)

@@ -9,12 +9,15 @@ g = dy * (offset + w):
 Saved for backward: x, and per token rstd and the mean; n is made again. The last dim is normalized. A weight may have more dims
 than that one, as of heads that have one each.
 
+`add_norm` is the same of a sum s = x + f, which it returns too. Kernels read x and f once for both; s is kept in the place of x.
+
 Shape suffixes: T tokens, H hidden.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -80,14 +83,88 @@ class _Norm(torch.autograd.Function):
         return (dx * rstd).to(x.dtype), dweight, dbias, None, None, None, None
 
 
-def rms_norm(
-    x: Tensor, weight: Tensor | None, eps: float, weight_gradient: WeightGradient = _rounded, offset: float = 0.0
-) -> Tensor:
-    """[..., H] -> the same in the dtype of x; statistics in `stat_dtype`. The weight counts from `offset`; None: all ones.
+class _FusedNorm(torch.autograd.Function):
+    """The same, of x or of x + f (f may be None), in kernels of Triton: y, or (x + f, y)."""
 
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        f: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        offset: float,
+        center: bool,
+        weight_gradient: WeightGradient,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        from megatron_llm.ops.triton.norm import add_norm, norm, rows
+
+        if f is None:
+            s = rows(x)
+            y, stats = norm(s, weight, bias, eps, offset, center)
+        else:
+            s, y, stats = add_norm(rows(x), rows(f), weight, bias, eps, offset, center)
+        ctx.save_for_backward(s, stats)
+        ctx.weight, ctx.bias, ctx.offset, ctx.weight_gradient = weight, bias, offset, weight_gradient
+        ctx.set_materialize_grads(False)
+        return y if f is None else (s, y)
+
+    @staticmethod
+    def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
+        from megatron_llm.ops.triton.norm import gradients
+
+        s, stats = ctx.saved_tensors
+        *ds, dy = given
+        dx, dweight, dbias = gradients(dy, ds[0] if ds else None, s, stats, ctx.weight, ctx.offset, ctx.needs_input_grad[2:4])
+        if dweight is not None:
+            dweight = ctx.weight_gradient(ctx.weight, dweight)
+        if dbias is not None:
+            dbias = ctx.weight_gradient(ctx.bias, dbias)
+        return dx, dx if ds else None, dweight, dbias, None, None, None, None
+
+
+@dataclass(frozen=True)
+class NormKind:
+    """Attributes:
+    eps: beside the mean square. offset: where weights count from. center: LayerNorm, not RMSNorm.
+    kernel: "torch" or "triton".
     weight_gradient: given a parameter and its gradient in `stat_dtype`, returns what autograd is to have of it.
     """
-    return _Norm.apply(x, weight, None, eps, offset, False, weight_gradient)
+
+    eps: float
+    offset: float = 0.0
+    center: bool = False
+    kernel: str = "torch"
+    weight_gradient: WeightGradient = _rounded
+
+
+def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: NormKind) -> Tensor:
+    """[..., D] -> the same in the dtype of x; statistics in `stat_dtype`. No weight: all ones; no bias: 0.
+
+    Kernels in Triton take [T, D] and [T, N, D].
+    """
+    chosen = weight, bias, kind.eps, kind.offset, kind.center, kind.weight_gradient
+    return _FusedNorm.apply(x, None, *chosen) if kind.kernel == "triton" else _Norm.apply(x, *chosen)
+
+
+def add_norm(x: Tensor, f: Tensor, weight: Tensor | None, bias: Tensor | None, kind: NormKind) -> tuple[Tensor, Tensor]:
+    """(s = x + f, rounded; the norm of s) of [T, D], in one pass with kernels in Triton; a gradient of s is added in theirs."""
+    if kind.kernel == "triton":
+        return _FusedNorm.apply(x, f, weight, bias, kind.eps, kind.offset, kind.center, kind.weight_gradient)
+    s = x + f
+    return s, norm(s, weight, bias, kind)
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    weight_gradient: WeightGradient = _rounded,
+    offset: float = 0.0,
+    kernel: str = "torch",
+) -> Tensor:
+    return norm(x, weight, None, NormKind(eps, offset, False, kernel, weight_gradient))
 
 
 def layer_norm(
@@ -97,6 +174,6 @@ def layer_norm(
     eps: float,
     weight_gradient: WeightGradient = _rounded,
     offset: float = 0.0,
+    kernel: str = "torch",
 ) -> Tensor:
-    """The same with the mean taken off first and a bias added last."""
-    return _Norm.apply(x, weight, bias, eps, offset, True, weight_gradient)
+    return norm(x, weight, bias, NormKind(eps, offset, True, kernel, weight_gradient))

@@ -40,6 +40,10 @@ class StochasticRounding:
     key: int
     start: int
 
+    def offset(self, first: int) -> int:
+        """The int32 from which the bits of element `first` of the run are mixed; each element adds the same step to it."""
+        return _signed(stream_key(self.key) + (self.start + first) * _GOLDEN)
+
 
 class RoundingBits:
     """Draws the random bits of a run, in buffers for `size` elements at a time: new ones for every chunk would be new pages."""
@@ -54,9 +58,8 @@ class RoundingBits:
 
         They are valid until the next call.
         """
-        offset = stream_key(self._rounding.key) + (self._rounding.start + first) * _GOLDEN
         z, t = self._z[:count], self._t[:count]
-        torch.add(self._steps[:count], _signed(offset), out=z)
+        torch.add(self._steps[:count], self._rounding.offset(first), out=z)
         torch.bitwise_right_shift(z, 16, out=t)
         z.bitwise_xor_(t.bitwise_and_(0xFFFF)).mul_(_signed(_MIX_1))
         torch.bitwise_right_shift(z, 15, out=t)

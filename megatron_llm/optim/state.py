@@ -24,10 +24,11 @@ class State:
 
     Args:
         whole: keep all of the bucket. Ranks with the same bucket then compute the same.
+        kernel: that updates, "torch" or "triton".
     """
 
-    def __init__(self, bucket: Bucket, config: OptimizerConfig, whole: bool):
-        self.bucket, self.config = bucket, config
+    def __init__(self, bucket: Bucket, config: OptimizerConfig, whole: bool, kernel: str = "torch"):
+        self.bucket, self.config, self._kernel = bucket, config, kernel
         self.lo, self.hi = (0, bucket.data.numel()) if whole else (bucket.lo, bucket.hi)
         self._weights = bucket.data[self.lo : self.hi]
         self._separate_master = self._weights.dtype is not bucket.wide
@@ -69,7 +70,8 @@ class State:
         config = self.config
         weights, *moments = (self._kept[kind][run] for kind in ("weights", *MOMENTS[config.name]))
         out = self._weights[run] if self._separate_master else None
-        common: dict[str, Any] = {"out": out, "scale": scale, "lr": lr, "weight_decay": rule.weight_decay, "rounding": rounding}
+        common: dict[str, Any] = {"out": out, "scale": scale, "lr": lr, "weight_decay": rule.weight_decay}
+        common |= {"rounding": rounding, "kernel": self._kernel}
         if config.name == "adamw":
             adamw_(weights, gradient, *moments, update=number, betas=config.betas, eps=config.eps, **common)
         elif config.name == "lion":

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_llm.config import OptimizerConfig, PrecisionConfig
+from megatron_llm.ops.grad_norm import sum_of_squares
 from megatron_llm.optim.buffers import Bucket, on_last_weight_gradient
 from megatron_llm.optim.layout import bucket_layout, shard_of
 from megatron_llm.optim.rules import MOMENTS, rules_of
@@ -39,6 +40,7 @@ class ZeroOptimizer:
     Args:
         bucket_size: elements; None: by rule (`layout.default_bucket_size`).
         zero_stage: 1, or 0: every rank keeps all state.
+        kernel: that updates and sums squares, "torch" or "triton".
 
     Attributes:
         state_kinds: what a checkpoint must keep: `weights` (masters), moments, and the averaged weights `ema`.
@@ -52,14 +54,15 @@ class ZeroOptimizer:
         bucket_size: int | None = None,
         precision: PrecisionConfig | None = None,
         zero_stage: int = 1,
+        kernel: str = "torch",
     ):
-        self.grid, self.config, self.zero_stage = grid, config, zero_stage
+        self.grid, self.config, self.zero_stage, self._kernel = grid, config, zero_stage, kernel
         axis, narrow, precision = grid.dp_cp, torch.bfloat16, precision or PrecisionConfig()
         main = narrow if precision.gradients == "bfloat16" else None
         sent = narrow if precision.gradient_reduction == "bfloat16" else None
         layouts = bucket_layout(parameters, axis.size, bucket_size, lambda parameter: rules_of(parameter, config))
         self.buckets = [Bucket(layout, axis, main, sent) for layout in layouts]
-        self.states = [State(bucket, config, whole=zero_stage == 0) for bucket in self.buckets]
+        self.states = [State(bucket, config, zero_stage == 0, kernel) for bucket in self.buckets]
         self.frozen = [parameter for parameter in parameters if not parameter.requires_grad]
         self.state_kinds = ("weights", *MOMENTS[config.name], *(["ema"] if config.ema_decay else []))
         self._gathering: dict[Bucket, Handle] = {}  # weights, or with stage 0 the summed gradients
@@ -116,9 +119,9 @@ class ZeroOptimizer:
         total = torch.zeros((), dtype=self.buckets[0].wide, device=self.buckets[0].grad.device)
         for bucket in self.buckets:
             own = bucket.own_grad
-            total += own.dot(own)
+            total += sum_of_squares(own, self._kernel)
             for part, a, b in bucket.owned_replicas():
-                total -= (1.0 - 1.0 / part.replicas) * own[a:b].dot(own[a:b])
+                total -= (1.0 - 1.0 / part.replicas) * sum_of_squares(own[a:b], self._kernel)
         return total
 
     def _sum_replicas(self) -> None:

@@ -24,6 +24,9 @@ calls and send nothing of their own.
 Sizes that tp does not divide are cut unevenly: no weight is padded, so there is no padding to keep dead. Only the vocabulary is,
 because its ranks exchange statistics of equal shape.
 
+A weight with an attribute `fp8` (`multiply_in_fp8`) is multiplied in 8 bits for y and dx, which changes no message: what is sent
+stays in the compute dtype, and what was gathered is rounded after it. dW, and what waits for W, are as ever (`ops/fp8.py`).
+
 A weight is an attribute of `ctx` and not a saved tensor: hooks on those (`models/recompute.py`) would give it back without its
 `main_grad`.
 
@@ -33,13 +36,14 @@ Shape suffixes: T tokens, S tokens of this rank's sequence shard (T / tp), I inp
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from megatron_llm.ops import fp8
 from megatron_llm.ops.dtypes import stat_dtype
 from megatron_llm.ops.matmul import accumulate_matmul, matmul, widen
 from megatron_llm.parallel.collectives import (
@@ -189,6 +193,15 @@ class RowParallelLinear(nn.Module):
         return row_parallel([x_TI], [self], sequence_parallel)
 
 
+def multiply_in_fp8(linears: Iterable[ColumnParallelLinear | RowParallelLinear], kernel: str) -> None:
+    """Let layers multiply by their weights in 8 bits; adapters go on as they are. kernel: as in `ops/fp8.py`.
+
+    Both sizes of a weight must be multiples of `fp8.MULTIPLE`, and the dtype bfloat16.
+    """
+    for linear in linears:
+        linear.weight.fp8 = kernel  # type: ignore[attr-defined]
+
+
 def replicated(
     name: str,
     shape: tuple[int, ...],
@@ -241,7 +254,7 @@ class _ColumnParallel(torch.autograd.Function):
         ctx.parameters, ctx.tp, ctx.gather, ctx.dtype = parameters, tp, gather, x.dtype
         x_TI = widen(all_gather(x, tp) if gather else x)
         dtype = x_TI.dtype if keep_wide else x.dtype
-        return tuple(matmul(x_TI, weight.t(), dtype, bias) for weight, bias in _pairs(parameters))
+        return tuple(_product(x_TI, weight, dtype, bias) for weight, bias in _pairs(parameters))
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
@@ -254,9 +267,9 @@ class _ColumnParallel(torch.autograd.Function):
         reducing = None
         dys = tuple(widen(dy) for dy in dys)  # once for both products
         if need_dx:
-            dx = matmul(dys[0], pairs[0][0], ctx.dtype)
+            dx = _input_gradient(dys[0], pairs[0][0], ctx.dtype)
             for dy_TO, (weight_OI, _) in zip(dys[1:], pairs[1:], strict=True):
-                accumulate_matmul(dx, dy_TO, weight_OI)
+                _add_input_gradient(dx, dy_TO, weight_OI)
             reducing = start_reduce_scatter(dx, ctx.tp) if ctx.gather else start_all_reduce(dx, ctx.tp)
         x_TI = gathering.wait() if gathering else x
         gradients: list[Tensor | None] = []
@@ -280,9 +293,9 @@ class _RowParallel(torch.autograd.Function):
         saved: list[Tensor | None] = []
         for (x_TI, weight_OI, _, a_RI, b_OR), scale in zip(layers, scales, strict=True):
             if y_TO is None:
-                y_TO = matmul(x_TI, weight_OI.t())
+                y_TO = _product(x_TI, weight_OI, x_TI.dtype)
             else:
-                accumulate_matmul(y_TO, x_TI, weight_OI.t())
+                _add_product(y_TO, x_TI, weight_OI)
             h_TR = None
             if a_RI is not None:  # a partial sum over the features of this rank, like the product with the weight
                 h_TR = matmul(x_TI, a_RI.t()).mul_(scale)
@@ -312,7 +325,7 @@ class _RowParallel(torch.autograd.Function):
             if need_dw and not defer_linear_weight_gradients([(weight_OI, dy_TO)], x_TI):
                 dweight = linear_weight_gradient(weight_OI, wide_TO, x_TI)
             if need_dx:
-                dx_TI = matmul(wide_TO, weight_OI, dy.dtype)
+                dx_TI = _input_gradient(wide_TO, weight_OI, dy.dtype)
             if need_db and not defer_linear_weight_gradients([(b_OR, dy_TO)], h_TR):
                 db = linear_weight_gradient(b_OR, wide_TO, h_TR)
             if a_RI is not None and (need_dx or need_da):
@@ -323,6 +336,34 @@ class _RowParallel(torch.autograd.Function):
                     da = linear_weight_gradient(a_RI, dh_TR, x_TI)
             gradients += (dx_TI, dweight, _bias_gradient(bias, dy) if need_bias else None, da, db)
         return None, None, None, *gradients
+
+
+def _product(x_TI: Tensor, weight_OI: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b in `dtype`."""
+    kernel: str | None = getattr(weight_OI, "fp8", None)
+    return matmul(x_TI, weight_OI.t(), dtype, bias) if kernel is None else fp8.product(x_TI, weight_OI, bias, kernel)
+
+
+def _add_product(total_TO: Tensor, x_TI: Tensor, weight_OI: Tensor) -> None:
+    """total += x W^T in place."""
+    if hasattr(weight_OI, "fp8"):
+        total_TO += _product(x_TI, weight_OI, total_TO.dtype)
+    else:
+        accumulate_matmul(total_TO, x_TI, weight_OI.t())
+
+
+def _input_gradient(dy_TO: Tensor, weight_OI: Tensor, dtype: torch.dtype) -> Tensor:
+    """dy W in `dtype`."""
+    kernel: str | None = getattr(weight_OI, "fp8", None)
+    return matmul(dy_TO, weight_OI, dtype) if kernel is None else fp8.input_gradient(dy_TO, weight_OI, kernel)
+
+
+def _add_input_gradient(total_TI: Tensor, dy_TO: Tensor, weight_OI: Tensor) -> None:
+    """total += dy W in place."""
+    if hasattr(weight_OI, "fp8"):
+        total_TI += _input_gradient(dy_TO, weight_OI, total_TI.dtype)
+    else:
+        accumulate_matmul(total_TI, dy_TO, weight_OI)
 
 
 def _layers(flat: Sequence[Any]) -> list[tuple[Any, ...]]:

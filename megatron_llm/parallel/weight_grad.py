@@ -20,6 +20,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from megatron_llm.ops.embedding import add_to_rows_
 from megatron_llm.ops.matmul import accumulate_matmul, matmul
 from megatron_llm.parallel.collectives import Handle, start_all_gather
 from megatron_llm.parallel.grid import Axis
@@ -157,14 +158,19 @@ def defer_linear_weight_gradients(wanted: Sequence[tuple[Tensor, Tensor]], x: Te
     return all(hasattr(weight_OI, "main_grad") for weight_OI, _ in wanted) and _put(wanted[0][0], start)
 
 
-def embedding_weight_gradient(weight_VH: Tensor, rows_T: Tensor, dy_TH: Tensor) -> Tensor | None:
-    """Add dy of each token to the row that it looked up: into `weight.main_grad` [V, H], now or in W, or returned dense."""
+def embedding_weight_gradient(weight_VH: Tensor, rows_T: Tensor, dy_TH: Tensor, kernel: str = "torch") -> Tensor | None:
+    """Add dy of each token to the row that it looked up: into `weight.main_grad` [V, H], now or in W, or returned dense.
+
+    kernel: as of `add_to_rows_`.
+    """
     main_grad: Tensor | None = getattr(weight_VH, "main_grad", None)
     if main_grad is None:
-        return weight_VH.new_zeros(weight_VH.shape).index_add_(0, rows_T, dy_TH)
+        dense_VH = weight_VH.new_zeros(weight_VH.shape)
+        add_to_rows_(dense_VH, rows_T, dy_TH, kernel)
+        return dense_VH
 
     def add() -> None:
-        main_grad.index_add_(0, rows_T, dy_TH.to(main_grad.dtype))
+        add_to_rows_(main_grad, rows_T, dy_TH, kernel)
         count_weight_gradient(weight_VH)
 
     if not _put(weight_VH, lambda: add):

@@ -10,36 +10,46 @@ before it; that is not subtracted.)
     input of the layer; of the MLP's part     2 * S * H, side by side S * H
     norms before attention and MLP            S * H each                           S, or 2 S, each         norms
     norms behind attention and MLP            S * H each                           S, or 2 S, each
-    q, k, v as projected (v is a view)        T * (N + 2 K) * D
+    q, k, v as projected (the three are       T * (N + 2 K) * D
+    views, and rotated in place)
     the same, clipped                         T * (N + 2 K) * D                                            attention
     norms of q and k                                                               T * (N + K), twice that, attention
                                                                                    or of all heads 2 T
-    q and k, normalized or rotated            T * (N + K) * D                                              attention
+    q and k, normalized                       T * (N + K) * D                                              attention
     attention output, log-sum-exp             T * N * D                            T * N                   attention
     the same output with documents joined     T * N * D, only if several documents attend on their own     attention
+                                              and attention is not packed
     inputs of a gated MLP's product           T * 2 F
     input of a plain MLP's activation         T * F, unless that is relu
     what either makes of them                 T * F                                                        activation
     an adapter's product with its A           T * R
 
+Rotation is in place, in what was projected or in what clipping or norms have made, and keeps nothing but the tables.
 A norm keeps the reciprocal deviation of a token, LayerNorm its mean too; a norm before keeps its output (its input is the
 layer's), one behind its input. relu is the one activation whose backward reads its result: recomputing it exchanges the result
-for the input. With `attn_logit_softcapping` attention is explicit, and keeps instead, from "q and k" down to "documents joined":
+for the input. With `attn_logit_softcapping` attention that is not packed is explicit, and keeps instead, from "q and k" down to
+"documents joined", and mostly not q, k and v as projected (where no norm nor clipping needs them),
 
     q, k and v for every query head                                                3 T * N * D             attention
+    (q may be the one that was projected, which is kept then, all of it: where documents or rows attend one by one in at least
+    float32)
     tanh and softmax of the scores                                                 2 T * N * L             attention
     the mask                                  L * L bytes                                                  attention
     attention output                          T * N * D                                                    attention
 
-Dropout and noise keep nothing: they are made again from counters (`ops/noise.py`). Penalties of the loss need what it saves.
+Dropout and noise keep nothing: they are made again from counters (`ops/noise.py`). Neither do the loss and its penalties.
 
 What is made again comes back in B: one layer at a time with full recomputation, else one norm, one attention or one product;
 attention and product at once where they are side by side.
 
-Besides, per stage: the rotary tables, also those of layers with a window where they differ; what is added to the scores of ALiBi
-(N * L * L) or of a sliding window shorter than rows (L * L), once for all layers that are alike. On the first stage the ids, the
-positions if they are learned, and the input of a norm behind the embedding; on the last what the final norm, the head, a
-soft-cap of logits (T * V more) and the loss save.
+Attention is packed (`ops/attention_packed.py`) where `kernels.attention` names one of its backends, or is auto on a GPU that does
+not compute in float64.
+
+Besides, per stage: the rotary tables, also those of layers with a window where they differ; unless attention is packed, what is
+added to the scores of ALiBi (N * L * L) or of a sliding window shorter than rows (L * L), once for all layers that are alike. On
+the first stage the ids, the positions if they are learned, and the input of a norm behind the embedding; on the last what the
+final norm saves, and the gradient of the head's input, S * H, and of its bias, V of at least float32, which F makes
+(`parallel/head.py`).
 
 It holds for devices that compute in the compute dtype itself, and for attention kernels that keep no score matrix and no copy of
 what is added to scores (torch's memory-efficient one keeps one if L is no multiple of 16).
@@ -50,8 +60,8 @@ From B to W, per layer and however recomputed, the inputs and the output gradien
     output gradients                          2 * T * H (side by side T * H) + T * (N + 2 K) * D + T * 2 F (plain: T * F)
     gradients of norms and biases                                                  as many as they have here
 
-and those of the head and of the final norm on the last stage, the ids and the gradient of the embedding on the first. Beside
-adapters the weights themselves wait for nothing, and what waits is, of the layers that have one,
+and the gradients of the final norm and of the head's bias on the last stage, the ids and the gradient of the embedding on the
+first. Beside adapters the weights themselves wait for nothing, and what waits is, of the layers that have one,
 
     inputs and output gradients               as above, and 2 * T * R for each adapter
 
@@ -68,6 +78,7 @@ from megatron_llm.config import Config
 from megatron_llm.models.lora import KINDS, adapted_layers
 from megatron_llm.models.names import norm_names
 from megatron_llm.models.recompute import Recompute
+from megatron_llm.ops.attention_packed import LIBRARIES
 from megatron_llm.planning.share import Share
 
 _QKV, _UP = ("attention.q", "attention.k", "attention.v"), ("mlp.gate", "mlp.up")
@@ -79,6 +90,14 @@ def compute_bytes(config: Config) -> int:
     """Bytes of an element in the compute dtype; `auto` is bfloat16 unless the run is on the CPU."""
     name = config.precision.compute
     return _BYTES[("float32" if config.device == "cpu" else "bfloat16") if name == "auto" else name]
+
+
+def packed_attention(config: Config) -> bool:
+    """Whether attention runs on one of `ops/attention_packed.py`; on a GPU, unless the device is said to be a CPU."""
+    chosen = config.kernels.attention
+    if chosen == "auto":
+        return config.device != "cpu" and config.precision.compute != "float64"
+    return chosen == "triton" or chosen in LIBRARIES
 
 
 class StageBytes(NamedTuple):
@@ -120,7 +139,8 @@ class _Stage:
         self.side_by_side = self.model.parallel_block != "none"
         self.peft = config.peft
         self.adapted = set(adapted_layers(config.model, config.peft)) if config.peft else set[str]()
-        self.explicit = self.model.attn_logit_softcapping is not None
+        self.packed = packed_attention(config)
+        self.explicit = self.model.attn_logit_softcapping is not None and not self.packed
         self.before, self.after = (len(names) for names in norm_names(self.model))
         self.normalized = self.size * self.s * self.h + self.wide * self.s * (
             1 + self.center
@@ -138,7 +158,7 @@ class _Stage:
             deferred += self._embedding_operands() if self.peft is None else 0.0
         if last:
             saved += self._head_kept()
-            if not (layers or self.model.final_norm) and self.model.logit_multiplier != 1.0:
+            if not (layers or self.model.final_norm):
                 saved += self.size * self.s * self.h  # the stage's input, which nothing else keeps
             deferred += self._head_operands() if self.peft is None else 0.0
         return StageBytes(saved, deferred, again)
@@ -155,7 +175,7 @@ class _Stage:
         if "norms" not in recomputed:
             readers = [_QKV, _UP] if self.before == 2 else [_QKV + _UP] * self.before
             kept += self.before * self.normalized - stream * sum(not self._reads(layer, *kinds) for kinds in readers)
-        if "attention" in recomputed or self.model.clip_qkv is not None or self._viewed(layer):
+        if "attention" in recomputed or self.model.clip_qkv is not None or self._viewed:
             kept += self.size * self.qkv
         if "attention" not in recomputed:
             kept += self._attention(layer)
@@ -194,9 +214,17 @@ class _Stage:
     def _rotates(self, layer: int) -> bool:
         return self.model.position_embedding == "rope" and layer not in self.model.nope_layers
 
-    def _viewed(self, layer: int) -> bool:
-        """Whether a view of q, k, v as they come into the layer's attention is kept: mostly v is."""
-        return not self.explicit or self.model.qk_norm != "none" or not self._rotates(layer)
+    @cached_property
+    def _viewed(self) -> bool:
+        """Whether views of q, k, v as they come into a layer's attention are kept."""
+        return not self.explicit or self.model.qk_norm != "none" or self._explicit_view
+
+    @cached_property
+    def _explicit_view(self) -> bool:
+        """Whether explicit attention keeps a view of q as projected, and not a copy or what norms and clipping make of it."""
+        one_by_one = self.training.document_isolation or self.training.micro_batch_size == 1
+        altered = self.model.qk_norm != "none" or self.model.clip_qkv is not None
+        return self.explicit and one_by_one and not altered and self.size == self.wide
 
     def _attention(self, layer: int) -> float:
         """Between the projections on either side."""
@@ -204,15 +232,17 @@ class _Stage:
         model, length = self.model, self.training.sequence_length
         read = self._reads(layer, "attention.o")
         kept = 0.0
-        if model.clip_qkv is not None and self._viewed(layer):
+        if model.clip_qkv is not None and self._viewed:
             kept += size * self.qkv
         if model.qk_norm != "none":
             kept += wide * t * (2 if model.qk_norm == "full" else (n + k) * (1 + self.center))
         if self.explicit:
-            return kept + wide * (3 * t * n * d + 2 * t * n * length) + self._square() + read * size * t * n * d
-        if self._rotates(layer) or model.qk_norm != "none":
+            kept += wide * t * n * ((2 if self._explicit_view else 3) * d + 2 * length)
+            return kept + self._square() + read * size * t * n * d
+        if model.qk_norm != "none":
             kept += size * t * (n + k) * d
-        return kept + size * t * n * d * (1 + (read and self.training.document_isolation)) + wide * t * n
+        joined = read and self.training.document_isolation and not self.packed
+        return kept + size * t * n * d * (1 + joined) + wide * t * n
 
     def _square(self) -> int:
         """Elements of the masks of all lengths of documents."""
@@ -240,7 +270,7 @@ class _Stage:
             (window if window is not None and window < length else None, scale)
             for window, scale in zip(windows, scales, strict=True)
         }
-        if self.explicit:
+        if self.explicit or self.packed:
             return 0.0
         count = sum(alibi or window is not None for window, _ in kinds)
         return count * self.size * self._square() * (self.n if alibi else 1)
@@ -252,8 +282,10 @@ class _Stage:
         return kept + (self.normalized if self.model.embedding_norm else 0.0)
 
     def _head_kept(self) -> float:
-        logits = self.t * self.v * (1 if self.model.final_logit_softcapping is None else 2)
-        kept = self.size * (self.s * self.h + logits) + (2 * self.wide + IDS) * self.t
+        """The gradient of its input, made in F, and of its bias."""
+        kept = self.size * self.s * self.h
+        if self.model.head_bias and self.peft is None:
+            kept += self.wide * self.v
         return kept + (self.normalized if self.model.final_norm else 0.0)
 
     # From B to W
@@ -297,6 +329,6 @@ class _Stage:
         return waiting + (self.wide * self._norm if model.embedding_norm else 0.0)
 
     def _head_operands(self) -> float:
-        waiting = self.size * (self.s * self.h + self.t * self.v)
+        """The weight's own gradient was made in F."""
         vectors = (self._norm if self.model.final_norm else 0) + (self.v if self.model.head_bias else 0)
-        return waiting + self.wide * vectors
+        return float(self.wide * vectors)

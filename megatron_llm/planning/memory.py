@@ -10,8 +10,9 @@ stale. What comes and goes is the peak of the simulated schedule (`planning/acti
                                           T * 2 F + T * H        if it is not: relu reads it, or it waits for W
     attention and MLP side by side, split T * N * D more         the gradient of attention's output is there too
     explicit attention (soft-capped)      2 * T * N * L          of at least float32, less what the MLP saved, if nothing waits
-    loss                                  a chunk of logits of at least float32 (`ops/cross_entropy.py`), two in other dtypes;
-                                          or the logits once more if they are soft-capped
+    head and loss                         S * H + a chunk of logits (`parallel/head.py`), over tensor-parallel ranks two if there
+                                          are more, their x and dx; without Triton's kernel a chunk of at least float32
+                                          (`ops/cross_entropy.py`), two in other dtypes, and two more if logits are soft-capped
     recomputation                         what it brings back at once
     messages                              two ahead and one on its way out for every channel of the rank
 
@@ -33,8 +34,9 @@ from megatron_llm.ops.cross_entropy import CHUNK_ELEMENTS
 from megatron_llm.optim.layout import bucket_layout
 from megatron_llm.optim.rules import MOMENTS, freeze, rules_of
 from megatron_llm.parallel.grid import Grid
+from megatron_llm.parallel.head import chunk_tokens
 from megatron_llm.pipeline.schedules import Schedule
-from megatron_llm.planning.activations import compute_bytes, stage_bytes
+from megatron_llm.planning.activations import compute_bytes, packed_attention, stage_bytes
 from megatron_llm.planning.share import Share
 from megatron_llm.planning.stages import stage_layers
 
@@ -140,7 +142,7 @@ class _Rank:
     def _working(self) -> float:
         """The most over the stages; an action of one of them is at work when activations are at their peak."""
         model, size, wide = self.config.model, self.size, self.wide
-        t, s, h = self.tokens, self.shard, model.hidden_size
+        s, h = self.shard, model.hidden_size
         vocabulary = Share.of(self.config).vocabulary
         layers = stage_layers(self.config, self.schedule.placement)
         most = 0.0
@@ -152,11 +154,23 @@ class _Rank:
                 gone = 0.0 if self.schedule.split else head
                 most = max(most, again + max(self._layer_backward(), norm) - gone)
             if stage.last:
-                chunk = min(t * vocabulary, max(vocabulary, CHUNK_ELEMENTS["cpu" if self.config.device == "cpu" else "cuda"]))
-                most = max(most, wide * chunk * (1 if size == wide else 2))
-                if model.final_logit_softcapping is not None:
-                    most = max(most, size * t * vocabulary)
+                most = max(most, self._head(vocabulary))
         return most
+
+    def _head(self, vocabulary: int) -> float:
+        """Head and loss of a chunk of tokens, where that of a former one may be alive."""
+        size, wide, h, tp = self.size, self.wide, self.config.model.hidden_size, self.config.parallel.tensor_parallel
+        each = min(self.tokens, chunk_tokens(vocabulary, size))
+        alive = 2 if tp > 1 and each < self.tokens else 1
+        gathered = self.shard < self.tokens
+        chunk = size * each * (alive * (vocabulary + gathered * h) + (tp > 1) * h)
+        working = 0.0
+        cpu, kernel = self.config.device == "cpu", self.config.kernels.cross_entropy
+        if kernel == "torch" or (cpu and kernel == "auto"):
+            elements = min(each * vocabulary, max(vocabulary, CHUNK_ELEMENTS["cpu" if cpu else "cuda"]))
+            capped = 0 if self.config.model.final_logit_softcapping is None else 2
+            working = wide * elements * ((1 if size == wide else 2) + capped)
+        return size * self.shard * h + chunk + working
 
     def _layer_backward(self) -> float:
         """The most of MLP and attention, one after the other."""
@@ -170,7 +184,7 @@ class _Rank:
         mlp += t * model.hidden_size
         if split and model.parallel_block != "none":
             mlp += t * share.queries * model.head_dim
-        if model.attn_logit_softcapping is None:
+        if model.attn_logit_softcapping is None or packed_attention(self.config):
             return self.size * mlp
         scores = 2.0 * t * share.queries * self.config.training.sequence_length
         return max(self.size * mlp, self.wide * scores - (0.0 if split else self.size * saved))

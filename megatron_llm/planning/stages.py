@@ -1,11 +1,11 @@
 """What every pipeline stage costs, from the configuration alone: the input of a simulation. Called by `cli/plan.py`.
 
 Time is FLOPs over an assumed rate: forward, input gradient and weight gradient of a matrix product cost the same; attention
-scores have no weights, and their gradient costs twice their forward. The embedding costs nothing, the head what its product
-costs. Beside adapters only their own weight gradients are made. Recomputation adds to the backward what it runs again: of a whole
-layer the forward without its last product (two in a parallel block), of attention its scores. Of tensor-parallel ranks the first
-counts, which has the most heads and channels. Norms, rotary embeddings, the loss, tensor-parallel communication and the
-optimizer are left out.
+scores have no weights, and their gradient costs twice their forward. The embedding costs nothing, the head what its products
+cost, which are all in the forward (`parallel/head.py`). Beside adapters only their own weight gradients are made. Recomputation
+adds to the backward what it runs again: of a whole layer the forward without its last product (two in a parallel block), of
+attention its scores. Of tensor-parallel ranks the first counts, which has the most heads and channels. Norms, rotary embeddings,
+the loss, tensor-parallel communication and the optimizer are left out.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Speed:
     Attributes:
         products, scores, scores_backward: FLOP/s in matrix products, in attention's scores, and in their backward, which counts as
             twice the forward. bandwidth: bytes/s between two pipeline neighbours.
-        layer: seconds that every layer takes besides in forward and in backward; head: the head, half in each.
+        layer: seconds that every layer takes besides in forward and in backward; head: the head, in forward.
     """
 
     products: float
@@ -60,7 +60,8 @@ def stage_costs(config: Config, placement: tuple[int, ...], speed: Speed) -> Cos
     scores = [layer_scores(model, layer, share.queries, training.sequence_length) for layer in numbers]
     layers = stage_layers(config, placement)
     products = [len(held) * linear for held in layers]
-    products[-1] += model.hidden_size * share.vocabulary
+    head = [0.0] * len(layers)
+    head[-1] = model.hidden_size * share.vocabulary * (3.0 if config.peft is None else 2.0)  # frozen it has no gradient
     attention = [sum(scores[layer] for layer in held) for held in layers]
     last = share.inner  # inputs of the layer's last product, which is that of attention too where they are side by side
     if model.parallel_block != "none":
@@ -80,14 +81,13 @@ def stage_costs(config: Config, placement: tuple[int, ...], speed: Speed) -> Cos
     forward, backward = [], []
     for stage, held in enumerate(layers):
         linear_parts = products[stage] + adapters[stage]
-        head = speed.head / 2 if stage == len(layers) - 1 else 0.0
-        forward.append(seconds(linear_parts, attention[stage], 0.0) + len(held) * speed.layer[0] + head)
+        besides = len(held) * speed.layer[0] + (speed.head if stage == len(layers) - 1 else 0.0)
+        forward.append(seconds(linear_parts + head[stage], attention[stage], 0.0) + besides)
         again = len([layer for layer in held if "layer" in recomputed[layer]])
         backward.append(
             seconds(linear_parts + again_products[stage], again_scores[stage], 2 * attention[stage])
             + len(held) * speed.layer[1]
             + again * speed.layer[0]
-            + head
         )
     messages = tokens / (parallel.tensor_parallel if parallel.sequence_parallel else 1)
     held_bytes = [stage_bytes(config, held, stage == 0, stage == len(layers) - 1) for stage, held in enumerate(layers)]

@@ -12,9 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from megatron_llm.config import Config, ModelConfig
+from megatron_llm.config import Config, KernelsConfig, ModelConfig
+from megatron_llm.models.block import DecoderLayer
 from megatron_llm.models.decoder import DecoderStage
 from megatron_llm.models.stages import build_stages, parameters, whole_model
+from megatron_llm.ops.attention import described
+from megatron_llm.ops.kernels import Kernels, prepare_deterministic_products
 from megatron_llm.optim.rules import freeze
 from megatron_llm.optim.zero1 import ZeroOptimizer
 from megatron_llm.parallel.grid import Grid
@@ -54,6 +57,12 @@ class Engine:
         """Micro-batches of one model replica in a step on the whole global batch."""
         return self.schedule.microbatches
 
+    @property
+    def attention(self) -> list[str]:
+        """Which backends of attention run in the layers held here, and why none of the faster ones."""
+        layers = [layer for stage in self.stages.values() for layer in stage.layers if isinstance(layer, DecoderLayer)]
+        return described({layer.layer: layer.attention.choice for layer in layers})
+
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     """The dtype of weights and activations; `auto` is bfloat16 on a GPU and float32 on a CPU."""
@@ -68,9 +77,15 @@ def _needed(stages: Iterable[DecoderStage]) -> dict[int, list[nn.Parameter]]:
     return {index: parameters for stage in stages for index, parameters in stage.read_before()}
 
 
-def build_model(model: ModelConfig, weights: TensorSource, dtype: torch.dtype, device: torch.device) -> DecoderStage:
+def build_model(
+    model: ModelConfig,
+    weights: TensorSource,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernels: KernelsConfig = KernelsConfig(),
+) -> DecoderStage:
     """A whole model on one process, for inference: no optimizer, no buffers."""
-    stage = whole_model(model, dtype, device)
+    stage = whole_model(model, dtype, device, kernels=kernels)
     _load(stage.parameters(), weights)
     return stage.eval()
 
@@ -123,6 +138,8 @@ def build_engine(
     progress: told which part of the weights is there.
     """
     parallel, training = config.parallel, config.training
+    if config.kernels.deterministic and device.type == "cuda":
+        prepare_deterministic_products()
     schedules = {
         size: make_schedule(
             parallel.pipeline_schedule,
@@ -135,10 +152,12 @@ def build_engine(
     for schedule in schedules.values():
         check(schedule)
     owners = schedules[training.global_batch_size].placement
-    stages = build_stages(config, grid, owners, compute_dtype(config, device), device)
+    dtype = compute_dtype(config, device)
+    stages = build_stages(config, grid, owners, dtype, device)
     freeze(parameters(stages), config.optimizer, config.peft is not None)
+    kernel = Kernels.choose(config.kernels, device, dtype).optimizer
     optimizer = ZeroOptimizer(
-        parameters(stages), grid, config.optimizer, parallel.bucket_size, config.precision, parallel.zero_stage
+        parameters(stages), grid, config.optimizer, parallel.bucket_size, config.precision, parallel.zero_stage, kernel
     )
     fresh = FreshWeights(training.seed, config.model.initializer_range, device)
     optimizer.load("weights", weights or fresh, progress)

@@ -195,6 +195,8 @@ def _announce(run: Run, resolved: ResolvedRun, resumed: Checkpoint | None, chang
         f"{run.engine.microbatches} micro-batches of {config.training.micro_batch_size} rows a step | "
         f"{local:,} parameters on rank 0" + (f", of which {trained:,} are trained" if trained < local else "")
     )
+    for line in run.engine.attention:
+        logger.info("attention: %s", line)
     if ramp := config.training.batch_size_rampup:
         logger.info(
             f"the batch grows from {ramp.start} rows to {config.training.global_batch_size} over the first {ramp.rows:,} rows, "

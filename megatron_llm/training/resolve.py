@@ -33,6 +33,7 @@ from megatron_llm.models.heads import head_problem
 from megatron_llm.models.lora import WithAdapters, target_problems
 from megatron_llm.models.stages import whole_model
 from megatron_llm.models.vocabulary import resized
+from megatron_llm.ops.attention import Available, attention_problems
 from megatron_llm.ops.kernels import kernel_problems
 from megatron_llm.optim.rules import is_frozen, rule_problems
 from megatron_llm.parallel.shard import TensorSource, TypedSource
@@ -40,6 +41,7 @@ from megatron_llm.pipeline.schedules import placement
 from megatron_llm.planning.compare import GIB, Assumed, Assumptions, choose
 from megatron_llm.training.build import compute_dtype
 from megatron_llm.training.completion import complete_model, complete_peft, family_of_source, model_of_source
+from megatron_llm.training.fp8 import fp8_device_problems, fp8_size_problems
 from megatron_llm.training.run_folder import checkpoints_folder
 from megatron_llm.training.samples import sample_prompts
 from megatron_llm.training.sources import FreshWeights
@@ -232,6 +234,8 @@ def layout_problems(config: Config, world_size: int) -> list[str]:
         problems.append(f"model.{problem}")
     if model.intermediate_size < tp:
         problems.append(f"model.intermediate_size: {model.intermediate_size} is less than parallel.tensor_parallel {tp}")
+    elif not problem:
+        problems += fp8_size_problems(config)
     rows, length = training.micro_batch_size, training.sequence_length
     if parallel.sequence_parallel and rows * length % tp:
         problems.append(
@@ -260,7 +264,10 @@ def _setting_problems(config: Config) -> list[str]:
     if config.device == "cuda" and not torch.cuda.is_available():
         problems.append("device: cuda, but torch sees no GPU; use device: cpu or auto")
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
-    problems += kernel_problems(config.kernels, device.type, compute_dtype(config, device))
+    dtype = compute_dtype(config, device)
+    problems += kernel_problems(config.kernels, device.type, dtype)
+    problems += attention_problems(config.kernels, model, dtype, Available.on(device))
+    problems += fp8_device_problems(config, device.type)
     if config.training.regularization.hidden_dropout_profile == "rising" and model.num_hidden_layers == 1:
         problems.append(
             "training.regularization.hidden_dropout_profile: rising begins with 0 in the first layer, and "

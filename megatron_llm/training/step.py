@@ -25,6 +25,7 @@ from megatron_llm.config import Config
 from megatron_llm.data.stream import TokenStream
 from megatron_llm.models.regularization import Regularization
 from megatron_llm.ops.dtypes import stat_dtype
+from megatron_llm.ops.kernels import deterministic_algorithms
 from megatron_llm.optim.loss_scale import INITIAL_LOSS_SCALE, loss_scale, next_loss_scale
 from megatron_llm.optim.lr_schedule import learning_rate
 from megatron_llm.parallel.collectives import all_reduce
@@ -179,10 +180,11 @@ def _run_microbatches(
         hidden = stage(x, batch, before_layer=engine.runtime.before_layer, regularization=regularization)
         if not stage.last:
             return hidden
-        objective, loss = stage.objective(hidden, batch, regularization)
+        objective, loss = stage.objective(hidden, batch, regularization, scale)
         if engine.grid.tp.first:
             sums.add_(torch.stack((loss, batch.weights_T.sum().to(dtype))))
-        return objective if scale == 1.0 else objective * scale
+        return objective
 
-    engine.runtime.run(schedule, forward, trace)
+    with deterministic_algorithms(engine.config.kernels.deterministic and engine.device.type == "cuda"):
+        engine.runtime.run(schedule, forward, trace)
     return sums

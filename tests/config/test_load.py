@@ -62,7 +62,8 @@ def _read(folder: Path, text: str, *overrides: str) -> dict[str, Any]:
         ),
         (
             ("precision", "zzz"),
-            "precision.zzz: unknown key; known keys: compute, gradient_reduction, gradients, loss_scale, loss_scale_window",
+            "precision.zzz: unknown key; known keys: compute, gradient_reduction, gradients, linear, loss_scale, "
+            "loss_scale_window",
         ),
     ],
 )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_llm.config import ModelConfig
 from megatron_llm.models.split import attended, layer_costs, layer_scores, split_layers
-from megatron_llm.ops.attention import _causal_mask
+from megatron_llm.ops.scores import causal_mask
 
 
 def _costs(
@@ -125,5 +125,5 @@ def test_costs_of_layers_with_windows_and_a_plain_mlp_by_hand() -> None:
 @pytest.mark.parametrize("length", [1, 2, 7, 30])
 @pytest.mark.parametrize("window", [None, 1, 2, 7, 29, 30, 31])
 def test_attended_keys_are_those_of_the_mask(length: int, window: int | None) -> None:
-    seen = _causal_mask(length, length, window, torch.device("cpu")).sum() / length
+    seen = causal_mask(length, length, window, torch.device("cpu")).sum() / length
     assert attended(length, window) == pytest.approx(seen.item())

@@ -11,9 +11,10 @@ from torch.autograd import gradcheck
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
-from megatron_llm.ops.attention import Scores, alibi_slopes, attention
+from megatron_llm.ops.attention import attention
+from megatron_llm.ops.scores import Scores, alibi_slopes
 
-BACKENDS = ("reference", "sdpa", "auto")
+BACKENDS = ("reference", "sdpa")
 PLAIN = Scores()
 # (query lengths, key lengths) of the documents
 CASES = {
@@ -23,20 +24,22 @@ CASES = {
     "more keys than queries": ([2, 3], [5, 7]),
     "one query each": ([1, 1, 1], [4, 4, 6]),
     "prefill beside decoding": ([5, 1, 1, 2], [5, 8, 1, 4]),
+    "empty documents": ([0, 0, 3, 0, 3, 2, 0], [0, 0, 3, 0, 3, 4, 0]),
+    "keys without queries": ([0, 2, 0], [3, 4, 2]),
 }
 
 
-def _boundaries(lengths: list[int]) -> tuple[int, ...]:
+def boundaries(lengths: list[int]) -> tuple[int, ...]:
     return (0, *torch.tensor(lengths).cumsum(0).tolist())
 
 
-def _inputs(q_lens: list[int], k_lens: list[int], heads: int, kv_heads: int, dim: int = 6) -> list[Tensor]:
+def inputs_of(q_lens: list[int], k_lens: list[int], heads: int, kv_heads: int, dim: int = 6) -> list[Tensor]:
     generator = torch.Generator().manual_seed(7)
     shapes = [(sum(q_lens), heads, dim), (sum(k_lens), kv_heads, dim), (sum(k_lens), kv_heads, dim)]
     return [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
 
 
-def _loop(
+def loop(
     q: Tensor, k: Tensor, v: Tensor, q_lens: list[int], k_lens: list[int], settings: Scores = PLAIN
 ) -> tuple[Tensor, Tensor]:
     """One query and one head at a time: the outputs, and the same weighted means of |v| (to bound roundings)."""
@@ -91,10 +94,10 @@ SETTINGS = {
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings_of_scores_are_their_definition(name: str, case: str, backend: str) -> None:
     (q_lens, k_lens), settings = CASES[case], SETTINGS[name]
-    inputs = _inputs(q_lens, k_lens, 4, 2)
-    expected, _ = _loop(*inputs, q_lens, k_lens, settings)
+    inputs = inputs_of(q_lens, k_lens, 4, 2)
+    expected, _ = loop(*inputs, q_lens, k_lens, settings)
     dy = torch.linspace(-1, 2, expected.numel(), dtype=torch.float64).view(expected.shape)
-    actual = attention(*inputs, _boundaries(q_lens), _boundaries(k_lens), backend, settings)
+    actual = attention(*inputs, boundaries(q_lens), boundaries(k_lens), backend, settings)
     torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12)
     wanted = torch.autograd.grad(expected, inputs, dy)
     torch.testing.assert_close(torch.autograd.grad(actual, inputs, dy), wanted, rtol=1e-10, atol=1e-11)
@@ -116,11 +119,11 @@ def test_slopes_are_those_of_transformers(heads: int, most: int) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_attention_is_its_definition(case: str, heads: int, kv_heads: int, backend: str) -> None:
     q_lens, k_lens = CASES[case]
-    inputs = _inputs(q_lens, k_lens, heads, kv_heads)
-    expected, _ = _loop(*inputs, q_lens, k_lens)
+    inputs = inputs_of(q_lens, k_lens, heads, kv_heads)
+    expected, _ = loop(*inputs, q_lens, k_lens)
     dy = torch.linspace(-1, 2, expected.numel(), dtype=torch.float64).view(expected.shape)
     expected_gradients = torch.autograd.grad(expected, inputs, dy)
-    actual = attention(*inputs, _boundaries(q_lens), _boundaries(k_lens), backend)
+    actual = attention(*inputs, boundaries(q_lens), boundaries(k_lens), backend)
     torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(torch.autograd.grad(actual, inputs, dy), expected_gradients, rtol=1e-10, atol=1e-11)
 
@@ -128,22 +131,22 @@ def test_attention_is_its_definition(case: str, heads: int, kv_heads: int, backe
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_against_finite_differences(backend: str) -> None:
     q_lens, k_lens = [3, 1, 2], [3, 4, 3]
-    inputs = _inputs(q_lens, k_lens, 2, 1, 2)
-    boundaries = _boundaries(q_lens), _boundaries(k_lens)
-    assert gradcheck(lambda q, k, v: attention(q, k, v, *boundaries, backend), inputs)
+    inputs = inputs_of(q_lens, k_lens, 2, 1, 2)
+    bounds = boundaries(q_lens), boundaries(k_lens)
+    assert gradcheck(lambda q, k, v: attention(q, k, v, *bounds, backend), inputs)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_documents_are_isolated_and_causal(backend: str) -> None:
     """A key of position j of the middle document moves exactly the outputs of its positions >= j, even when infinite-like."""
     lengths = [4, 5, 3]
-    q, k, v = _inputs(lengths, lengths, 4, 2)
-    boundaries = _boundaries(lengths)
-    before = attention(q, k, v, boundaries, boundaries, backend)
+    q, k, v = inputs_of(lengths, lengths, 4, 2)
+    bounds = boundaries(lengths)
+    before = attention(q, k, v, bounds, bounds, backend)
     changed_k, changed_v = k.detach().clone(), v.detach().clone()
     changed_k[4 + 2] = 1e3
     changed_v[4 + 2] = -1e6
-    after = attention(q, changed_k, changed_v, boundaries, boundaries, backend)
+    after = attention(q, changed_k, changed_v, bounds, bounds, backend)
     moved = (before != after).flatten(1).any(1).nonzero().flatten().tolist()
     assert moved == [6, 7, 8]
 
@@ -154,9 +157,9 @@ def test_documents_are_isolated_and_causal(backend: str) -> None:
 def test_narrow_dtypes_are_within_two_roundings(case: str, backend: str, dtype: torch.dtype) -> None:
     """Relative to the mean of |v| under the same weights: rounding the probabilities, then the result."""
     q_lens, k_lens = CASES[case]
-    narrow = [x.detach().to(dtype) for x in _inputs(q_lens, k_lens, 4, 2, 16)]
-    expected, bound = _loop(*(x.double() for x in narrow), q_lens, k_lens)
-    actual = attention(*narrow, _boundaries(q_lens), _boundaries(k_lens), backend)
+    narrow = [x.detach().to(dtype) for x in inputs_of(q_lens, k_lens, 4, 2, 16)]
+    expected, bound = loop(*(x.double() for x in narrow), q_lens, k_lens)
+    actual = attention(*narrow, boundaries(q_lens), boundaries(k_lens), backend)
     assert actual.dtype is dtype
     assert ((actual.double() - expected).abs() <= 2.02 * 0.5 * torch.finfo(dtype).eps * bound).all()
 
@@ -164,10 +167,10 @@ def test_narrow_dtypes_are_within_two_roundings(case: str, backend: str, dtype: 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_float16_scores_and_gradients_may_pass_its_range_inside(backend: str) -> None:
     """q k^T before the root of D is beyond 65,504; the gradient carries a factor that leaves it in range."""
-    q, k, v = (x.detach().half() for x in _inputs([5], [5], 2, 1, 64))
+    q, k, v = (x.detach().half() for x in inputs_of([5], [5], 2, 1, 64))
     inputs = [x.requires_grad_() for x in (q * 300, k * 300, v)]
     wide = [x.detach().double().requires_grad_() for x in inputs]
-    expected, _ = _loop(*wide, [5], [5])
+    expected, _ = loop(*wide, [5], [5])
     assert (torch.einsum("tnd,skd->ns", wide[0], wide[1])).abs().max() > 65_504
     actual = attention(*inputs, (0, 5), (0, 5), backend)
     torch.testing.assert_close(actual.double(), expected, rtol=2e-3, atol=2e-3)
@@ -179,7 +182,10 @@ def test_float16_scores_and_gradients_may_pass_its_range_inside(backend: str) ->
         torch.testing.assert_close(ours.double(), exact, rtol=1e-2, atol=5e-3 * exact.abs().max().item() + 1.0)
 
 
-def test_unknown_backend_is_refused() -> None:
-    q, k, v = _inputs([2], [2], 1, 1)
-    with pytest.raises(ValueError, match="'flash' is unknown; known: auto, sdpa, reference"):
-        attention(q, k, v, (0, 2), (0, 2), "flash")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bounds", [(0,), (0, 0), (0, 0, 0)])
+def test_no_tokens(bounds: tuple[int, ...], backend: str) -> None:
+    q, k, v = inputs_of([0], [0], 4, 2)
+    out = attention(q, k, v, bounds, bounds, backend)
+    out.sum().backward()
+    assert out.shape == q.shape == (0, 4, 6) and q.grad is not None and q.grad.shape == q.shape

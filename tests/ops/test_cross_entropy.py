@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron_llm.ops import cross_entropy
-from megatron_llm.ops.cross_entropy import Penalties, local_statistics, logits_gradient_, logits_sums
+from megatron_llm.ops.cross_entropy import Penalties, local_statistics, logits_gradient_
 
 VOCAB = 11
 CUTS = {"whole": (0, 11), "halves": (0, 6, 11), "one empty": (0, 4, 8, 11, 11)}
@@ -23,7 +23,7 @@ def _logits(tokens: int, scale: float = 3.0, dtype: torch.dtype = torch.float64)
 
 def _combined(logits: Tensor, labels: Tensor, cuts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """(loss, log-sum-exp) of each token from the slices' statistics."""
-    slices = [local_statistics(logits[:, a:b], labels - a) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    slices = [local_statistics(logits[:, a:b], labels - a).unbind(1) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
     maxima, totals, targets = (torch.stack(column) for column in zip(*slices, strict=True))
     top = maxima.amax(0)
     log_sum_exp = (totals * (maxima - top).exp()).sum(0).log() + top
@@ -72,11 +72,11 @@ def test_gradient_with_penalties_equals_torch(cuts: str, smoothing: float, z_los
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.usefixtures("chunk")
 def test_sums_of_logits(dtype: torch.dtype) -> None:
-    logits, _ = _logits(7, dtype=dtype)
-    sums = logits_sums(logits[:, 2:9])
+    logits, labels = _logits(7, dtype=dtype)
+    sums = local_statistics(logits[:, 2:9], labels, extra="sum")[:, 3]
     assert sums.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
     torch.testing.assert_close(sums.double(), logits[:, 2:9].double().sum(1), rtol=1e-6, atol=1e-5)
-    assert logits_sums(logits[:, :0]).tolist() == [0.0] * 7
+    assert local_statistics(logits, labels, 0, "sum")[:, 3].tolist() == [0.0] * 7
 
 
 def test_statistics_leave_the_logits_alone() -> None:
@@ -87,13 +87,13 @@ def test_statistics_leave_the_logits_alone() -> None:
 
 
 def test_empty_slice_contributes_nothing() -> None:
-    maximum, total, target = local_statistics(torch.empty(3, 0), torch.tensor([0, -1, 5]))
+    maximum, total, target = local_statistics(torch.empty(3, 0), torch.tensor([0, -1, 5])).unbind(1)
     assert maximum.tolist() == [-torch.inf] * 3 and total.tolist() == target.tolist() == [0.0] * 3
 
 
 def test_labels_outside_the_slice_have_no_logit() -> None:
     logits, _ = _logits(4)
-    _, _, target = local_statistics(logits, torch.tensor([-1, VOCAB, -100, 2]))
+    target = local_statistics(logits, torch.tensor([-1, VOCAB, -100, 2]))[:, 2]
     assert target.tolist() == [0.0, 0.0, 0.0, logits[3, 2].item()]
 
 

@@ -14,8 +14,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_llm.config import RopeScalingConfig
 from megatron_llm.ops.activation import activation, gated
-from megatron_llm.ops.norm import layer_norm, rms_norm
-from megatron_llm.ops.rope import rope_frequencies, rope_tables, rotary
+from megatron_llm.ops.norm import NormKind, add_norm, layer_norm, rms_norm
+from megatron_llm.ops.rope import rope_frequencies, rope_tables, rotary_
 
 U = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half a unit in the last place, relative
 NARROW = pytest.mark.parametrize("dtype", U)
@@ -108,6 +108,17 @@ def test_rms_norm_whose_weight_counts_from_one() -> None:
     assert gradcheck(lambda x: rms_norm(x, None, 0.1), (x,))
 
 
+@pytest.mark.parametrize("kind", [NormKind(0.1), NormKind(0.1, 0.5, True)], ids=["rms", "layer"])
+def test_norm_of_a_sum(kind: NormKind) -> None:
+    x, f, weight = _leaf(_random(5, 6)), _leaf(_random(5, 6, scale=2.0)), _leaf(_random(6))
+    bias = _leaf(_random(6)) if kind.center else None
+    s, y = add_norm(x, f, weight, bias, kind)
+    assert torch.equal(s, x + f)
+    alone = layer_norm(s, weight, bias, 0.1, offset=0.5) if kind.center else rms_norm(s, weight, 0.1)
+    assert torch.equal(y, alone)
+    assert gradcheck(lambda *inputs: add_norm(*inputs, bias, kind), (x, f, weight))
+
+
 # Activations
 
 swiglu = partial(gated, name="silu")
@@ -163,7 +174,12 @@ def test_swiglu_in_float16_overflows_only_where_its_gradient_does() -> None:
     assert_within_roundings(actual, expected, 1)
 
 
-# Rotary embeddings
+# Rotary embeddings; where they lie, and by the kernel: `triton/test_rope.py`
+
+
+def rotary(x_TND: Tensor, cos_T1P: Tensor, sin_T1P: Tensor) -> Tensor:
+    """A copy of queries, rotated."""
+    return rotary_(x_TND.clone(), x_TND.new_empty(len(x_TND), 0, x_TND.shape[2]), cos_T1P, sin_T1P)[0]
 
 
 def test_rotary_turns_pairs_as_complex_numbers() -> None:

@@ -17,6 +17,7 @@ from megatron_llm.models.heads import Heads
 from megatron_llm.ops.cross_entropy import Penalties
 from megatron_llm.parallel.embedding import VocabParallelEmbedding
 from megatron_llm.parallel.grid import Grid
+from megatron_llm.parallel.head import Head, linear_scores
 from megatron_llm.parallel.linear import (
     ColumnParallelLinear,
     OutputShard,
@@ -28,7 +29,7 @@ from megatron_llm.parallel.linear import (
     sharded_bias,
     sharded_weight,
 )
-from megatron_llm.parallel.loss import vocab_parallel_cross_entropy, vocab_parallel_objective, vocab_parallel_scores
+from megatron_llm.parallel.loss import VocabularySlice, vocab_parallel_cross_entropy, vocab_parallel_objective
 from megatron_llm.parallel.shard import ShardSpec
 from megatron_llm.parallel.weight_grad import WeightGradients
 from tests.ranks import run_ranks
@@ -302,11 +303,11 @@ def _loss(
     shard = OutputShard.even("head", vocab, tp)
     logits = torch.full((TOKENS, shard.local_rows), 1e3, dtype=torch.float64)  # padding that would swamp everything
     logits[:, : shard.stop - shard.start] = _random(6, TOKENS, vocab)[:, shard.start : shard.stop]
-    leaf = logits.requires_grad_()
+    leaf, vocabulary = logits.requires_grad_(), VocabularySlice(shard.start, shard.stop, tp)
     if penalties is None:
-        loss = plain = vocab_parallel_cross_entropy(leaf * 1.0, labels, weights, shard.start, shard.stop, tp)
+        loss = plain = vocab_parallel_cross_entropy(leaf * 1.0, labels, weights, vocabulary)
     else:
-        loss, plain = vocab_parallel_objective(leaf * 1.0, labels, weights, shard.start, shard.stop, tp, penalties)
+        loss, plain = vocab_parallel_objective(leaf * 1.0, labels, weights, vocabulary, penalties)
         assert not plain.requires_grad
     (3 * loss).backward()
     assert leaf.grad is not None
@@ -318,11 +319,12 @@ def _scores(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     tp = _grid(torch.distributed.get_world_size()).tp
     shard = OutputShard.even("head.weight", logits.shape[1], tp)
     local = functional.pad(logits[:, shard.start : shard.stop], (0, shard.local_rows - (shard.stop - shard.start)), value=1e9)
-    return vocab_parallel_scores(local, labels, shard.start, shard.stop, tp)
+    identity = torch.eye(local.shape[1], dtype=local.dtype)
+    return linear_scores(local, Head(identity, None, VocabularySlice(shard.start, shard.stop, tp), False), labels)
 
 
 @pytest.mark.parametrize(("world", "vocab"), [(2, 12), (4, 9)])  # of 9 the last rank has none
-def test_vocab_parallel_scores(world: int, vocab: int) -> None:
+def test_scores(world: int, vocab: int) -> None:
     """Most rows have several largest logits, on one rank and on several."""
     logits = _random(7, 40, vocab).mul(1.5).round()
     labels = torch.where(torch.arange(40) % 3 > 0, logits.argmax(1), torch.arange(40) % vocab)

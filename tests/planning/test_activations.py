@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import gc
 import re
+import sys
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -18,17 +20,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
-from megatron_llm.config import Config
+from megatron_llm.config import Config, KernelsConfig
 from megatron_llm.models.decoder import DecoderStage
 from megatron_llm.models.heads import head_problem
 from megatron_llm.models.recompute import Recompute, _Recomputation
 from megatron_llm.models.regularization import Regularization
 from megatron_llm.models.stages import add_adapters
 from megatron_llm.ops.batch import Batch
+from megatron_llm.ops.kernels import Kernels
 from megatron_llm.optim.rules import freeze
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.parallel.weight_grad import WeightGradients
-from megatron_llm.planning.activations import StageBytes, stage_bytes
+from megatron_llm.planning.activations import StageBytes, packed_attention, stage_bytes
 from megatron_llm.planning.stages import Speed, stage_costs
 from tests.decoders import DECODERS
 from tests.ranks import run_ranks
@@ -104,6 +107,7 @@ def _measured(config: Config, layers: range, first: bool, last: bool) -> StageBy
         sequence_parallel=config.parallel.sequence_parallel,
         dtype=dtype,
         device=torch.device("cpu"),
+        kernels=Kernels.choose(config.kernels, torch.device("cpu"), dtype),
         recompute=Recompute.of(config.training),
     )
     if config.peft is not None:
@@ -168,6 +172,64 @@ def test_bytes_are_those_that_are_held(dtype: str, isolated: bool) -> None:
     config = _config(1, dtype, isolated, True)
     (measured,) = run_ranks(1, _measured_stages, config, list(STAGES))
     assert dict(zip(STAGES, measured, strict=True)) == {name: stage_bytes(config, *stage) for name, stage in STAGES.items()}
+
+
+class _Packed(torch.autograd.Function):
+    """Keeps what attention by packed kernels keeps, and computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor) -> Tensor:
+        out_TND, log_sum_exp_NT = q_TND.new_ones(q_TND.shape), q_TND.new_zeros(q_TND.shape[1], q_TND.shape[0])
+        ctx.save_for_backward(q_TND, k_SKD, v_SKD, out_TND, log_sum_exp_NT)
+        return out_TND
+
+    @staticmethod
+    def backward(ctx: Any, dout_TND: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.new_ones(x.shape) for x in ctx.saved_tensors[:3])
+
+
+def _measured_packed(config: Config, names: list[str]) -> list[StageBytes]:
+    module = ModuleType("megatron_llm.ops.triton.attention")
+    module.tiles = lambda *_: None  # type: ignore[attr-defined]
+    module.flash_attention = lambda q, k, v, *_: _Packed.apply(q, k, v)  # type: ignore[attr-defined]
+    before = sys.modules.get(module.__name__)
+    sys.modules[module.__name__] = module  # not by mock.patch.dict, which forgets what is imported meanwhile
+    try:
+        return _measured_stages(config, names)
+    finally:
+        if before is None:
+            del sys.modules[module.__name__]
+        else:
+            sys.modules[module.__name__] = before
+
+
+@pytest.mark.parametrize("isolated", [False, True], ids=["one document", "two documents"])
+@pytest.mark.parametrize("decoder", [None, "gemma2", "bloom", "cohere2"])
+def test_bytes_of_packed_attention(decoder: str | None, isolated: bool) -> None:
+    """No matrices, whatever is done to scores, and no output of its own for a document."""
+    config = _config(1, "float32", isolated, True, DECODERS[decoder] if decoder else None)
+    config = config.model_copy(update={"kernels": KernelsConfig(attention="triton")})
+    names = ["three layers", "everything"]
+    (measured,) = run_ranks(1, _measured_packed, config, names)
+    assert measured == [stage_bytes(config, *STAGES[name]) for name in names]
+    alike = decoder is None and not isolated  # of what remains, both keep the same
+    plain = config.model_copy(update={"kernels": KernelsConfig()})
+    assert (measured == [stage_bytes(plain, *STAGES[name]) for name in names]) is alike
+
+
+def test_attention_is_packed_on_gpus() -> None:
+    for device, compute, attention, packed in (
+        ("cuda", "bfloat16", "auto", True),
+        ("auto", "auto", "auto", True),
+        ("cuda", "float64", "auto", False),
+        ("cpu", "bfloat16", "auto", False),
+        ("cuda", "bfloat16", "cudnn", False),
+        ("cuda", "bfloat16", "sdpa", False),
+        ("cuda", "bfloat16", "varlen", True),
+        ("cpu", "float32", "triton", True),
+    ):
+        config = config_of(precision={"compute": compute}, kernels={"attention": attention})
+        assert packed_attention(config.model_copy(update={"device": device})) is packed, (device, compute, attention)
 
 
 @pytest.mark.parametrize("sequence_parallel", [True, False])
@@ -253,12 +315,31 @@ def _assert_bytes(tp: int, config: Config, names: list[str], exact: bool = True)
             assert all(a <= b for a, b in zip(said, stage_bytes(config, *STAGES[name]), strict=True)), (rank, name)
 
 
+@pytest.mark.parametrize(("decoder", "setting"), [(None, "none"), (None, "norms"), ("gemma2", "full"), ("opt", "none")])
+def test_fused_norms_hold_the_same(decoder: str | None, setting: str) -> None:
+    """A sum is kept where its norm's input is; its terms are not."""
+    pytest.importorskip("triton")
+    model = VARIANTS[decoder] if decoder else {"num_hidden_layers": 3}
+    config = _config(1, "float32", False, True, model, **RECOMPUTE.get(setting, {}))
+    fused = config.model_copy(update={"kernels": KernelsConfig(norm="triton")})
+    _assert_bytes(1, fused, ["one layer", "embedding and layers", "layers and head"])
+
+
 @pytest.mark.parametrize("isolated", [False, True], ids=["rows", "documents"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_bytes_of_other_decoders(variant: str, isolated: bool) -> None:
     config = _config(1, "float64" if isolated else "float32", isolated, True, VARIANTS[variant])
     names = ["one layer", "embedding and layers", "layers and head", "embedding", "head"]
     _assert_bytes(1, config, names, exact=not (isolated and variant in BY_LENGTH))
+
+
+@pytest.mark.parametrize("setting", ["none", "selective"])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("fields", [{}, {"nope_layers": [0, 1, 2]}, {"clip_qkv": 0.5}, {"qk_norm": "head"}], ids=str)
+def test_bytes_of_explicit_attention(fields: dict[str, Any], rows: int, setting: str) -> None:
+    """One row attends as a view of what was projected, several as copies."""
+    model = _variant("gemma2", sliding_window=None, layer_types=["full_attention"] * 3, **fields)
+    _assert_bytes(1, _config(1, "float32", False, True, model, micro_batch_size=rows, recompute=setting), ["three layers"])
 
 
 @pytest.mark.parametrize(("tp", "sequence_parallel"), [(2, True), (2, False), (3, True)])

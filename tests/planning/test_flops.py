@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_llm.config import ModelConfig, OptimizerConfig, ParameterRuleConfig, PeftConfig
+from megatron_llm.config import KernelsConfig, ModelConfig, OptimizerConfig, ParameterRuleConfig, PeftConfig
 from megatron_llm.models.stages import whole_model
-from megatron_llm.ops.attention import _causal_mask
 from megatron_llm.ops.batch import Batch
-from megatron_llm.ops.kernels import Kernels
+from megatron_llm.ops.scores import causal_mask
 from megatron_llm.optim.rules import freeze
 from megatron_llm.planning.flops import model_flops_per_token
 from tests.decoders import DECODERS
@@ -29,17 +28,16 @@ def test_flops_are_those_that_torch_counts(decoder: str, peft: PeftConfig | None
     With adapters the gradient of the embedding is made too, as everywhere but in the first layer of a real run.
     """
     model = ModelConfig(**({"llama": TINY["model"]} | DECODERS)[decoder] | {"max_position_embeddings": LENGTH})
-    stage = whole_model(model, torch.float32, torch.device("cpu"), peft)
+    stage = whole_model(model, torch.float32, torch.device("cpu"), peft, KernelsConfig(attention="reference"))
     if peft is not None:
         freeze(stage.parameters(), OptimizerConfig(lr=1.0, rules=[ParameterRuleConfig(match="embed*", frozen=False)]), True)
-    stage.kernels = Kernels(attention="reference")
     ids = torch.arange(LENGTH)
     batch = Batch(ids, ids, torch.ones(LENGTH), ids, (0, LENGTH))
     with FlopCounterMode(display=False) as flops:
         stage.loss(stage(None, batch), batch).backward()
     counts = {str(op): count for op, count in flops.get_flop_counts()["Global"].items()}
     scores = counts.pop("aten.bmm") / model.num_hidden_layers
-    masks = [_causal_mask(LENGTH, LENGTH, model.window(layer), ids.device) for layer in range(model.num_hidden_layers)]
+    masks = [causal_mask(LENGTH, LENGTH, model.window(layer), ids.device) for layer in range(model.num_hidden_layers)]
     assert counts.keys() <= {"aten.mm", "aten.addmm"}
     products = sum(counts.values())
     expected = products + sum(scores * mask.float().mean().item() for mask in masks)

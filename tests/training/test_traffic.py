@@ -112,13 +112,13 @@ def _needed(config: Config, world: int, place: Place, layers: int, votes: int = 
     needed: Payload = {axis: Counter() for axis in ("tp", "pp_forward", "pp_backward", "kv_replica", "tied", "world")}
 
     if tp > 1:
-        needed["tp"]["all_reduce"] = last * microbatches * 3 * tokens * stat
+        needed["tp"]["all_gather"] = last * microbatches * 3 * tokens * stat * tp
         if parallel.sequence_parallel:
-            needed["tp"]["all_gather"] = activations * (layers * (2 + 2 + 2) + first + last * 2 + again * 2)
+            needed["tp"]["all_gather"] += activations * (layers * (2 + 2 + 2) + first + last + again * 2)
             needed["tp"]["reduce_scatter"] = activations * (layers * (2 + 2) + first + last + again)
-            needed["tp"]["all_reduce"] += (2 * layers + last) * HIDDEN * stat
+            needed["tp"]["all_reduce"] = (2 * layers + last) * HIDDEN * stat
         else:
-            needed["tp"]["all_reduce"] += activations * (layers * (2 + 2) + first + last + again)
+            needed["tp"]["all_reduce"] = activations * (layers * (2 + 2) + first + last + again)
     if tp > KV_HEADS:
         needed["kv_replica"]["all_reduce"] = layers * 2 * HEAD_DIM * HIDDEN * stat
     message = activations // (tp if parallel.sequence_parallel else 1)
@@ -268,10 +268,10 @@ def test_layers_of_other_decoders_exchange(block: str, recompute: str) -> None:
     config = _config(tensor_parallel=2, block=model, recompute=recompute)
     tokens, again = ROWS * LENGTH, recompute == "full"
     activations = tokens * HIDDEN * 2
-    statistics = tokens * 4 * (3 + (model.get("qk_norm") == "full") * LAYERS * (4 + 2 * again))
+    statistics = tokens * 4 * (model.get("qk_norm") == "full") * LAYERS * (4 + 2 * again)
     for _, _, added, _ in run_ranks(2, _step, config):
         assert added["tp"].payload == Counter(
-            all_gather=activations * (LAYERS * (gathers + again * gathers_again) + 3),
+            all_gather=activations * (LAYERS * (gathers + again * gathers_again) + 2) + 2 * tokens * 4 * 3,
             reduce_scatter=activations * (LAYERS * (scatters + again * scatters_again) + 2),
             all_reduce=statistics + (LAYERS * norms + 1) * HIDDEN * 4,
         )
@@ -312,7 +312,7 @@ def test_adapters_add_no_message_to_a_micro_batch(world: int, sequence_parallel:
     needed = _needed(full, world, (0, 0), LAYERS)
     activations = ROWS * LENGTH * HIDDEN * 8
     if sequence_parallel:
-        needed["tp"]["all_gather"] -= 2 * activations  # for the gradients of embedding and head
+        needed["tp"]["all_gather"] -= activations  # for the gradient of the embedding
         needed["tp"]["reduce_scatter"] -= activations  # of what enters the first layer
         needed["tp"]["all_reduce"] -= (2 * LAYERS + 1) * HIDDEN * 8  # gradients of norms
     else:

@@ -1,20 +1,25 @@
 """Compiles kernels for GPUs that are not there and reads from the machine code what they need.
 
 `python -m tests.ops.triton.compiler [PART OF A NAME...]`: a process of its own, because in one whose kernels are interpreted
-nothing can be compiled. Prints one JSON object a line. Which kernels, with which arguments and block sizes: `CASES` of the
-modules `compiled_*.py` beside this one.
+nothing can be compiled. Prints one JSON object a line: what a kernel needs, and what is wrong with that. Which kernels, with
+which arguments and block sizes: `CASES` of the modules `compiled_*.py` beside this one. `test_compiled.py` asks for all of them.
+
+Kernels are kept in Triton's cache, and what was read from them as well: a second run compiles and disassembles nothing.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,19 +27,25 @@ from typing import Any
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
 """Bytes that one block may have, by architecture."""
 
+NARROW = 6
+"""So many loads, and stores, of less than 16 bytes are let pass: the numbers that a row has one of. An operand of 8 elements a
+thread that is not vectorized has 8, and is found.
+"""
+
 
 @dataclass(frozen=True)
 class Case:
     """One kernel as it is launched.
 
     Attributes:
-        kernel: the function under `triton.jit`, as "module:name" below `megatron_llm.ops.triton`.
+        kernel: the function under `triton.jit`, as "module:name" below `megatron_llm.ops.triton`, or below `tests`.
         signature: the type of each run-time argument: "*bf16", "*fp32", "i32", "i64", "fp32".
         constants: the values of its constexpr arguments, and of pointers that are None.
         options: num_warps, num_stages.
         aligned: run-time arguments that are multiples of 16 (pointers: of 16 bytes), as Triton's launcher would find; without
             them loads are not vectorized.
-        sixteen_bytes: loads and stores of global memory are of 16 bytes. tensor_cores: HGMMA on sm_90 and no HMMA.
+        sixteen_bytes: loads and stores of global memory are of 16 bytes, but for those of one number (`NARROW`).
+        tensor_cores: HGMMA on sm_90 and no HMMA.
         archs: to compile for. may_spill: those on which registers may spill.
     """
 
@@ -76,24 +87,56 @@ class Resources:
     stores_16: int
 
 
+def problems(case: Case, needs: Resources) -> list[str]:
+    """What is wrong with a compiled kernel, a sentence each."""
+    found = []
+    if (needs.spills or needs.local) and needs.arch not in case.may_spill:
+        found.append(
+            f"{needs.spills} instructions spill registers ({needs.registers} are used), {needs.local} bytes of local memory"
+        )
+    if needs.shared > SHARED_MEMORY[needs.arch]:
+        found.append(f"{needs.shared} bytes of shared memory; a block has {SHARED_MEMORY[needs.arch]}")
+    if case.tensor_cores and needs.arch == 90 and (not needs.hgmma or needs.hmma):
+        found.append(f"{needs.hgmma} matrix products of warpgroups (HGMMA) and {needs.hmma} of warps (HMMA)")
+    if case.tensor_cores and needs.arch == 80 and not needs.hmma:
+        found.append("no matrix products (HMMA)")
+    if case.sixteen_bytes:
+        for what, count, wide in (("loads", needs.loads, needs.loads_16), ("stores", needs.stores, needs.stores_16)):
+            if count - wide > max(NARROW, wide) or (what == "loads" and not wide):
+                found.append(f"{wide} of {count} {what} are of 16 bytes")
+    return found
+
+
 def compiled(case: Case, arch: int) -> Resources:
     """Compile with the Triton that is installed. Raises what Triton raises."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.runtime.cache import get_cache_manager
 
     module, name = case.kernel.split(":")
-    fn = getattr(importlib.import_module(f"megatron_llm.ops.triton.{module}"), name)
+    path = module if module.startswith("tests.") else f"megatron_llm.ops.triton.{module}"
+    fn = getattr(importlib.import_module(path), name)
     signature = {arg: "constexpr" if arg in case.constants else case.signature[arg] for arg in fn.arg_names}
     attrs = {(fn.arg_names.index(arg),): [["tt.divisibility", 16]] for arg in case.aligned}
     source = ASTSource(fn=fn, signature=signature, constexprs=dict(case.constants), attrs=attrs)
     kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(case.options))
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(kernel.asm["cubin"])
-        cubin.flush()
-        usage = _output(tools / "cuobjdump", "-res-usage", cubin.name)
-        code = _output(tools / "nvdisasm", "-c", cubin.name)
+    cache = get_cache_manager(hashlib.sha256(kernel.hash.encode() + Path(__file__).read_bytes()).hexdigest())
+    if known := cache.get_file("resources.json"):
+        return Resources(case.name, arch, **json.loads(Path(known).read_text()))
+    read = _read(kernel.asm["cubin"], Path(triton.__file__).parent / "backends/nvidia/bin")
+    read |= {"shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
+    cache.put(json.dumps(read), "resources.json", binary=False)
+    return Resources(case.name, arch, **read)
+
+
+def _read(cubin: bytes, tools: Path) -> dict[str, int]:
+    """What the machine code says, by the names in `Resources`."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _output(tools / "cuobjdump", "-res-usage", file.name)
+        code = _output(tools / "nvdisasm", "-c", file.name)
 
     def needs(what: str) -> int:
         found = re.search(rf"{what}:(\d+)", usage)
@@ -103,12 +146,18 @@ def compiled(case: Case, arch: int) -> Resources:
     def count(pattern: str) -> int:
         return len(re.findall(pattern, code))
 
-    return Resources(
-        case.name, arch, needs("REG"), needs("STACK"), needs("LOCAL"), kernel.metadata.shared, kernel.metadata.num_warps,
-        count(r"\b(?:STL|LDL)\b"), count(r"\bHGMMA\b"), count(r"\bHMMA\b"),
-        count(r"\bLDG\b|\bLDGSTS\b|\bUTMALDG\b"), count(r"\bLDG\.E(?:\.\w+)*\.128\b|\bLDGSTS\.E(?:\.\w+)*\.128\b|\bUTMALDG\b"),
-        count(r"\bSTG\b|\bUTMASTG\b"), count(r"\bSTG\.E(?:\.\w+)*\.128\b|\bUTMASTG\b"),
-    )  # fmt: skip
+    return {
+        "registers": needs("REG"),
+        "stack": needs("STACK"),
+        "local": needs("LOCAL"),
+        "spills": count(r"\b(?:STL|LDL)\b"),
+        "hgmma": count(r"\bHGMMA\b"),
+        "hmma": count(r"\bHMMA\b"),
+        "loads": count(r"\bLDG\b|\bLDGSTS\b|\bUTMALDG\b"),
+        "loads_16": count(r"\bLDG\.E(?:\.\w+)*\.128\b|\bLDGSTS\.E(?:\.\w+)*\.128\b|\bUTMALDG\b"),
+        "stores": count(r"\bSTG\b|\bUTMASTG\b"),
+        "stores_16": count(r"\bSTG\.E(?:\.\w+)*\.128\b|\bUTMASTG\b"),
+    }
 
 
 def _output(tool: Path, *arguments: str) -> str:
@@ -121,13 +170,48 @@ def cases() -> list[Case]:
     return [case for name in names for case in importlib.import_module(f"tests.ops.triton.{name}").CASES]
 
 
+def examine(case: Case, arch: int) -> dict[str, Any]:
+    """What it needs and what is wrong, as it is printed: the fields of `Resources`, "problems", "seconds"."""
+    begin = time.perf_counter()
+    try:
+        needs = compiled(case, arch)
+    except Exception as error:  # the compiler's own, of any kind: those of other cases are wanted all the same
+        result: dict[str, Any] = {"case": case.name, "arch": arch, "problems": [f"not compiled: {type(error).__name__}: {error}"]}
+    else:
+        result = asdict(needs) | {"problems": problems(case, needs)}
+    return result | {"seconds": round(time.perf_counter() - begin, 2)}
+
+
+def _examine(task: tuple[Case, int]) -> dict[str, Any]:
+    return examine(*task)
+
+
+def label(case: Case, arch: int) -> str:
+    """By which a case on an architecture is asked for."""
+    return f"{case.name}, sm_{arch}"
+
+
+def examine_all(tasks: Sequence[tuple[Case, int]], processes: int) -> Iterator[dict[str, Any]]:
+    """Each case on its architecture, as they become ready."""
+    import torch  # noqa: F401  # before the fork, as triton: seconds for each process otherwise
+    import triton  # noqa: F401
+
+    with multiprocessing.get_context("fork").Pool(processes) as pool:
+        yield from pool.imap_unordered(_examine, tasks)
+
+
 def main(chosen: list[str]) -> None:
-    """chosen: parts of names of cases; none: all."""
+    """chosen: parts of `label`; none: all but those that are broken on purpose."""
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    for case in cases():
-        if not chosen or any(part in case.name for part in chosen):
-            for arch in case.archs:
-                print(json.dumps(asdict(compiled(case, arch))), flush=True)
+    found = cases()
+    if chosen:
+        from tests.ops.triton.broken import CASES as broken
+
+        found += broken
+    tasks = [(case, arch) for case in found for arch in case.archs]
+    tasks = [task for task in tasks if not chosen or any(part in label(*task) for part in chosen)]
+    for result in examine_all(tasks, len(os.sched_getaffinity(0))):
+        print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":
