@@ -28,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("a100-80", "h100", "h200", "b200"),
         help="find the layout that trains fastest on --gpus of these, whatever section parallel says; predicts seconds and memory",
     )
-    parser.add_argument("--nodes-of", type=int, default=8, metavar="N", help="GPUs of a node, with --device (default: %(default)s)")
+    parser.add_argument(
+        "--nodes-of", type=int, default=8, metavar="N", help="GPUs of a node, with --device (default: %(default)s)"
+    )
     parser.add_argument("--write", metavar="FILE.yaml", help="with --device: write the configuration with the best layout")
     parser.add_argument("--timeline", metavar="FILE.png|pdf|svg", help="draw what every pipeline rank does when")
     parser.add_argument(

@@ -44,7 +44,10 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A schedule with its simulated step. `config` names it. outside: seconds of a step that are not in the schedule."""
+    """A schedule with its simulated step. `config` names it.
+
+    outside: seconds of a step that are not in the schedule. steady: of micro-batches in its middle that were not simulated.
+    """
 
     config: Config
     world: int
@@ -52,11 +55,12 @@ class Candidate:
     costs: Costs
     simulation: Simulation
     outside: dict[str, float]
+    steady: float = 0.0
 
     @property
     def seconds(self) -> float:
         """Of a step."""
-        return self.simulation.timeline.makespan + sum(self.outside.values())
+        return self.simulation.timeline.makespan + self.steady + sum(self.outside.values())
 
     @property
     def name(self) -> str:
@@ -80,30 +84,44 @@ class Candidate:
     @property
     def at_least(self) -> float:
         """Bytes that the fullest rank needs whatever else it works with: matrices, their state, the peak of activations."""
-        ranks = self.world // (self.config.parallel.tensor_parallel * self.config.parallel.pipeline_parallel)
-        each = BytesPerParameter.of(self.config).persistent(ranks, self.config.parallel.zero_stage)
-        if self.config.peft is not None:  # what is frozen has no state
-            each = BytesPerParameter.of(self.config).weight
-        weights = rank_weights(self.config, self.schedule.placement)
-        return max(each * held + peak for held, peak in zip(weights, self.simulation.peak_bytes, strict=True))
+        held = persistent_bytes(self.config, self.world, self.schedule.placement)
+        return max(map(sum, zip(held, self.simulation.peak_bytes, strict=True)))
 
     def fits(self, limit: float | None) -> bool:
         """Into that many bytes of a device, but for what must be spared."""
         return limit is None or (self.at_least <= (1 - SPARE) * limit and self.peak <= (1 - SPARE) * limit)
 
 
-def candidate(config: Config, world: int, name: str, virtual_stages: int, assumed: Assumed) -> Candidate:
-    """The step under one schedule on `world` ranks. Raises ValueError if the schedule does not fit the pipeline."""
+def persistent_bytes(config: Config, world: int, placement: tuple[int, ...]) -> list[float]:
+    """Of every pipeline rank: its matrices, and their gradients and state unless they are frozen beside adapters."""
+    ranks = world // (config.parallel.tensor_parallel * config.parallel.pipeline_parallel)
+    bytes_ = BytesPerParameter.of(config)
+    each = bytes_.persistent(ranks, config.parallel.zero_stage) if config.peft is None else bytes_.weight
+    return [each * held for held in rank_weights(config, placement)]
+
+
+def candidate(config: Config, world: int, name: str, virtual_stages: int, assumed: Assumed, brief: bool = False) -> Candidate:
+    """The step under one schedule on `world` ranks. Raises ValueError if the schedule does not fit the pipeline.
+
+    brief: simulate four to five times as many micro-batches as ranks: more of them take what the busiest rank takes for one, and
+    hold no more.
+    """
     parallel, training = config.parallel, config.training
     ranks = parallel.tensor_parallel * parallel.pipeline_parallel * parallel.context_parallel
     microbatches = training.global_batch_size // (training.micro_batch_size * (world // ranks))
-    schedule = make_schedule(name, parallel.pipeline_parallel, microbatches, virtual_stages)
+    simulated = microbatches
+    if brief and name not in ("gpipe", "breadth_first"):
+        simulated = min(microbatches, 4 * parallel.pipeline_parallel + microbatches % parallel.pipeline_parallel)
+    schedule = make_schedule(name, parallel.pipeline_parallel, simulated, virtual_stages)
     costs = stage_costs(config, schedule.placement, assumed.speed(config, world))
     named = config.model_copy(
         update={"parallel": parallel.model_copy(update={"pipeline_schedule": name, "virtual_stages": virtual_stages})}
     )
     outside = assumed.outside(named, world, costs, max(rank_weights(config, schedule.placement)))
-    return Candidate(named, world, schedule, costs, simulate(schedule, costs), outside)
+    simulation = simulate(schedule, costs)
+    busiest = max(map(simulation.timeline.busy, range(parallel.pipeline_parallel)))
+    steady = (microbatches - simulated) * busiest / simulated
+    return Candidate(named, world, schedule, costs, simulation, outside, steady)
 
 
 def chosen(config: Config, world: int, assumed: Assumed = Assumptions()) -> Candidate:

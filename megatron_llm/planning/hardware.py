@@ -56,7 +56,7 @@ class Shares:
     """
 
     products: float = 0.706
-    exposed: float = 0.346
+    exposed: float = 0.347
     scores: float = 0.535
     scores_backward: float = 0.45
     stream: float = 0.87

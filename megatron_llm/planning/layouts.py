@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_llm.config import Config
 from megatron_llm.pipeline.schedules import placement
-from megatron_llm.planning.compare import GIB, LOOPED, Candidate, candidate
+from megatron_llm.planning.compare import GIB, LOOPED, SPARE, Candidate, candidate, persistent_bytes
 from megatron_llm.planning.stages import rank_weights, stage_costs
 from megatron_llm.planning.step_time import Modelled, layer_parts
 
@@ -29,7 +29,7 @@ Problems = Callable[[Config, int], list[str]]
 class Ranking:
     """Attributes:
     best: of every cell that fits the variant that is fastest, the fastest first.
-    refused: of the other cells the variant that needs least of those tried, and the GiB that it has too many.
+    refused: of the other cells a variant that needs little, and the GiB that it has too many.
     """
 
     best: list[Candidate]
@@ -59,8 +59,6 @@ def rank_layouts(
 
 def _limit(assumed: Modelled) -> float:
     """GiB that may be used."""
-    from megatron_llm.planning.compare import SPARE
-
     return (1 - SPARE) * assumed.device.memory
 
 
@@ -104,7 +102,7 @@ def _with(config: Config, parallel: dict[str, Any], training: dict[str, Any]) ->
 def _at_least(config: Config, world: int, assumed: Modelled) -> float:
     """Seconds of a step without idle time."""
     parallel, training = config.parallel, config.training
-    owners = placement(parallel.pipeline_schedule, parallel.pipeline_parallel, parallel.virtual_stages)
+    owners = _placement(config)
     costs = stage_costs(config, owners, assumed.speed(config, world))
     busy = [0.0] * parallel.pipeline_parallel
     for rank, *parts in zip(owners, costs.forward, costs.backward, costs.weight, strict=True):
@@ -114,12 +112,9 @@ def _at_least(config: Config, world: int, assumed: Modelled) -> float:
     return microbatches * max(busy) + sum(assumed.outside(config, world, costs, max(rank_weights(config, owners))).values())
 
 
-def _best(
-    variants: list[tuple[float, Config]], world: int, assumed: Modelled
-) -> tuple[Candidate | None, Candidate | None]:
-    """The fastest variant that fits, and if none does, that which needs least of those tried."""
+def _best(variants: list[tuple[float, Config]], world: int, assumed: Modelled) -> tuple[Candidate | None, Candidate | None]:
+    """The fastest variant that fits, and if none does, the smallest of those with the fewest rows and all recomputed."""
     fitting: Candidate | None = None
-    least: Candidate | None = None
     too_large: set[tuple[str, int, str, int]] = set()
     for bound, config in variants:
         if fitting is not None and bound >= fitting.seconds:
@@ -128,24 +123,39 @@ def _best(
         kind = parallel.pipeline_schedule, parallel.virtual_stages, training.recompute
         if any((*kind, smaller) in too_large for smaller in MICRO_BATCHES if smaller < training.micro_batch_size):
             continue  # what does not fit with fewer rows does not with more
-        row = candidate(config, world, parallel.pipeline_schedule, parallel.virtual_stages, assumed)
-        if fitting is not None and row.seconds >= fitting.seconds:
-            continue
-        if row.fits(assumed.device.memory * GIB):
+        row = (
+            None
+            if max(persistent_bytes(config, world, _placement(config))) > _limit(assumed) * GIB
+            else _row(config, world, assumed)
+        )
+        if row is None or not row.fits(assumed.device.memory * GIB):
+            too_large.add((*kind, training.micro_batch_size))
+        elif fitting is None or row.seconds < fitting.seconds:
             fitting = row
-            continue
-        too_large.add((*kind, training.micro_batch_size))
-        if least is None or row.at_least < least.at_least:
-            least = row
-    return fitting, least
+    if fitting is not None:
+        return fitting, None
+    fewest = min(config.training.micro_batch_size for _, config in variants)
+    smallest = [
+        config for _, config in variants if (config.training.micro_batch_size, config.training.recompute) == (fewest, "full")
+    ]
+    return None, min((_row(config, world, assumed) for config in smallest), key=lambda row: row.at_least)
+
+
+def _row(config: Config, world: int, assumed: Modelled) -> Candidate:
+    return candidate(config, world, config.parallel.pipeline_schedule, config.parallel.virtual_stages, assumed, brief=True)
+
+
+def _placement(config: Config) -> tuple[int, ...]:
+    parallel = config.parallel
+    return placement(parallel.pipeline_schedule, parallel.pipeline_parallel, parallel.virtual_stages)
 
 
 def shares(row: Candidate, assumed: Modelled) -> dict[str, float]:
     """What a step's time goes to besides products and scores, as parts of it: idle time, exchanges, memory-bound work."""
     config, world = row.config, row.world
     parallel, training = config.parallel, config.training
-    microbatches = training.global_batch_size * parallel.tensor_parallel * parallel.pipeline_parallel // (
-        training.micro_batch_size * world
+    microbatches = (
+        training.global_batch_size * parallel.tensor_parallel * parallel.pipeline_parallel // (training.micro_batch_size * world)
     )
     layers = microbatches * config.model.num_hidden_layers / parallel.pipeline_parallel
     parts = {name: layers * sum(both) / row.seconds for name, both in layer_parts(config, assumed).items() if sum(both)}

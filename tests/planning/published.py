@@ -52,7 +52,8 @@ def _gpt(hidden: int, layers: int) -> dict[str, Any]:
 
 def _megatron(name: str, hidden: int, layers: int, tp: int, pp: int, tflops: float) -> Published:
     length, vocabulary = 4096, 131_072
-    config = _config(_gpt(hidden, layers), {"tensor_parallel": tp, "pipeline_parallel": pp}, length, 1152)
+    loops = {"pipeline_schedule": "interleaved", "virtual_stages": 4} if pp > 2 else {}
+    config = _config(_gpt(hidden, layers), {"tensor_parallel": tp, "pipeline_parallel": pp, **loops}, length, 1152)
     flops = 72 * layers * hidden**2 * (1 + length / (6 * hidden) + vocabulary / (12 * hidden * layers))
     return Published(f"Megatron {name}", config, 48 * tp * pp, tflops * 1e12 / flops)
 
