@@ -40,7 +40,9 @@ def rows_of_step(rank: int, replicas: int, micro_batch: int, batch: int, state: 
         def __call__(self, x: Any, batch: Batch, before_layer: Any, regularization: Any) -> torch.Tensor:
             return torch.zeros(())
 
-        def objective(self, hidden: torch.Tensor, batch: Batch, regularization: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        def objective(
+            self, hidden: torch.Tensor, batch: Batch, regularization: Any, scale: float
+        ) -> tuple[torch.Tensor, torch.Tensor]:
             return batch.weights_T.sum(), batch.weights_T.sum()
 
     def run(microbatches: int, forward: Any, trace: Any) -> None:

@@ -25,6 +25,7 @@ def _case(kernel: str, hidden: int, table: str) -> Case:
         {"num_warps": WARPS},
         tuple(name for name in _ALIGNED if name in signature),
         sixteen_bytes=runs or table == "fp32",  # of the sum of a long run in bfloat16 a thread stores 8
+        narrow=6,  # places and ids of tokens
     )
 
 

@@ -27,11 +27,6 @@ from typing import Any
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
 """Bytes that one block may have, by architecture."""
 
-NARROW = 6
-"""So many loads, and stores, of less than 16 bytes are let pass: the numbers that a row has one of. An operand of 8 elements a
-thread that is not vectorized has 8, and is found.
-"""
-
 
 @dataclass(frozen=True)
 class Case:
@@ -44,7 +39,8 @@ class Case:
         options: num_warps, num_stages.
         aligned: run-time arguments that are multiples of 16 (pointers: of 16 bytes), as Triton's launcher would find; without
             them loads are not vectorized.
-        sixteen_bytes: loads and stores of global memory are of 16 bytes, but for those of one number (`NARROW`).
+        sixteen_bytes: loads and stores of global memory are of 16 bytes, but for as many as `narrow`, of numbers that a row has
+            one of. An operand that is not vectorized has at least as many as it would have elements in 16 bytes, and is found.
         tensor_cores: HGMMA on sm_90 and no HMMA.
         archs: to compile for. may_spill: those on which registers may spill.
     """
@@ -56,6 +52,7 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     aligned: tuple[str, ...] = ()
     sixteen_bytes: bool = False
+    narrow: int = 4
     tensor_cores: bool = False
     archs: tuple[int, ...] = (80, 90, 100)
     may_spill: tuple[int, ...] = ()
@@ -102,7 +99,7 @@ def problems(case: Case, needs: Resources) -> list[str]:
         found.append("no matrix products (HMMA)")
     if case.sixteen_bytes:
         for what, count, wide in (("loads", needs.loads, needs.loads_16), ("stores", needs.stores, needs.stores_16)):
-            if count - wide > max(NARROW, wide) or (what == "loads" and not wide):
+            if count - wide > max(case.narrow, wide) or (what == "loads" and not wide):
                 found.append(f"{wide} of {count} {what} are of 16 bytes")
     return found
 
