@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device",
         choices=("a100-80", "h100", "h200", "b200"),
-        help="find the layout that trains fastest on --gpus of these, whatever section parallel says; predicts seconds and memory",
+        help="find the layout that trains fastest on --gpus of these, whatever section parallel says",
     )
     parser.add_argument(
         "--nodes-of", type=int, default=8, metavar="N", help="GPUs of a node, with --device (default: %(default)s)"
@@ -186,14 +186,13 @@ def _layouts(config: Config, ranking: Ranking, assumed: Modelled, args: argparse
     if ranking.refused:
         lines += ["", f"do not fit into {assumed.device.memory:g} GiB less what must be spared:"]
         lines += [f"  {_layout_name(row)}: {row.peak / GIB:.4g} GiB, {over:.3g} too many" for row, over in ranking.refused]
-    parallel = best[0].config.parallel
-    lines += [
-        "",
-        "the first: "
-        f"parallel.tensor_parallel={parallel.tensor_parallel} parallel.pipeline_parallel={parallel.pipeline_parallel} "
-        f"parallel.pipeline_schedule={parallel.pipeline_schedule} parallel.virtual_stages={parallel.virtual_stages} "
-        f"training.micro_batch_size={best[0].config.training.micro_batch_size} training.recompute={best[0].config.training.recompute}",
-    ]
+    sections = best[0].config.model_dump()
+    chosen = {
+        "parallel": ("tensor_parallel", "pipeline_parallel", "pipeline_schedule", "virtual_stages"),
+        "training": ("micro_batch_size", "recompute"),
+    }
+    settings = [f"{section}.{key}={sections[section][key]}" for section, keys in chosen.items() for key in keys]
+    lines += ["", f"the first: {' '.join(settings)}"]
     return "\n".join(lines)
 
 

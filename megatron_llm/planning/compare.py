@@ -30,7 +30,7 @@ class Assumed(Protocol):
 
 @dataclass(frozen=True)
 class Assumptions:
-    """The simplest: FLOP/s that a GPU achieves in everything, bytes/s between pipeline neighbours. `step_time.Modelled` has more."""
+    """The simplest: FLOP/s that a GPU achieves in everything, bytes/s between pipeline neighbours; see `step_time.Modelled`."""
 
     flops: float = 400e12
     bandwidth: float = 25e9
@@ -103,24 +103,26 @@ def persistent_bytes(config: Config, world: int, placement: tuple[int, ...]) -> 
 def candidate(config: Config, world: int, name: str, virtual_stages: int, assumed: Assumed, brief: bool = False) -> Candidate:
     """The step under one schedule on `world` ranks. Raises ValueError if the schedule does not fit the pipeline.
 
-    brief: simulate four to five times as many micro-batches as ranks: more of them take what the busiest rank takes for one, and
-    hold no more.
+    brief: simulate four to six times as many micro-batches as ranks: of more each takes what the last of these took, and none
+    is held besides.
     """
     parallel, training = config.parallel, config.training
-    ranks = parallel.tensor_parallel * parallel.pipeline_parallel * parallel.context_parallel
-    microbatches = training.global_batch_size // (training.micro_batch_size * (world // ranks))
-    simulated = microbatches
+    replicas = world // (parallel.tensor_parallel * parallel.pipeline_parallel * parallel.context_parallel)
+    microbatches = training.global_batch_size // (training.micro_batch_size * replicas)
+    ranks, simulated, steady = parallel.pipeline_parallel, microbatches, 0.0
     if brief and name not in ("gpipe", "breadth_first"):
-        simulated = min(microbatches, 4 * parallel.pipeline_parallel + microbatches % parallel.pipeline_parallel)
-    schedule = make_schedule(name, parallel.pipeline_parallel, simulated, virtual_stages)
+        simulated = min(microbatches, 5 * ranks + microbatches % ranks)
+    schedule = make_schedule(name, ranks, simulated, virtual_stages)
     costs = stage_costs(config, schedule.placement, assumed.speed(config, world))
     named = config.model_copy(
         update={"parallel": parallel.model_copy(update={"pipeline_schedule": name, "virtual_stages": virtual_stages})}
     )
     outside = assumed.outside(named, world, costs, max(rank_weights(config, schedule.placement)))
     simulation = simulate(schedule, costs)
-    busiest = max(map(simulation.timeline.busy, range(parallel.pipeline_parallel)))
-    steady = (microbatches - simulated) * busiest / simulated
+    if simulated < microbatches:
+        before = simulate(make_schedule(name, ranks, simulated - ranks, virtual_stages), costs)
+        each = (simulation.timeline.makespan - before.timeline.makespan) / ranks
+        steady = (microbatches - simulated) * each
     return Candidate(named, world, schedule, costs, simulation, outside, steady)
 
 

@@ -1,8 +1,8 @@
 """What GPUs and their links can do, and what share of it training gets. Called by `planning/step_time.py` and `cli/plan.py`.
 
-Figures of devices are those of the vendors' data sheets: dense bfloat16, links one way. The shares are of two kinds: measured ones
-carry their source, and two are fitted to two published training speeds (`tests/planning/test_step_time.py` makes that fit again and
-says how well the other published speeds are met).
+Figures of devices are those of the vendors' data sheets: dense bfloat16, links one way. The shares are of two kinds: measured
+ones carry their source, and two are fitted to two published training speeds (`tests/planning/test_step_time.py` holds them to
+these, and says how well the other published speeds are met).
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ class Speed:
     """What a GPU achieves.
 
     Attributes:
-        products, scores, scores_backward: FLOP/s in matrix products, in attention's scores, and in their backward, which counts as
-            twice the forward. bandwidth: bytes/s between two pipeline neighbours.
+        products, scores, scores_backward: FLOP/s in matrix products, in attention's scores, and in their backward, which
+            counts as twice the forward. bandwidth: bytes/s between two pipeline neighbours.
         layer: seconds that every layer takes besides in forward and in backward; head: the head, in forward.
     """
 

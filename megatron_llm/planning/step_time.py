@@ -10,10 +10,10 @@
            context parallelism     what the ring of keys and values takes longer than the scores that hide it
     B likewise: products twice (the second time, for weights, with the sums in float32), scores 2.5 times, six transfers.
 
-A collective of n bytes over d ranks takes n (d - 1) / d / bandwidth + latency * (d - 1): rings, over NVLink while the ranks that it
-joins are in one node, else over the network. Gradients go out behind the last backward of a rank and weights come in before its first
-forwards; only what is longer than those is waited for. Axes are cut as `parallel/grid.py` does: tensor-parallel ranks are neighbours,
-then context, data and pipeline.
+A collective of n bytes over d ranks takes n (d - 1) / d / bandwidth + latency * (d - 1): rings, over NVLink while the ranks that
+it joins are in one node, else over the network. Gradients go out behind the last backward of a rank and weights come in before
+its first forwards; only what is longer than those is waited for. Axes are cut as `parallel/grid.py` does: tensor-parallel ranks
+are neighbours, then context, data and pipeline.
 
 Shape suffixes: T tokens of a micro-batch on a rank, H hidden, K and N sides of a product.
 """
@@ -119,7 +119,7 @@ def layer_parts(config: Config, model: Modelled) -> dict[str, tuple[float, float
 
 
 def _head(config: Config, model: Modelled) -> float:
-    """The same of the head and the loss, forward and backward together: logits written, read, and overwritten by their gradient."""
+    """The same of the head and the loss, all in forward: logits written, read, and overwritten by their gradient."""
     t, v, size = tokens(config), Share.of(config).vocabulary, compute_bytes(config)
     return 6.0 * size * t * v / (model.shares.stream * model.device.stream)
 

@@ -1,10 +1,11 @@
 """Training speeds that others published, as configurations of ours. Used by the fit of the step-time model and its tests.
 
-Llama-3: NVIDIA's dgxc-benchmarking, llama3.1/README_8b.md and README_70b.md (NeMo 24.09, bfloat16, H100, rows of 8,192 tokens), in
-tokens/s per GPU. Megatron: the model table of Megatron-LM's README (megatron-core 0.8, bfloat16, H100, rows of 4,096, vocabulary of
-131,072, 48 data-parallel ranks), in TFLOP/s per GPU by its own formula, which counts attention as if it were not causal. That
-table says sizes, not shapes: hidden size and layers are those that give the size with plain MLPs and untied heads; and not the
-batch: 1,152 rows, as in the same page's strong scaling.
+Llama-3: NVIDIA's dgxc-benchmarking, llama3.1/README_8b.md and README_70b.md (NeMo 24.09, bfloat16, H100, rows of 8,192 tokens),
+in tokens/s per GPU. Megatron: the model table of Megatron-LM's README (megatron-core 0.8, bfloat16, H100, rows of 4,096,
+vocabulary of 131,072, 48 data-parallel ranks), in TFLOP/s per GPU by its own formula, which counts attention as if it were not
+causal. That table says sizes, not shapes: hidden size and layers are those that give the size with plain MLPs and untied heads.
+Nor does it say the batch, which is taken to be the 1,152 rows of the same page's strong scaling, or the schedule: 1F1B up to two
+pipeline ranks, interleaved with four stages a rank beyond.
 """
 
 from __future__ import annotations
