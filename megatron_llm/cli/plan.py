@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from megatron_llm.config import Config
     from megatron_llm.planning.compare import Candidate
+    from megatron_llm.planning.layouts import Ranking
+    from megatron_llm.planning.step_time import Modelled
 
-HELP = "simulate the pipeline of a configuration: bubble, memory, other schedules, a picture"
+HELP = "simulate the step of a configuration (time, bubble, memory, a picture), or find the best layout for a device"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +23,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory", type=_positive, metavar="X", help="GiB of a device (default: parallel.device_memory_gib): what fits into it"
     )
+    parser.add_argument(
+        "--device",
+        choices=("a100-80", "h100", "h200", "b200"),
+        help="find the layout that trains fastest on --gpus of these, whatever section parallel says",
+    )
+    parser.add_argument(
+        "--nodes-of", type=int, default=8, metavar="N", help="GPUs of a node, with --device (default: %(default)s)"
+    )
+    parser.add_argument("--write", metavar="FILE.yaml", help="with --device: write the configuration with the best layout")
     parser.add_argument("--timeline", metavar="FILE.png|pdf|svg", help="draw what every pipeline rank does when")
     parser.add_argument(
         "--tflops", type=_positive, default=400.0, metavar="X", help="TFLOP/s that one GPU achieves (default: %(default)g)"
@@ -50,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
     if args.timeline:
         picture_format(args.timeline)  # a mistake is told before the simulation
     run = load_config(args.config, args.overrides)
+    if args.device:
+        return _find_layout(run.config, args)
     config, parallel, training = run.config, run.config.parallel, run.config.training
     least = parallel.tensor_parallel * parallel.pipeline_parallel * parallel.context_parallel
     gpus = least if args.gpus is None else args.gpus
@@ -79,6 +92,108 @@ def run(args: argparse.Namespace) -> int:
         draw(args.timeline, title, {"simulated": timeline}, held_over_time(timeline, plan.costs))
         print(f"wrote {args.timeline}")
     return 0
+
+
+def _find_layout(config: Config, args: argparse.Namespace) -> int:
+    """Rank the layouts of so many GPUs, say why the others are not among the best, and write the first.
+
+    Raises ConfigError if none is possible or none fits.
+    """
+    from pathlib import Path
+
+    import yaml
+    from tqdm import tqdm
+
+    from megatron_llm.config import ConfigError
+    from megatron_llm.planning.hardware import DEVICES
+    from megatron_llm.planning.layouts import rank_layouts
+    from megatron_llm.planning.step_time import Modelled
+    from megatron_llm.training.resolve import layout_problems
+
+    if args.gpus is None or args.gpus < 1 or args.nodes_of < 1:
+        raise ConfigError(["plan --device: say how many there are: --gpus N, and --nodes-of N of them in a node"])
+    device = dataclasses.replace(DEVICES[args.device], node=args.nodes_of)
+    if args.memory is not None:
+        device = dataclasses.replace(device, memory=args.memory)
+    assumed = Modelled(device)
+    config = config.model_copy(update={"device": "cuda"})
+    with tqdm(total=100, desc="layouts", unit="%", leave=False, mininterval=1) as bar:
+        ranking = rank_layouts(config, args.gpus, assumed, layout_problems, lambda part: bar.update(int(100 * part) - bar.n))
+    if not ranking.best:
+        raise ConfigError([_nothing_fits(config, ranking, args)])
+    print(_layouts(config, ranking, assumed, args))
+    if args.write:
+        Path(args.write).write_text(yaml.safe_dump(ranking.best[0].config.model_dump(mode="json"), sort_keys=False), "utf-8")
+        print(f"wrote {args.write}")
+    return 0
+
+
+def _nothing_fits(config: Config, ranking: Ranking, args: argparse.Namespace) -> str:
+    from megatron_llm.planning.compare import GIB
+
+    where = f"plan: no layout of {args.gpus} {args.device}"
+    if not ranking.refused:
+        return (
+            f"{where} can have training.global_batch_size {config.training.global_batch_size}: it must be a multiple of the "
+            "data-parallel size times the micro-batch; take another --gpus or batch size"
+        )
+    least, over = ranking.refused[0]
+    return (
+        f"{where} holds this model: the smallest, {_layout_name(least)}, needs {least.peak / GIB:.4g} GiB, {over:.3g} too many. "
+        "Take more GPUs, optimizer.state_dtype: bfloat16, precision.gradients: bfloat16, or shorter rows"
+    )
+
+
+def _layout_name(row: Candidate) -> str:
+    parallel, training = row.config.parallel, row.config.training
+    replicas = row.world // (parallel.tensor_parallel * parallel.pipeline_parallel)
+    name = f"TP{parallel.tensor_parallel} PP{parallel.pipeline_parallel} DP{replicas}, "
+    if parallel.pipeline_parallel > 1:
+        name += _name(row) + ", "
+    recompute = "" if training.recompute == "none" else f", {training.recompute} recomputation"
+    return f"{name}micro-batch {training.micro_batch_size}{recompute}"
+
+
+def _layouts(config: Config, ranking: Ranking, assumed: Modelled, args: argparse.Namespace) -> str:
+    """The three fastest with what their time goes to, and a line of reasons for every other."""
+    from megatron_llm.planning.compare import GIB
+    from megatron_llm.planning.flops import model_flops_per_token
+    from megatron_llm.planning.layouts import shares
+
+    training, best = config.training, ranking.best
+    tokens = training.global_batch_size * training.sequence_length
+    flops = model_flops_per_token(config.model, training.sequence_length, config.peft)
+
+    def line(row: Candidate) -> str:
+        speed = tokens / row.seconds / row.world
+        mfu = speed * flops / assumed.device.flops
+        return f"{row.seconds:.3g} s a step, {speed:,.0f} tokens/s and GPU, MFU {mfu:.1%}, {row.peak / GIB:.3g} GiB"
+
+    def cost(row: Candidate) -> str:
+        parts = sorted(shares(row, assumed).items(), key=lambda part: -part[1])
+        return ", ".join(f"{name} {share:.1%}" for name, share in parts if share >= 0.001)
+
+    lines = [
+        f"{tokens:,} tokens a step on {args.gpus} {args.device} in nodes of {args.nodes_of}; predicted, not measured "
+        f"(docs/pipeline.md says how well)",
+        "",
+    ]
+    for number, row in enumerate(best[:3], 1):
+        lines += [f"{number}. {_layout_name(row)}: {line(row)}", f"   besides products and scores: {cost(row)}"]
+    if others := best[3:]:
+        lines += ["", "slower:"]
+        lines += [f"  {_layout_name(row)}: {row.seconds / best[0].seconds - 1:+.0%} ({cost(row)})" for row in others]
+    if ranking.refused:
+        lines += ["", f"do not fit into {assumed.device.memory:g} GiB less what must be spared:"]
+        lines += [f"  {_layout_name(row)}: {row.peak / GIB:.4g} GiB, {over:.3g} too many" for row, over in ranking.refused]
+    sections = best[0].config.model_dump()
+    chosen = {
+        "parallel": ("tensor_parallel", "pipeline_parallel", "pipeline_schedule", "virtual_stages"),
+        "training": ("micro_batch_size", "recompute"),
+    }
+    settings = [f"{section}.{key}={sections[section][key]}" for section, keys in chosen.items() for key in keys]
+    lines += ["", f"the first: {' '.join(settings)}"]
+    return "\n".join(lines)
 
 
 def _heading(config: Config, gpus: int, microbatches: int, args: argparse.Namespace) -> str:

@@ -10,6 +10,8 @@ the loss, tensor-parallel communication and the optimizer are left out.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from megatron_llm.config import Config
 from megatron_llm.models.lora import adapted_layers
 from megatron_llm.models.recompute import Recompute
@@ -25,13 +27,33 @@ def stage_layers(config: Config, placement: tuple[int, ...]) -> list[range]:
     return split_layers(model.num_hidden_layers, placement, *layer_costs(model, config.training.sequence_length))
 
 
-def stage_costs(config: Config, placement: tuple[int, ...], flops: float, bandwidth: float) -> Costs:
-    """Costs of one micro-batch on every stage.
+@dataclass(frozen=True)
+class Speed:
+    """What a GPU achieves.
 
-    flops: FLOP/s that one GPU achieves. bandwidth: bytes/s between two pipeline neighbours.
+    Attributes:
+        products, scores, scores_backward: FLOP/s in matrix products, in attention's scores, and in their backward, which
+            counts as twice the forward. bandwidth: bytes/s between two pipeline neighbours.
+        layer: seconds that every layer takes besides in forward and in backward; head: the head, in forward.
     """
+
+    products: float
+    scores: float
+    scores_backward: float
+    bandwidth: float
+    layer: tuple[float, float] = (0.0, 0.0)
+    head: float = 0.0
+
+    @classmethod
+    def uniform(cls, flops: float, bandwidth: float) -> Speed:
+        """The same for all FLOPs, and nothing takes time besides."""
+        return cls(flops, flops, flops, bandwidth)
+
+
+def stage_costs(config: Config, placement: tuple[int, ...], speed: Speed) -> Costs:
+    """Costs of one micro-batch on every stage."""
     model, training, parallel = config.model, config.training, config.parallel
-    tokens = training.micro_batch_size * training.sequence_length
+    tokens = training.micro_batch_size * training.sequence_length / parallel.context_parallel
     share = Share.of(config)
     linear = layer_products(model, share.queries, share.keys, share.inner)
     numbers = range(model.num_hidden_layers)
@@ -45,21 +67,51 @@ def stage_costs(config: Config, placement: tuple[int, ...], flops: float, bandwi
     if model.parallel_block != "none":
         last += share.queries * model.head_dim
     first_products = linear - model.hidden_size * last
-    recompute = Recompute.of(training)
-    again = [sum(_again(recompute.at(layer), first_products, scores[layer]) for layer in held) for held in layers]
+    recomputed = [Recompute.of(training).at(layer) for layer in numbers]
+    again_products = [sum(first_products for layer in held if "layer" in recomputed[layer]) for held in layers]
+    again_scores = [sum(scores[layer] for layer in held if recomputed[layer] & {"layer", "attention"}) for held in layers]
     adapters = [_adapters(config, held, share) for held in layers]
     weights = products if config.peft is None else adapters  # what else there is, is frozen
-    seconds = 2.0 * tokens / flops  # of one multiply-add per token
-    messages = tokens // (parallel.tensor_parallel if parallel.sequence_parallel else 1)
+
+    def seconds(products: float, forward_scores: float, backward_scores: float) -> float:
+        """Of so many multiply-adds per token."""
+        rates = speed.products, speed.scores, speed.scores_backward
+        return 2.0 * tokens * sum(n / r for n, r in zip((products, forward_scores, backward_scores), rates, strict=True))
+
+    forward, backward = [], []
+    for stage, held in enumerate(layers):
+        linear_parts = products[stage] + adapters[stage]
+        besides = len(held) * speed.layer[0] + (speed.head if stage == len(layers) - 1 else 0.0)
+        forward.append(seconds(linear_parts + head[stage], attention[stage], 0.0) + besides)
+        again = len([layer for layer in held if "layer" in recomputed[layer]])
+        backward.append(
+            seconds(linear_parts + again_products[stage], again_scores[stage], 2 * attention[stage])
+            + len(held) * speed.layer[1]
+            + again * speed.layer[0]
+        )
+    messages = tokens / (parallel.tensor_parallel if parallel.sequence_parallel else 1)
     held_bytes = [stage_bytes(config, held, stage == 0, stage == len(layers) - 1) for stage, held in enumerate(layers)]
     return Costs(
-        forward=tuple(seconds * sum(parts) for parts in zip(products, head, adapters, attention, strict=True)),
-        backward=tuple(seconds * sum(parts) for parts in zip(products, adapters, attention, attention, again, strict=True)),
-        weight=tuple(seconds * product for product in weights),
-        message=messages * model.hidden_size * compute_bytes(config) / bandwidth,
+        forward=tuple(forward),
+        backward=tuple(backward),
+        weight=tuple(seconds(product, 0.0, 0.0) for product in weights),
+        message=messages * model.hidden_size * compute_bytes(config) / speed.bandwidth,
         held_after_forward=tuple(stage.forward for stage in held_bytes),
         held_after_backward=tuple(stage.backward for stage in held_bytes),
     )
+
+
+def rank_weights(config: Config, placement: tuple[int, ...]) -> list[float]:
+    """Elements of the matrices of every pipeline rank, on its first tensor-parallel rank."""
+    model, share = config.model, Share.of(config)
+    held = [0.0] * config.parallel.pipeline_parallel
+    layer = layer_products(model, share.queries, share.keys, share.inner)
+    for rank, layers in zip(placement, stage_layers(config, placement), strict=True):
+        held[rank] += len(layers) * layer
+    held[placement[0]] += model.hidden_size * share.vocabulary
+    if placement[0] != placement[-1] or not model.tie_word_embeddings:
+        held[placement[-1]] += model.hidden_size * share.vocabulary
+    return held
 
 
 def _adapters(config: Config, layers: range, share: Share) -> float:
@@ -71,8 +123,3 @@ def _adapters(config: Config, layers: range, share: Share) -> float:
     local = {"q": queries, "k": keys, "v": keys, "o": queries, "gate": share.inner, "up": share.inner, "down": share.inner}
     kinds = [name.rpartition(".")[2] for name in adapted_layers(model, peft) if int(name.split(".")[1]) in layers]
     return float(peft.rank * sum(model.hidden_size + local[kind] for kind in kinds))
-
-
-def _again(parts: frozenset[str], products: float, scores: float) -> float:
-    """What backward runs again of a layer."""
-    return products + scores if "layer" in parts else scores if "attention" in parts else 0.0

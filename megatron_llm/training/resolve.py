@@ -38,7 +38,7 @@ from megatron_llm.ops.kernels import kernel_problems
 from megatron_llm.optim.rules import is_frozen, rule_problems
 from megatron_llm.parallel.shard import TensorSource, TypedSource
 from megatron_llm.pipeline.schedules import placement
-from megatron_llm.planning.compare import GIB, Assumptions, choose
+from megatron_llm.planning.compare import GIB, Assumed, Assumptions, choose
 from megatron_llm.training.build import compute_dtype
 from megatron_llm.training.completion import complete_model, complete_peft, family_of_source, model_of_source
 from megatron_llm.training.fp8 import fp8_device_problems, fp8_size_problems
@@ -146,7 +146,7 @@ def _source_problems(run: ResolvedRun) -> list[str]:
     ]
 
 
-def choose_schedule(run: ResolvedRun, world_size: int, assumed: Assumptions = Assumptions()) -> ResolvedRun:
+def choose_schedule(run: ResolvedRun, world_size: int, assumed: Assumed = Assumptions()) -> ResolvedRun:
     """The run with `parallel.pipeline_schedule: auto` replaced by a name. Raises ConfigError if no schedule fits."""
     parallel = run.config.parallel
     if parallel.pipeline_schedule != "auto":

@@ -32,7 +32,7 @@ from megatron_llm.optim.rules import freeze
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.parallel.weight_grad import WeightGradients
 from megatron_llm.planning.activations import StageBytes, packed_attention, stage_bytes
-from megatron_llm.planning.stages import stage_costs
+from megatron_llm.planning.stages import Speed, stage_costs
 from tests.decoders import DECODERS
 from tests.ranks import run_ranks
 from tests.runs import RECOMPUTE, config_of
@@ -391,7 +391,7 @@ def test_the_documented_bytes_are_those_of_the_formulas() -> None:
         if every := re.search(r"recompute_every: (\d)", more):
             training["recompute_every"] = int(every[1])
         config = config_of(model=model, training=training, precision={"compute": "bfloat16"})
-        costs = stage_costs(config, (0,), flops=1.0, bandwidth=1.0)
+        costs = stage_costs(config, (0,), Speed.uniform(1.0, 1.0))
         steps.append(costs.forward[0] + costs.backward[0] + costs.weight[0])
         two = stage_bytes(config, range(2), False, False)
         tables, norms = 4 * tokens * config.model.head_dim, 2 * 4 * config.model.hidden_size

@@ -16,7 +16,7 @@ from megatron_llm.parallel.grid import Grid
 from megatron_llm.parallel.weight_grad import WeightGradients
 from megatron_llm.pipeline.schedules import placement
 from megatron_llm.planning.flops import model_flops_per_token
-from megatron_llm.planning.stages import stage_costs, stage_layers
+from megatron_llm.planning.stages import Speed, stage_costs, stage_layers
 from tests.decoders import DECODERS
 from tests.runs import config_of, stage_of
 
@@ -41,7 +41,7 @@ def test_all_stages_together_do_the_model_flops(tp: int, name: str, decoder: str
     config = _config(tp, name=name, decoder=decoder)
     model = config.model.model_copy(update={"vocab_size": 96, "intermediate_size": 32})
     config = config.model_copy(update={"model": model})
-    costs = stage_costs(config, placement(name, 4), flops=1.0, bandwidth=1.0)
+    costs = stage_costs(config, placement(name, 4), Speed.uniform(1.0, 1.0))
     total = sum(costs.forward) + sum(costs.backward) + sum(costs.weight)
     assert total == pytest.approx(model_flops_per_token(config.model, 64) * 2 * 64 / tp, rel=1e-12)
 
@@ -49,7 +49,7 @@ def test_all_stages_together_do_the_model_flops(tp: int, name: str, decoder: str
 def test_all_stages_together_do_the_flops_of_adapters() -> None:
     config = _config(1, name="zb_v", decoder="gemma2")
     config = config.model_copy(update={"peft": PeftConfig(rank=3, targets=["attention.*", "layers.[12].mlp.up"])})
-    costs = stage_costs(config, placement("zb_v", 4), flops=1.0, bandwidth=1.0)
+    costs = stage_costs(config, placement("zb_v", 4), Speed.uniform(1.0, 1.0))
     total = sum(costs.forward) + sum(costs.backward) + sum(costs.weight)
     assert total == pytest.approx(model_flops_per_token(config.model, 64, config.peft) * 2 * 64, rel=1e-12)
 
@@ -61,7 +61,7 @@ def test_the_first_of_uneven_ranks_counts(decoder: str) -> None:
     stage = build_stages(config, Grid.imagined(config.parallel, config.model.num_key_value_heads, 2, 0), (0,), *META)[0]
     elements = sum(weight.numel() for layer in stage.layers for name, weight in layer.named_parameters() if weight.dim() == 2
                    and "norm" not in name)  # fmt: skip
-    costs = stage_costs(config, (0,), flops=1.0, bandwidth=1.0)
+    costs = stage_costs(config, (0,), Speed.uniform(1.0, 1.0))
     assert costs.weight[0] == 2 * 128 * elements
     assert costs.backward[0] - costs.weight[0] == 2 * (costs.forward[0] - costs.weight[0] - 6 * 128 * stage.head.weight.numel())
 
@@ -103,7 +103,7 @@ def test_products_of_a_stage_are_those_that_torch_counts(training: dict[str, Any
         counted.append(products() - counted[0])
         queue.run("B")
         counted.append(products() - sum(counted))
-    costs = stage_costs(config, owners, flops=1.0, bandwidth=1.0)
+    costs = stage_costs(config, owners, Speed.uniform(1.0, 1.0))
     model = config.model
     seen = [sum(min(query + 1, model.window(layer) or 64) for query in range(64)) for layer in range(model.num_hidden_layers)]
     scores = [2 * 2 * 2 * model.num_attention_heads * model.head_dim * keys for keys in seen]  # 2 products, 2 rows, 2 FLOPs
@@ -120,5 +120,5 @@ def test_a_message_is_the_activation_of_the_rank() -> None:
         config = _config(tp)
         parallel = config.parallel.model_copy(update={"sequence_parallel": sequence_parallel})
         config = config.model_copy(update={"parallel": parallel})
-        costs = stage_costs(config, placement("zb_v", 4), flops=1.0, bandwidth=1000.0)
+        costs = stage_costs(config, placement("zb_v", 4), Speed.uniform(1.0, 1000.0))
         assert costs.message == pytest.approx(rows * config.model.hidden_size * 4 / 1000)

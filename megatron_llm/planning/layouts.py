@@ -1,0 +1,170 @@
+"""Which layout trains a model fastest on so many GPUs, and why the others do not. Called by `cli/plan.py`.
+
+A *cell* is a tensor- and a pipeline-parallel size; a *variant* of it has a schedule, a micro-batch and a recomputation besides.
+Every variant has a step time that it cannot beat: its busiest rank without idle time. Variants are simulated in that order, and
+their memory is predicted (`planning/memory.py`, the slow part) until no other can be faster, so few of the thousand are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_llm.config import Config
+from megatron_llm.pipeline.schedules import placement
+from megatron_llm.planning.compare import GIB, LOOPED, SPARE, Candidate, candidate, persistent_bytes
+from megatron_llm.planning.stages import rank_weights, stage_costs
+from megatron_llm.planning.step_time import Modelled, layer_parts
+
+SCHEDULES = ("1f1b", "interleaved", "zb_h1", "zb_v", "v_half")
+"""Those worth a try: the others are slower or need more memory than one of these."""
+
+MICRO_BATCHES = (1, 2, 4, 8)
+RECOMPUTE = ("none", "selective", "full")
+Problems = Callable[[Config, int], list[str]]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Attributes:
+    best: of every cell that fits the variant that is fastest, the fastest first.
+    refused: of the other cells a variant that needs little, and the GiB that it has too many.
+    """
+
+    best: list[Candidate]
+    refused: list[tuple[Candidate, float]]
+
+
+def rank_layouts(
+    config: Config, world: int, assumed: Modelled, problems: Problems, tell: Callable[[float], object] = lambda _: None
+) -> Ranking:
+    """All layouts of `world` GPUs whose step has the rows of the configuration.
+
+    problems: what is impossible about a configuration on so many ranks. tell: told which part of the cells is done.
+    """
+    best, refused = [], []
+    cells = list(_cells(config, world, assumed.device.node))
+    for number, (tp, pp) in enumerate(cells):
+        variants = sorted(_variants(config, world, tp, pp, assumed, problems), key=lambda variant: variant[0])
+        if variants:
+            fitting, least = _best(variants, world, assumed)
+            if fitting is not None:
+                best.append(fitting)
+            elif least is not None:
+                refused.append((least, least.peak / GIB - _limit(assumed)))
+        tell((number + 1) / len(cells))
+    return Ranking(sorted(best, key=lambda row: row.seconds), sorted(refused, key=lambda row: row[1]))
+
+
+def _limit(assumed: Modelled) -> float:
+    """GiB that may be used."""
+    return (1 - SPARE) * assumed.device.memory
+
+
+def _cells(config: Config, world: int, node: int) -> Iterator[tuple[int, int]]:
+    """Tensor parallelism stays inside a node, where its transfers are bearable; pipelines have no more ranks than layers."""
+    for tp in (n for n in (1, 2, 4, 8, 16) if n <= node and world % n == 0):
+        for pp in range(1, min(world // tp, config.model.num_hidden_layers) + 1):
+            if world // tp % pp == 0:
+                yield tp, pp
+
+
+def _variants(
+    config: Config, world: int, tp: int, pp: int, assumed: Modelled, problems: Problems
+) -> Iterator[tuple[float, Config]]:
+    """(seconds that it cannot beat, variant)."""
+    layers = config.model.num_hidden_layers
+    for name in SCHEDULES if pp > 1 else ("1f1b",):
+        loops = [v for v in (2, 3, 4, 5, 6, 8) if v * pp <= layers] if name in LOOPED else [1]
+        for virtual_stages in loops:
+            for micro in MICRO_BATCHES:
+                for recompute in RECOMPUTE:
+                    variant = _with(
+                        config,
+                        {"tensor_parallel": tp, "pipeline_parallel": pp, "context_parallel": 1, "pipeline_schedule": name,
+                         "virtual_stages": virtual_stages, "sequence_parallel": True},
+                        {"micro_batch_size": micro, "recompute": recompute},
+                    )  # fmt: skip
+                    if not problems(variant, world):
+                        yield _at_least(variant, world, assumed), variant
+
+
+def _with(config: Config, parallel: dict[str, Any], training: dict[str, Any]) -> Config:
+    return config.model_copy(
+        update={
+            "parallel": config.parallel.model_copy(update=parallel),
+            "training": config.training.model_copy(update=training),
+        }
+    )
+
+
+def _at_least(config: Config, world: int, assumed: Modelled) -> float:
+    """Seconds of a step without idle time."""
+    parallel, training = config.parallel, config.training
+    owners = _placement(config)
+    costs = stage_costs(config, owners, assumed.speed(config, world))
+    busy = [0.0] * parallel.pipeline_parallel
+    for rank, *parts in zip(owners, costs.forward, costs.backward, costs.weight, strict=True):
+        busy[rank] += sum(parts)
+    replicas = world // (parallel.tensor_parallel * parallel.pipeline_parallel)
+    microbatches = training.global_batch_size // (training.micro_batch_size * replicas)
+    return microbatches * max(busy) + sum(assumed.outside(config, world, costs, max(rank_weights(config, owners))).values())
+
+
+def _best(variants: list[tuple[float, Config]], world: int, assumed: Modelled) -> tuple[Candidate | None, Candidate | None]:
+    """The fastest variant that fits, and if none does, the smallest of those with the fewest rows and all recomputed."""
+    fitting: Candidate | None = None
+    too_large: set[tuple[str, int, str, int]] = set()
+    for bound, config in variants:
+        if fitting is not None and bound >= fitting.seconds:
+            break
+        parallel, training = config.parallel, config.training
+        kind = parallel.pipeline_schedule, parallel.virtual_stages, training.recompute
+        if any((*kind, smaller) in too_large for smaller in MICRO_BATCHES if smaller < training.micro_batch_size):
+            continue  # what does not fit with fewer rows does not with more
+        row = (
+            None
+            if max(persistent_bytes(config, world, _placement(config))) > _limit(assumed) * GIB
+            else _row(config, world, assumed)
+        )
+        if row is None or not row.fits(assumed.device.memory * GIB):
+            too_large.add((*kind, training.micro_batch_size))
+        elif fitting is None or row.seconds < fitting.seconds:
+            fitting = row
+    if fitting is not None:
+        return fitting, None
+    fewest = min(config.training.micro_batch_size for _, config in variants)
+    smallest = [
+        config for _, config in variants if (config.training.micro_batch_size, config.training.recompute) == (fewest, "full")
+    ]
+    return None, min((_row(config, world, assumed) for config in smallest), key=lambda row: row.at_least)
+
+
+def _row(config: Config, world: int, assumed: Modelled) -> Candidate:
+    return candidate(config, world, config.parallel.pipeline_schedule, config.parallel.virtual_stages, assumed, brief=True)
+
+
+def _placement(config: Config) -> tuple[int, ...]:
+    parallel = config.parallel
+    return placement(parallel.pipeline_schedule, parallel.pipeline_parallel, parallel.virtual_stages)
+
+
+def shares(row: Candidate, assumed: Modelled) -> dict[str, float]:
+    """What a step's time goes to besides products and scores, as parts of it: idle time, exchanges, memory-bound work."""
+    config, world = row.config, row.world
+    parallel, training = config.parallel, config.training
+    microbatches = (
+        training.global_batch_size * parallel.tensor_parallel * parallel.pipeline_parallel // (training.micro_batch_size * world)
+    )
+    layers = microbatches * config.model.num_hidden_layers / parallel.pipeline_parallel
+    parts = {name: layers * sum(both) / row.seconds for name, both in layer_parts(config, assumed).items() if sum(both)}
+    timeline = row.simulation.timeline
+    idle = timeline.makespan - max(timeline.busy(rank) for rank in range(timeline.ranks))
+    outside = row.outside
+    return {
+        "idle": idle / row.seconds,
+        **parts,
+        "data parallel": (outside["gradients"] + outside["weights"]) / row.seconds,
+        "optimizer": outside["optimizer"] / row.seconds,
+    }
