@@ -5,6 +5,7 @@ Without a GPU the kernels are interpreted.
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,9 @@ from megatron_llm.ops.kernels import FUSED
 from megatron_llm.training.build import build_model
 from tests.families.cases import cases, make_folder
 from tests.families.models import gradients_of_stage, logical_gradients, packed_batch, reference
+
+pytest.importorskip("triton")
+importlib.import_module("tests.ops.triton.interpreter").repair()  # now, before the rank pool is forked
 
 FEW = ("llama", "gemma2")
 """Between them: grouped queries, norms on both sides, soft caps, windows, weights counted from 1, gated GELU."""
