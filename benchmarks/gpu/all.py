@@ -30,12 +30,17 @@ PARTS = {"norm": 1.0, "rope": 0.6, "activation": 0.8, "cross_entropy": 1.2, "opt
 
 def main(arguments: list[str]) -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu.json"))
+    options.add_argument("--out", type=Path, help="default: benchmarks/results/gpu.json, with --smoke runs/gpu_smoke.json")
     options.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
     options.add_argument("--minutes", type=float, default=9.0, help="of all parts together (default: %(default)s)")
     options.add_argument("--smoke", action="store_true")
     chosen = options.parse_args(arguments)
-    return run(chosen.out, chosen.only, chosen.minutes, chosen.smoke)
+    return run(out_file(chosen.out, chosen.smoke), chosen.only, chosen.minutes, chosen.smoke)
+
+
+def out_file(given: Path | None, smoke: bool) -> Path:
+    """A smoke run, whose figures mean nothing, would begin the file of the figures anew."""
+    return given or Path("runs/gpu_smoke.json" if smoke else "benchmarks/results/gpu.json")
 
 
 def run(out: Path, parts: list[str], minutes: float, smoke: bool) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -143,4 +143,6 @@ def _picked(case: dict[str, Any]) -> float | None:
 
 
 if __name__ == "__main__":
-    print(document(json.loads(Path(sys.argv[1]).read_text())), end="")
+    options = argparse.ArgumentParser(prog="python -m benchmarks.gpu.table", description=__doc__)
+    options.add_argument("file", type=Path, metavar="FILE")
+    print(document(json.loads(options.parse_args().file.read_text())), end="")

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.gpu.all import out_file
 from benchmarks.gpu.measure import Compared, compare
 from benchmarks.gpu.table import document, goals
 
@@ -96,3 +97,14 @@ def test_the_table_says_which_goals_hold() -> None:
     text = document(result)
     assert "| RMSNorm | 1000.000 | 3,600 GB/s | 90% | 1.0e-07 | 0.80x |" in text
     assert "| **1B at 4k** | 50,000 | 56.0% | 16.0 | |" in text and "3B at 8k: absent (OutOfMemoryError)" in text
+
+
+def test_a_smoke_run_does_not_write_where_the_figures_are() -> None:
+    assert out_file(None, smoke=False) == Path("benchmarks/results/gpu.json")
+    assert out_file(None, smoke=True) == Path("runs/gpu_smoke.json")
+    assert out_file(Path("here.json"), smoke=True) == Path("here.json")
+
+
+def test_the_table_without_a_file_says_how_it_is_called() -> None:
+    done = subprocess.run([sys.executable, "-m", "benchmarks.gpu.table"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "usage" in done.stderr and "FILE" in done.stderr
