@@ -154,26 +154,3 @@ def add_norm(x: Tensor, f: Tensor, weight: Tensor | None, bias: Tensor | None, k
         return _FusedNorm.apply(x, f, weight, bias, kind.eps, kind.offset, kind.center, kind.weight_gradient)
     s = x + f
     return s, norm(s, weight, bias, kind)
-
-
-def rms_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    weight_gradient: WeightGradient = _rounded,
-    offset: float = 0.0,
-    kernel: str = "torch",
-) -> Tensor:
-    return norm(x, weight, None, NormKind(eps, offset, False, kernel, weight_gradient))
-
-
-def layer_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    weight_gradient: WeightGradient = _rounded,
-    offset: float = 0.0,
-    kernel: str = "torch",
-) -> Tensor:
-    return norm(x, weight, bias, NormKind(eps, offset, True, kernel, weight_gradient))

@@ -123,12 +123,10 @@ def _best(variants: list[tuple[float, Config]], world: int, assumed: Modelled) -
         kind = parallel.pipeline_schedule, parallel.virtual_stages, training.recompute
         if any((*kind, smaller) in too_large for smaller in MICRO_BATCHES if smaller < training.micro_batch_size):
             continue  # what does not fit with fewer rows does not with more
-        row = (
-            None
-            if max(persistent_bytes(config, world, _placement(config))) > _limit(assumed) * GIB
-            else _row(config, world, assumed)
-        )
-        if row is None or not row.fits(assumed.device.memory * GIB):
+        if max(persistent_bytes(config, world, _placement(config))) > _limit(assumed) * GIB:
+            continue
+        row = _row(config, world, assumed)
+        if not row.fits(assumed.device.memory * GIB):
             too_large.add((*kind, training.micro_batch_size))
         elif fitting is None or row.seconds < fitting.seconds:
             fitting = row

@@ -14,7 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_llm.config import RopeScalingConfig
 from megatron_llm.ops.activation import activation, gated
-from megatron_llm.ops.norm import NormKind, add_norm, layer_norm, rms_norm
+from megatron_llm.ops.norm import NormKind, add_norm, norm
 from megatron_llm.ops.rope import rope_frequencies, rope_tables, rotary_
 
 U = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half a unit in the last place, relative
@@ -48,10 +48,10 @@ def test_rms_norm_is_its_formula(eps: float) -> None:
     x, weight, dy = _leaf(_random(5, 12)), _leaf(_random(12)), _random(5, 12, scale=2.0)
     exact = _rms_norm_exact(x, weight, eps)
     expected = torch.autograd.grad(exact, (x, weight), dy)
-    y = rms_norm(x, weight, eps)
+    y = norm(x, weight, None, NormKind(eps))
     torch.testing.assert_close(y, exact, rtol=1e-14, atol=0)
     torch.testing.assert_close(torch.autograd.grad(y, (x, weight), dy), expected, rtol=1e-12, atol=1e-14)
-    assert gradcheck(lambda x, w: rms_norm(x, w, eps), (x, weight))
+    assert gradcheck(lambda x, w: norm(x, w, None, NormKind(eps)), (x, weight))
 
 
 @NARROW
@@ -62,7 +62,7 @@ def test_rms_norm_in_narrow_dtypes(dtype: torch.dtype) -> None:
     exact = _rms_norm_exact(*wide, 1e-5)
     exact_gradients = torch.autograd.grad(exact, wide, dy.double())
     narrow = [_leaf(x), _leaf(weight)]
-    y = rms_norm(*narrow, 1e-5)
+    y = norm(*narrow, None, NormKind(1e-5))
     assert_within_roundings(y, exact, 2)
     for actual, expected in zip(torch.autograd.grad(y, narrow, dy), exact_gradients, strict=True):
         assert_within_roundings(actual, expected, 1)
@@ -72,7 +72,7 @@ def test_rms_norm_of_large_and_small_bfloat16_values() -> None:
     """4096 equal squares summed in bfloat16 would stop growing at 256 of them."""
     for scale in (1e4, 1e-8):
         x = torch.full((1, 4096), scale, dtype=torch.bfloat16)
-        y = rms_norm(x, torch.ones(4096, dtype=torch.bfloat16), 1e-30)
+        y = norm(x, torch.ones(4096, dtype=torch.bfloat16), None, NormKind(1e-30))
         torch.testing.assert_close(y, torch.ones_like(y))
 
 
@@ -81,7 +81,7 @@ def test_rms_norm_in_float16_of_values_whose_squares_overflow() -> None:
     x, dy = (sign * _random(9, 64, scale=1e4).flip(dim).half() for sign, dim in ((1, 0), (-1, 1)))
     weight = torch.ones(64).half()
     wide, narrow = _leaf(x.double()), _leaf(x)
-    exact, y = _rms_norm_exact(wide, weight.double(), 1e-5), rms_norm(narrow, weight, 1e-5)
+    exact, y = _rms_norm_exact(wide, weight.double(), 1e-5), norm(narrow, weight, None, NormKind(1e-5))
     assert_within_roundings(y, exact, 2)
     (expected,) = torch.autograd.grad(exact, wide, dy.double())
     assert_within_roundings(torch.autograd.grad(y, narrow, dy)[0], expected, 1)
@@ -95,17 +95,18 @@ def test_layer_norm_is_its_formula() -> None:
     x, weight, bias = _leaf(_random(5, 4, 6, scale=2.0)), _leaf(_random(4, 6)), _leaf(_random(4, 6))
     n = x - x.mean(-1, keepdim=True)
     exact = n / (n.pow(2).mean(-1, keepdim=True) + 0.1).sqrt() * (0.5 + weight) + bias
-    ours = partial(layer_norm, eps=0.1, offset=0.5)
+    ours = partial(norm, kind=NormKind(0.1, 0.5, center=True))
     torch.testing.assert_close(ours(x, weight, bias), exact, rtol=1e-13, atol=1e-13)
     assert gradcheck(ours, (x, weight, bias))
-    assert gradcheck(lambda x: layer_norm(x, None, None, 0.1), (x,))
+    assert gradcheck(lambda x: norm(x, None, None, NormKind(0.1, center=True)), (x,))
 
 
 def test_rms_norm_whose_weight_counts_from_one() -> None:
     x, weight = _leaf(_random(5, 6)), _leaf(_random(6))
-    torch.testing.assert_close(rms_norm(x, weight, 0.1, offset=1.0), _rms_norm_exact(x, 1 + weight, 0.1), rtol=1e-13, atol=1e-13)
-    assert gradcheck(lambda x, w: rms_norm(x, w, 0.1, offset=1.0), (x, weight))
-    assert gradcheck(lambda x: rms_norm(x, None, 0.1), (x,))
+    y = norm(x, weight, None, NormKind(0.1, offset=1.0))
+    torch.testing.assert_close(y, _rms_norm_exact(x, 1 + weight, 0.1), rtol=1e-13, atol=1e-13)
+    assert gradcheck(lambda x, w: norm(x, w, None, NormKind(0.1, offset=1.0)), (x, weight))
+    assert gradcheck(lambda x: norm(x, None, None, NormKind(0.1)), (x,))
 
 
 @pytest.mark.parametrize("kind", [NormKind(0.1), NormKind(0.1, 0.5, True)], ids=["rms", "layer"])
@@ -114,8 +115,7 @@ def test_norm_of_a_sum(kind: NormKind) -> None:
     bias = _leaf(_random(6)) if kind.center else None
     s, y = add_norm(x, f, weight, bias, kind)
     assert torch.equal(s, x + f)
-    alone = layer_norm(s, weight, bias, 0.1, offset=0.5) if kind.center else rms_norm(s, weight, 0.1)
-    assert torch.equal(y, alone)
+    assert torch.equal(y, norm(s, weight, bias, kind))
     assert gradcheck(lambda *inputs: add_norm(*inputs, bias, kind), (x, f, weight))
 
 

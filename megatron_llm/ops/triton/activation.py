@@ -19,14 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_llm.ops.triton import cdiv
+from megatron_llm.ops.triton.maths import tanh
 
 BLOCK = 1024  # elements of a program: 8 of each operand a thread, 16 bytes
 WARPS = 4
-
-
-@triton.jit
-def _tanh(x):
-    return 2.0 * tl.sigmoid(2.0 * x) - 1.0  # libdevice's cannot be interpreted
 
 
 @triton.jit
@@ -39,7 +35,7 @@ def _activation(x, ACT: tl.constexpr):
         p = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
         y, dy = x * p, p + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
     elif ACT == "gelu_tanh":
-        t = _tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))
+        t = tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))
         y = 0.5 * x * (1.0 + t)
         dy = 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * 0.7978845608028654 * (1.0 + 0.134145 * x * x)
     else:

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_llm.ops.triton import cdiv
+from megatron_llm.ops.triton.maths import tanh
 
 WARPS = 8
 EXTRAS = ("", "sum", "best")
@@ -44,14 +45,9 @@ def backward_block(vocabulary: int, size: int) -> int:
 
 
 @triton.jit
-def _tanh(x):
-    return 2.0 * tl.sigmoid(2.0 * x) - 1.0  # libdevice's cannot be interpreted
-
-
-@triton.jit
 def _capped(x, cap, CAPPED: tl.constexpr):
     if CAPPED:
-        x = cap * _tanh(x / cap)
+        x = cap * tanh(x / cap)
     return x
 
 
@@ -116,7 +112,7 @@ def _gradient(x, v, label, lse, scale, factor, smoothing, share, cap, CAPPED: tl
     """factor: of the exponentials; share: of smoothing, of every id."""
     x = x.to(tl.float32)
     if CAPPED:
-        t = _tanh(x / cap)
+        t = tanh(x / cap)
         g = factor * tl.exp(cap * t - lse)
     else:
         g = factor * tl.exp(x - lse)
