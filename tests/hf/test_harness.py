@@ -70,9 +70,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_folder(Case("LlamaForCausalLM", {**LLAMA, "vocab_size": 400, "max_position_embeddings": 512}), path / "hf")
     for file in (path / "tokenizer").iterdir():
         (path / "hf" / file.name).write_bytes(file.read_bytes())
-    rows = [{"question": text, "choices": CHOICES, "answer": number % 4} for number, text in enumerate(QUESTIONS)]
-    (path / "sums.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (path / "examples.json").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    # What is right follows what the model prefers, so that acc is 3/4, and acc_norm another number, whatever the tokenizer
+    # learned from this machine's text and whatever the weights are.
+    likeliest = [pick for pick, _ in _picks(path, 0, len(QUESTIONS))]
+    answers = [pick if number % 4 else (pick + 1) % 4 for number, pick in enumerate(likeliest)]
+    for name, right in (("sums", answers), ("examples", [0, 1])):
+        rows = [{"question": text, "choices": CHOICES, "answer": answer} for text, answer in zip(QUESTIONS, right, strict=False)]
+        (path / f"{name}.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
     files = {"test": str(path / "sums.json"), "train": str(path / "examples.json")}
     (path / "tasks").mkdir()
     task = {
@@ -86,14 +90,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _expected(folder: Path, shots: int, count: int) -> tuple[float, float]:
-    """(acc, acc_norm): the choice of the highest log-likelihood, and of the highest one per character."""
+def _picks(folder: Path, shots: int, count: int) -> list[tuple[int, int]]:
+    """Of each question: the choice of the highest log-likelihood, and of the highest one per character."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = (kind.from_pretrained(folder / "hf") for kind in (AutoModelForCausalLM, AutoTokenizer))
     examples = "".join(f"Q: {QUESTIONS[number]}\nA: {CHOICES[number]}\n\n" for number in range(shots))
-    hits = [0, 0]
-    for number, question in enumerate(QUESTIONS[:count]):
+    picks = []
+    for question in QUESTIONS[:count]:
         prompt, scores = f"{examples}Q: {question}\nA:", []
         for choice in CHOICES:
             before, ids = tokenizer(prompt)["input_ids"], tokenizer(f"{prompt} {choice}")["input_ids"]
@@ -102,9 +106,15 @@ def _expected(folder: Path, shots: int, count: int) -> tuple[float, float]:
                 logits = model(torch.tensor([ids[:-1]])).logits[0].log_softmax(-1)
             scores.append(sum(float(logits[place - 1, ids[place]]) for place in range(len(before), len(ids))))
         normed = [score / len(choice) for score, choice in zip(scores, CHOICES, strict=True)]
-        for way, values in enumerate((scores, normed)):
-            hits[way] += values.index(max(values)) == number % 4
-    return hits[0] / count, hits[1] / count
+        picks.append((scores.index(max(scores)), normed.index(max(normed))))
+    return picks
+
+
+def _expected(folder: Path, shots: int, count: int) -> tuple[float, float]:
+    """(acc, acc_norm) by brute force."""
+    answers = [json.loads(line)["answer"] for line in (folder / "sums.json").read_text().splitlines()[:count]]
+    hits = [[pick == answer for pick in picks] for picks, answer in zip(_picks(folder, shots, count), answers, strict=True)]
+    return sum(hit[0] for hit in hits) / count, sum(hit[1] for hit in hits) / count
 
 
 @pytest.mark.slow
@@ -115,7 +125,7 @@ def test_scores_are_those_of_brute_force(folder: Path, capsys: pytest.CaptureFix
         acc, acc_norm = _expected(folder, shots, limit or len(QUESTIONS))
         assert (result.all["acc"], result.all["acc_norm"]) == pytest.approx((acc, acc_norm), abs=1e-12)
         assert (result.metric, result.value, result.shots) == ("acc_norm", result.all["acc_norm"], shots)
-        assert acc > 0 and acc != acc_norm and result.stderr > 0
+        assert result.stderr > 0 and (shots or (acc == 0.75 != acc_norm))
     with pytest.raises(
         ValueError, match="no task 'tiny_sum'; near it are tiny_sums(?s:.*)'arc_chalenge'; near it are .*arc_challenge"
     ):
