@@ -36,13 +36,17 @@ class Saver:
     Args:
         asynchronous: copy and go on; otherwise a save is committed when `start` returns.
         committed: called on rank 0 with the folder after each commit, in the thread that committed.
-        alive: called often while training waits for a save that makes headway.
+        progress: called often, with the part that is written, while training waits for a save that makes headway.
     """
 
     def __init__(
-        self, world: Axis, asynchronous: bool, committed: Callable[[Folder], None], alive: Callable[[], None] = lambda: None
+        self,
+        world: Axis,
+        asynchronous: bool,
+        committed: Callable[[Folder], None],
+        progress: Callable[[float], object] = lambda _: None,
     ):
-        self._world, self._asynchronous, self._committed, self._alive = world, asynchronous, committed, alive
+        self._world, self._asynchronous, self._committed, self._progress = world, asynchronous, committed, progress
         self._work: Work | None = None  # of the stage that a save is in
         self._writing = False  # it is the first of the two
         self._staging = Staging()
@@ -82,7 +86,7 @@ class Saver:
                 raise error
             return write_rank_file(folder, self._world.rank, mine, progress)
 
-        self._writing, self._work = True, Work(write)
+        self._writing, self._work = True, Work(write, sum(item.tensor.nbytes for item in mine))
         self._stall += time.perf_counter() - start
         if not behind:
             self.finish()
@@ -103,7 +107,7 @@ class Saver:
         """Return when no save is under way any more. Collective; raises SaveError."""
         while self._work is not None:
             start = time.perf_counter()
-            self._work.wait_for_all(self._world, self._alive)
+            self._work.wait_for_all(self._world, self._progress)
             self._stall += time.perf_counter() - start
             self.advance()
 

@@ -23,11 +23,12 @@ class Work:
 
     work: gets a function that it calls with the number of bytes that it has dealt with, and with 0 when something else has
         gone on. That raises RuntimeError after `abandon`.
+    size: bytes that there are to deal with; 0 if nobody knows.
     """
 
-    def __init__(self, work: Callable[[Callable[[int], None]], Any]):
+    def __init__(self, work: Callable[[Callable[[int], None]], Any], size: int = 0):
         self._future: Future[Any] = Future()
-        self._headway = 0
+        self._headway, self._size = 0, size
         self._abandoned = False
         # It does not keep the process from ending.
         threading.Thread(target=self._run, args=(work,), name="checkpoint", daemon=True).start()
@@ -55,14 +56,18 @@ class Work:
         """Let the work end soon."""
         self._abandoned = True
 
-    def wait_for_all(self, world: Axis, alive: Callable[[], object]) -> None:
-        """Return when the work of all ranks is done. Collective. alive: called whenever that of some rank has gone on."""
-        before: list[tuple[bool, int]] = []
+    def wait_for_all(self, world: Axis, progress: Callable[[float], object]) -> None:
+        """Return when the work of all ranks is done. Collective.
+
+        progress: called whenever that of some rank has gone on, with the part that all have done; 0 if nobody knows.
+        """
+        before: list[tuple[bool, int, int]] = []
         while True:
             wait([self._future], timeout=_LOOK_SECONDS)
-            now = all_gather_objects((self.done, self._headway), world)
-            if all(done for done, _ in now):
+            now = all_gather_objects((self.done, self._headway, self._size), world)
+            if all(done for done, _, _ in now):
                 return
             if now != before:
-                alive()
+                sizes = sum(size for _, _, size in now)
+                progress(min(1.0, sum(headway for _, headway, size in now if size) / sizes) if sizes else 0.0)
             before = now

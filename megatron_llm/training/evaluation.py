@@ -9,7 +9,7 @@ Shape suffixes: T tokens of a micro-batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -87,8 +87,10 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, stream: TokenStream) -> Evaluation:
+def evaluate(engine: Engine, stream: TokenStream, progress: Callable[[float], object] = lambda _: None) -> Evaluation:
     """The scores of the first `eval_rows` rows of a validation set, or of all if it has fewer. Every rank gets the same.
+
+    progress: called on ranks of the first stage with the part of the rows that has entered it.
 
     Rows are dealt to ranks like training rows; fill rows, which weigh nothing, complete the last micro-batches.
     """
@@ -104,6 +106,8 @@ def evaluate(engine: Engine, stream: TokenStream) -> Evaluation:
     def forward(number: int, microbatch: int, x: Tensor | None) -> Tensor:
         batch, stage = microbatches.batch(number, microbatch), engine.stages[number]
         hidden = stage(x, batch, before_layer=engine.runtime.before_layer)
+        if stage.first:
+            progress((microbatch + 1) / schedule.microbatches)
         if stage.last:
             losses_T, hits_T = stage.scores(hidden, batch)
             if grid.tp.first:

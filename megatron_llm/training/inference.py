@@ -6,9 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
+from tqdm import tqdm
 
 from megatron_llm.config import ModelConfig
 from megatron_llm.generation.generate import Sampling, check_prompts, generate
@@ -101,14 +103,19 @@ def _generate_on_rank(request: GenerationRequest) -> list[list[int]] | None:
     stages, runtime = build_pipeline(config, grid, device, opened.weights)
     relay = Relay(grid, {number: stage.eval() for number, stage in stages.items()}, runtime.placement)
     new: list[list[int]] = []
-    for first in range(0, len(request.prompts), request.batch_size):
-        new += generate(
-            relay,
-            request.prompts[first : first + request.batch_size],
-            max_new_tokens=request.max_new_tokens,
-            sampling=request.sampling,
-            stop_ids=request.stop_ids,
-            seed=request.seed,
-            first=first,
-        )
+    prompts, each = request.prompts, request.max_new_tokens
+    with tqdm(total=len(prompts) * each, desc="generating", unit="token", delay=2, disable=not grid.world.first) as bar:
+        for first in range(0, len(prompts), request.batch_size):
+            batch = prompts[first : first + request.batch_size]
+            new += generate(
+                relay,
+                batch,
+                max_new_tokens=each,
+                sampling=request.sampling,
+                stop_ids=request.stop_ids,
+                seed=request.seed,
+                first=first,
+                after_pass=partial(bar.update, len(batch)),
+            )
+            bar.update(len(new) * each - bar.n)  # replies that ended early
     return new if grid.world.first else None

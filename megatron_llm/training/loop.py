@@ -164,7 +164,7 @@ def _begin(
         facts=known_facts(config),
         metrics=Metrics(config, grid.world.size, device, state.step) if grid.world.first else None,
         stop=stop,
-        saver=Saver(grid.world, config.checkpoint.asynchronous, prune, lambda: run.watch.progress()),
+        saver=Saver(grid.world, config.checkpoint.asynchronous, prune, Progress("saving", lambda: run.watch.progress())),
         saved_step=state.step if checkpoint else None,
         folder=folder,
         changes=changes.decides_numbers,
@@ -325,7 +325,7 @@ def _evaluate(run: Run) -> dict[str, Any]:
     values: dict[str, Any] = {}
     total = Score()
     for name, stream in run.valid_streams.items():
-        found = evaluate(run.engine, stream)
+        found = evaluate(run.engine, stream, Progress(f"evaluating on {name}"))
         values |= found.metrics(name)
         total += found.score
         logger.info("step %d | %s: %s", run.state.step, name, found)

@@ -1,4 +1,4 @@
-"""Long work before the first step says how far it is. Called by `training/loop.py`."""
+"""Long work that is no step says how far it is: loading, evaluations, saves that are waited for. Called by `training/loop.py`."""
 
 from __future__ import annotations
 
@@ -11,19 +11,23 @@ _SECONDS = 10.0  # between two lines; what is done earlier says nothing
 
 
 class Progress:
-    """Called with the part of a piece of work that is done, as often as one likes.
+    """Called with the part of a piece of work that is done, as often as one likes; 0 if nobody knows.
 
-    Ranks above 0 are silent by their log level.
+    A part that is less than the one before begins another piece. Ranks above 0 are silent by their log level.
     """
 
     def __init__(self, what: str, alive: Callable[[], object] = lambda: None):
         """alive: called each time."""
         self.what, self.alive = what, alive
         self._started = self._said = time.monotonic()
+        self._part = 0.0
 
     def __call__(self, part: float) -> None:
         self.alive()
         now = time.monotonic()
+        if part < self._part or not part:
+            self._started = self._said = now
+        self._part = part
         if now - self._said < _SECONDS or part <= 0:
             return
         self._said = now

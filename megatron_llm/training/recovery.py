@@ -195,24 +195,15 @@ def find_damage(checkpoint: Checkpoint, config: Config, world: Axis, progress: P
     """
     if not config.checkpoint.verify:
         return ""
-    total = max(1, checkpoint.nbytes // world.size)
 
     def read(count: Callable[[int], None]) -> tuple[list[str], str]:
-        done = 0
-
-        def report(size: int) -> None:
-            nonlocal done
-            count(size)
-            done += size
-            progress(min(1.0, done / total))
-
         try:
-            return checkpoint.damaged(world.rank, world.size, report), ""
+            return checkpoint.damaged(world.rank, world.size, count), ""
         except Exception as error:  # file systems have errors of their own
             return [], f"{type(error).__name__}: {error}"
 
-    work = Work(read)
-    work.wait_for_all(world, progress.alive)
+    work = Work(read, checkpoint.nbytes // world.size)
+    work.wait_for_all(world, progress)
     results = all_gather_objects(work.result(), world)
     unreadable = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(results) if error]
     if unreadable:

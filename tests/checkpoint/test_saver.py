@@ -47,7 +47,7 @@ class Run:
         self.alive = 0
         self.saver = Saver(self.world, asynchronous, lambda folder: self.committed.append(folder.name), self._live)
 
-    def _live(self) -> None:
+    def _live(self, _: float) -> None:
         self.alive += 1
 
     def save(self, step: int, wait: bool = False) -> None:

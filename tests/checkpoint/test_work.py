@@ -32,7 +32,7 @@ def outlast_collectives() -> tuple[str, int, list[int], list[int]]:
             progress(10)
         return f"of rank {world.rank}"
 
-    def count() -> None:
+    def count(_: float) -> None:
         nonlocal alive
         alive += 1
 
@@ -54,8 +54,22 @@ def test_work_that_stands_still_is_not_alive() -> None:
     def work(_: Callable[[int], None]) -> None:
         time.sleep(3.5)
 
-    Work(work).wait_for_all(Axis("world"), lambda: alive.append(1))
+    Work(work).wait_for_all(Axis("world"), lambda _: alive.append(1))
     assert len(alive) <= 1, "the first look alone is news"
+
+
+def test_the_part_is_that_of_all_ranks() -> None:
+    parts: list[float] = []
+
+    def work(progress: Callable[[int], None]) -> None:
+        for _ in range(4):
+            time.sleep(0.9)
+            progress(25)
+
+    Work(work, 100).wait_for_all(Axis("world"), parts.append)
+    assert (
+        parts == sorted(set(parts)) and {0.25, 0.5, 0.75} & set(parts) and all(part in (0.25, 0.5, 0.75, 1.0) for part in parts)
+    )
 
 
 def test_errors_are_kept_and_abandoned_work_ends() -> None:
@@ -63,7 +77,7 @@ def test_errors_are_kept_and_abandoned_work_ends() -> None:
         raise OSError(5, "planted")
 
     failed = Work(fail)
-    failed.wait_for_all(Axis("world"), lambda: None)
+    failed.wait_for_all(Axis("world"), lambda _: None)
     with pytest.raises(OSError, match="planted"):
         failed.result()
 
@@ -74,6 +88,6 @@ def test_errors_are_kept_and_abandoned_work_ends() -> None:
 
     abandoned = Work(forever)
     abandoned.abandon()
-    abandoned.wait_for_all(Axis("world"), lambda: None)
+    abandoned.wait_for_all(Axis("world"), lambda _: None)
     with pytest.raises(RuntimeError, match="the run has ended"):
         abandoned.result()

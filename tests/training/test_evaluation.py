@@ -62,7 +62,12 @@ def _config(parallel: dict[str, Any], micro_batch_size: int) -> Config:
 def _evaluate(config: Config, hf: Path) -> dict[str, Evaluation]:
     grid = Grid.build(config.parallel, config.model.num_key_value_heads)
     engine = build_engine(config, grid, torch.device("cpu"), HFFolder(hf).source(config.model))
-    return {name: evaluate(engine, stream) for name, stream in build_valid_streams(config).items()}
+    found = {}
+    for name, stream in build_valid_streams(config).items():
+        parts: list[float] = []
+        found[name] = evaluate(engine, stream, parts.append)
+        assert parts == sorted(parts) and parts[-1:] == ([1.0] if 0 in engine.stages else [])
+    return found
 
 
 @functools.cache
