@@ -11,6 +11,7 @@ import multiprocessing.connection
 import os
 import pickle
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from megatron_llm.training.distributed import pick_device, process_group
 from megatron_llm.training.roll_call import is_loss
@@ -136,6 +138,7 @@ def _be_rank(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the command, which kills its ranks
     os.environ.update(environment)
     torch.set_num_threads(threads)
+    tqdm.set_lock(threading.RLock())  # its own, for processes that share a terminal, would be reported as leaked
     code = _FAILED
     try:
         with _reporting(connection):
