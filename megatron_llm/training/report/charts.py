@@ -142,7 +142,8 @@ def _paths(line: Line, chart: Chart, x_scale: _Scale, y_scale: _Scale) -> list[t
     curve, colour = line.curve, f"c{line.colour}"
     x = SIZE * x_scale.all(curve.axis.step)
     mid, low, high = (
-        None if column is None else SIZE - SIZE * y_scale.all(column / chart.divide) for column in (curve.mid, curve.low, curve.high)
+        None if column is None else SIZE - SIZE * y_scale.all(column / chart.divide)
+        for column in (curve.mid, curve.low, curve.high)
     )
     assert mid is not None
     paths = [(f"{curve.kind} {colour}", line.run, _polyline(x, mid))]
@@ -166,9 +167,7 @@ def _polyline(x: Values, y: Values) -> str:
 
 
 def _dots(x: Values, y: Values) -> str:
-    return "".join(
-        f"M{place:.1f} {value:.1f}h0" for place, value in zip(x.tolist(), y.tolist(), strict=True) if value == value
-    )
+    return "".join(f"M{place:.1f} {value:.1f}h0" for place, value in zip(x.tolist(), y.tolist(), strict=True) if value == value)
 
 
 def _band(x: Values, low: Values, high: Values) -> str:

@@ -13,7 +13,8 @@ import numpy as np
 from megatron_llm.training.report.read import Table, Values
 
 POINTS = 1500  # in a curve: more than pixels in most charts
-SMOOTHED = 0.03  # of all steps are averaged in the smoothed loss
+SMOOTHED = 0.03, 501  # of all steps are averaged in the smoothed loss, but at most so many, or those of three points
+DOTS = 60  # more points than these would be one thick line
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +35,7 @@ class Curve:
     """A quantity over the steps, in the unit of metrics.jsonl.
 
     Attributes:
-        key: name in metrics.jsonl. kind: how it is drawn: "line", "raw" (faint, behind its smoothed line) or "dots".
+        key: name in metrics.jsonl. kind: how it is drawn: "line", "raw" (faint, behind its smoothed line), "dots" or "dashes".
         mid: [points]; nan where the run has no number. low, high: [points], None if every step has a point.
     """
 
@@ -60,6 +61,8 @@ def curve(table: Table, along: Axis, key: str, label: str, kind: str = "line") -
     values = table.values.get(key)
     if values is None or not np.isfinite(values).any():
         return None
+    if kind == "dots" and np.isfinite(values).sum() > DOTS:
+        kind = "dashes"
     if along.steps_per_point == 1:
         return Curve(key, label, kind, along, values)
     return Curve(key, label, kind, along, *_columns(values, along.steps_per_point))
@@ -78,7 +81,8 @@ def smoothed(table: Table, along: Axis, key: str, label: str) -> Curve | None:
 
 def window(table: Table) -> int:
     """Steps that the smoothed loss averages, an odd number."""
-    return int(len(table.step) * SMOOTHED) // 2 * 2 + 1
+    part, most = SMOOTHED
+    return int(min(len(table.step) * part, max(most, 3 * axis(table).steps_per_point))) // 2 * 2 + 1
 
 
 def _moving_mean(values: Values, width: int) -> Values:

@@ -46,7 +46,9 @@ def outcome(run: RunData, now: float) -> Outcome:
         quiet = max(_SILENT_SECONDS, 10 * float(np.nanmedian(seconds)) if np.isfinite(seconds).any() else 0.0)
         if now - run.written > quiet:
             written = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(run.written))
-            return Outcome("silent", "no sign of life", f"The status is “running”, but the last line was written {written}: killed?")
+            return Outcome(
+                "silent", "no sign of life", f"The status is “running”, but the last line was written {written}: killed?"
+            )
         return Outcome("running", "running", _left(run))
     known = {"done": "done", "stopped": "stopped", "failed": "failed", "running": "running"}
     if kind in known:
@@ -90,9 +92,8 @@ def figures(run: RunData) -> dict[str, tuple[str, str]]:
     found["tokens"] = (number(float(tokens[-1])) if len(tokens) else _MISSING, "")
     found["train loss"] = _last(run.steps.step, values.get("loss"))
     valid = run.valid.values.get("valid_loss")
-    value, _ = _last(run.valid.step, valid)
-    best = ""
-    if valid is not None and np.isfinite(valid).any():
+    value, best = _last(run.valid.step, valid)
+    if valid is not None and _has(valid) and np.nanargmin(valid) < len(valid) - 1:
         best = f"best {np.nanmin(valid):.4f} at step {run.valid.step[np.nanargmin(valid)]:,.0f}"
     found["validation loss"] = (value, best)
     rate = values.get("tokens_per_second")
@@ -140,7 +141,8 @@ def facts(run: RunData) -> dict[str, str]:
         "schedule": _schedule(run),
         "batch": _batch(run),
         "data": ", ".join(str(source.get("path")) for source in setting(run, "data.train") or [] if isinstance(source, dict)),
-        "optimizer": _format(run, "{optimizer.kind}, lr {optimizer.lr}, {lr_schedule.kind}, warm-up {lr_schedule.warmup_steps} steps"),
+        "optimizer": _format(run, "{optimizer.name}, lr {optimizer.lr}, {lr_schedule.kind}"),
+        "warm-up": _format(run, "{lr_schedule.warmup_tokens} tokens") or _format(run, "{lr_schedule.warmup_steps} steps"),
         "precision": _format(run, "{precision.compute}"),
         "device": ", ".join(dict.fromkeys(start.device for start in run.starts if start.device)),
         "changed on resume": "; ".join(map(str, run.status.get("changes") or [])),
@@ -216,7 +218,9 @@ def _restarts(run: RunData) -> Iterator[Event]:
     for last, start in zip(run.starts, run.starts[1:], strict=False):
         how = str(start.before.get("outcome", ""))
         why = f": {start.before['reason']}" if start.before.get("reason") else ""
-        before = {"running": "killed", "failed": f"failed{why}", "stopped": f"stopped{why}", "done": "done, and continued"}.get(how, how)
+        before = {"running": "killed", "failed": f"failed{why}", "stopped": f"stopped{why}", "done": "done, and continued"}.get(
+            how, how
+        )
         when = "" if start.time is None else time.strftime("%Y-%m-%d %H:%M UTC, ", time.gmtime(start.time))
         now = layout(start) if layout(start) == layout(last) else f"{layout(last)} → {layout(start)}"
         yield Event("start", start.step, start.step, f"restart ({when}{now}); before: {before}")
@@ -271,4 +275,4 @@ def _flattened(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         for index, inner in enumerate(value):
             yield from _flattened(inner, f"{prefix}.{index}")
     else:
-        yield prefix, f"{value:g}" if isinstance(value, float) else "null" if value is None else str(value)
+        yield prefix, f"{value:g}" if isinstance(value, float) else _MISSING if value is None else str(value)

@@ -17,7 +17,7 @@ import numpy as np
 from megatron_llm import __version__
 from megatron_llm.training.report.charts import Chart, Line, draw, wants_log, x_range
 from megatron_llm.training.report.curves import Axis, Curve, axis, curve, smoothed, window
-from megatron_llm.training.report.facts import Event, differences, events, facts, figures, marks, outcome
+from megatron_llm.training.report.facts import Event, differences, duration, events, facts, figures, marks, outcome
 from megatron_llm.training.report.read import RunData, Sample, find_runs, read_run
 
 COLOURS = 8  # in templates/report.css
@@ -39,7 +39,7 @@ def write_report(paths: Sequence[str], output: Path, progress: Callable[[int], o
     folders = find_runs(paths)
     runs = [read_run(folder, name, progress) for folder, name in zip(folders, names(folders), strict=True)]
     temporary = output.with_name(output.name + ".tmp")
-    temporary.write_text(render(runs, time.time()), encoding="utf-8")
+    temporary.write_text(render(runs, time.time()), encoding="utf-8", errors="replace")  # half of a surrogate pair is no text
     temporary.replace(output)
     return runs
 
@@ -51,8 +51,7 @@ def names(folders: Sequence[Path]) -> list[str]:
         short = ["/".join(parts[-count:]) for parts in whole]
         if len(set(short)) == len(short):
             break
-    # A name may be bytes that are no text.
-    return [name.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for name in short]
+    return short
 
 
 def render(runs: Sequence[RunData], now: float) -> str:
@@ -77,7 +76,7 @@ def render(runs: Sequence[RunData], now: float) -> str:
         # The browser refuses every other script, and all that is not in this file.
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         data=embedded(charts, xs, marked, [run.name for run in runs]),
-        runs=[{"name": run.name, "folder": str(run.folder.resolve()).encode("utf-8", "replace").decode(), "notes": run.notes,
+        runs=[{"name": run.name, "folder": str(run.folder.resolve()), "notes": run.notes,
                "outcome": outcome(run, now), "figures": figures(run), "facts": facts(run), "trace": _picture(run),
                "events": _shown_events(happened[number]), "stalls": _stalls(run), "colour": number % COLOURS}
               for number, run in enumerate(runs)],
@@ -112,7 +111,7 @@ def make_charts(runs: Sequence[RunData]) -> list[Chart]:
 
     def raw_loss(run: RunData) -> Curve | None:
         averaged = window(run.steps) >= 3
-        label = "train, every step" if averaged else "train"
+        label = "train, every step" if averaged or several else "train"
         return curve(run.steps, along[id(run.steps)], "loss", label, "raw" if averaged else "line")
 
     def mean_loss(run: RunData) -> Curve | None:
@@ -141,7 +140,9 @@ def make_charts(runs: Sequence[RunData]) -> list[Chart]:
         Chart("loss-scale", "Loss scale", "", lines(of_steps("loss_scale", "loss scale")), skipped, log=True),
     ]
     return [
-        Chart(**{**vars(chart), "log": chart.log or (not chart.zero and wants_log(chart.lines))}) for chart in found if chart.lines
+        Chart(**{**vars(chart), "log": chart.log or (not chart.zero and wants_log(chart.lines))})
+        for chart in found
+        if chart.lines
     ]
 
 
@@ -223,7 +224,7 @@ def _stalls(run: RunData) -> str:
     if not len(stalls):
         return ""
     share = f", {stalls.sum() / (seconds + stalls.sum()):.2%} of the time" if seconds else ""
-    return f"Checkpoints stopped training {len(stalls):,} times for {stalls.sum():,.3g} s in all{share}; the longest took {stalls.max():.3g} s."
+    return f"Checkpoints stopped training {len(stalls):,} times, {duration(stalls.sum())} in all{share}; the longest took {duration(stalls.max())}."
 
 
 def _samples(runs: Sequence[RunData]) -> dict[str, Any]:
@@ -248,5 +249,4 @@ def _cut(sample: Sample) -> dict[str, Any]:
 
 
 def _shortened(text: str) -> str:
-    text = text.encode("utf-8", "replace").decode()  # half of a surrogate pair is no text
     return text if len(text) <= _CHARACTERS else f"{text[:_CHARACTERS]} … ({len(text) - _CHARACTERS:,} more characters)"

@@ -17,6 +17,11 @@ import orjson
 import yaml
 
 Values = np.ndarray[Any, np.dtype[np.float64]]
+_OF_STEPS = (
+    "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "tflops_per_device", "mfu", "step_seconds", "memory_peak_bytes",
+    "skipped", "loss_scale", "checkpoint_stall_seconds",
+)  # fmt: skip
+_NUMBERS = (float, int, bool)
 _CHUNK = 8 << 20  # bytes read at a time
 
 
@@ -161,7 +166,7 @@ class _Columns:
                 column.append(math.nan)
             self.steps.append(step)
         for name, value in values.items():
-            if type(value) in (int, float, bool):
+            if type(value) in _NUMBERS:
                 self.columns[name][-1] = value
 
     def table(self) -> Table:
@@ -184,11 +189,11 @@ def _read_metrics(path: Path, notes: list[str], progress: Callable[[int], object
             if type(values["back_to_step"]) is int:
                 rollbacks.append(Rollback(int(values["step"]), values["back_to_step"]))
         else:
-            step = values.pop("step")
-            scores = {name: values.pop(name) for name in [name for name in values if name.startswith("valid_")]}
+            step = values["step"]
             if "loss" in values or "lr" in values:
-                steps.add(step, values)
-            if scores:
+                steps.add(step, {name: values[name] for name in _OF_STEPS if name in values})
+            if b'"valid_' in line:  # most lines have none
+                scores = {name: value for name, value in values.items() if name.startswith("valid_")}
                 valid.add(step, scores | {"tokens": values.get("tokens")})
     if unread:
         notes.append(f"{unread:,} {'line' if unread == 1 else 'lines'} of metrics.jsonl could not be read and left out")
