@@ -108,7 +108,8 @@ def browser() -> Iterator[Page]:
     with TemporaryDirectory(prefix="chromium-") as profile, open(Path(profile) / "log", "wb") as log:
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--hide-scrollbars"]
         # The pipe's ends are expected at 3 and 4.
-        command = f"exec {CHROMIUM} {' '.join(flags)} --user-data-dir={profile}/data --remote-debugging-pipe 3<&{theirs_in} 4>&{theirs_out}"
+        flags += [f"--user-data-dir={profile}/data", "--remote-debugging-pipe", f"3<&{theirs_in}", f"4>&{theirs_out}"]
+        command = " ".join(["exec", CHROMIUM, *flags])
         process = subprocess.Popen(["bash", "-c", command], pass_fds=(theirs_in, theirs_out), stdout=log, stderr=log)
         os.close(theirs_in)
         os.close(theirs_out)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import html
 import json
+import math
 import os
 import re
+import signal
 import time
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -18,15 +19,15 @@ import pytest
 import yaml
 
 from megatron_llm.cli.main import main
+from megatron_llm.training import loop
 from megatron_llm.training.report.charts import log_ticks, number, ticks
 from megatron_llm.training.report.curves import POINTS, axis, curve
-from megatron_llm.training.report.page import render
 from megatron_llm.training.report.read import read_run
-from tests.browser import CHROMIUM, browser
+from tests.browser import CHROMIUM, Page, browser
 from tests.launch import KILLED, launch
-from tests.runs import TINY
 from tests.training.commands import read_metrics, write_config
-from tests.training.processes import SECONDS, planted, started, wait_for_checkpoint, wait_for_steps
+from tests.training.planted import PlantedStream
+from tests.training.test_rollback import raw_config, write_rows
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 
@@ -313,9 +314,139 @@ def test_ticks_are_round_and_few() -> None:
     assert ticks(0, 100) == [0, 20, 40, 60, 80, 100] and ticks(1.3, 2.6) == [1.5, 2.0, 2.5]
     assert ticks(0, 2, whole=True) == [0, 1, 2] and ticks(0.5, 1.5, whole=True) == [1]
     assert log_ticks(0.5, 2000) == [1, 10, 100, 1000] and log_ticks(0.9, 60) == [1, 2, 5, 10, 20, 50]
-    assert log_ticks(3.1, 4.2) == [3.2, 3.4, 3.6, 3.8, 4.0, 4.2]
+    assert log_ticks(3.1, 4.2) == [3.5, 4.0]
     for low, high in ((0, 1), (17, 18), (-3, 1e6), (1e-9, 2e-9), (0, 999_999)):
         assert 2 <= len(ticks(low, high)) <= 6
     assert [number(v) for v in (0, 3e-4, 3e-5, 0.1 + 0.2, 1234.5, 12_345, 2.5e6, 1e12)] == [
         "0", "0.0003", "3e-5", "0.3", "1,234", "12.35k", "2.5M", "1T",
     ]  # fmt: skip
+
+
+def disturbed(nan_rows: list[int], killed_after: int, *command: str) -> int:
+    """`megatron-llm COMMAND`, with rows that have no finite loss, and kill -9 after a step."""
+    build, step = loop.build_train_stream, loop.train_step
+
+    def train_step(engine: Any, stream: Any, state: Any, *rest: Any) -> Any:
+        if state.step == killed_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(engine, stream, state, *rest)
+
+    loop.train_step = train_step
+    loop.build_train_stream = lambda config: PlantedStream(build(config), dict.fromkeys(nan_rows, math.nan))  # type: ignore[assignment]
+    return main(list(command))
+
+
+def test_a_real_run_that_was_killed_went_on_elsewhere_skipped_a_step_and_went_back(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    raw = raw_config(run, write_rows(tmp_path / "data", range(72, 80)), checkpoint={"every_steps": 4, "asynchronous": False})
+    command = ["train", str(write_config(tmp_path / "run.yaml", raw)), "logging.trace_steps=[12]"]
+    killed = launch(2, disturbed, [48], 6, *command)
+    assert [ending.code for ending in killed] == [KILLED] * 2, killed[0].log
+    page = report(tmp_path, run)
+    assert {mark["kind"] for mark in page.data["marks"]} == {"stall"} and page.curve("loss", "loss")[0] == list(range(1, 7))
+    (ending,) = launch(1, disturbed, [48], -1, *command)
+    assert ending.code == 0, ending.log
+
+    page = report(tmp_path, run)
+    marks = {(mark["kind"], mark["step"]) for mark in page.data["marks"] if mark["kind"] != "stall"}
+    assert marks == {("start", 4), ("skipped", 7), ("rollback", 8)}
+    assert "2 ranks: DP2 → 1 rank); before: killed" in page.text and "back from step 10 to step 8" in page.text
+    taken = [each for each in read_metrics(run) if "loss" in each]
+    assert page.curve("loss", "loss") == (
+        list(range(1, 15)), [each["tokens"] for each in taken], [each["loss"] for each in taken],
+    )  # fmt: skip
+    assert page.curve("grad-norm", "grad_norm")[2][6] is None
+    assert "done" in page.text and "LoRA" not in page.text and "8 rows × 16 = 128 tokens a step" in page.text
+    picture = next(attrs["src"] or "" for tag, attrs in page.elements if tag == "img")
+    assert picture.startswith("data:image/png;base64,iVBOR") and "step-00000012.png" in page.text
+
+    starts = [json.loads(text) for text in (run / "starts.jsonl").read_text().splitlines()]
+    layouts = [(each["step"], each["world_size"], each["layout"], each["device"]) for each in starts]
+    assert layouts == [(0, 2, {"tp": 1, "pp": 1, "cp": 1, "dp": 2}, "cpu"), (4, 1, {"tp": 1, "pp": 1, "cp": 1, "dp": 1}, "cpu")]
+    assert "before" not in starts[0] and starts[1]["before"] == {"outcome": "running"}
+
+
+def charts_of(page: Page) -> dict[str, Any]:
+    """Of every chart what is drawn: class -> the numbers of its path; labels of its axes; where its plot is."""
+    found = page.evaluate(
+        """Object.fromEntries([...document.querySelectorAll(".chart")].map((figure) => {
+             const box = figure.querySelector(".plot").getBoundingClientRect();
+             return [figure.id, {
+               box: [box.left, box.top + scrollY, box.width, box.height],
+               paths: [...figure.querySelectorAll(".plot path")].map((each) => [each.className.baseVal, each.getAttribute("d")]),
+               labels: [...figure.querySelectorAll(".x span, .y span")].map((span) => span.textContent),
+               marks: [...figure.querySelectorAll(".mark:not(.hidden)")].map((mark) => parseFloat(mark.style.left)),
+             }];
+           }))"""
+    )
+    for chart in found.values():
+        chart["paths"] = [(kind, [float(text) for text in re.findall(r"-?[0-9.]+", path)]) for kind, path in chart["paths"]]
+    assert isinstance(found, dict)
+    return found
+
+
+def coloured(picture: Any, box: list[float]) -> float:
+    """The share of a part of a picture that is neither black, grey nor white."""
+    left, top, width, height = (round(value) for value in box)
+    part = picture[top : top + height, left : left + width, :3]
+    return float((part.max(axis=2) - part.min(axis=2) > 0.2).mean())
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_a_browser_shows_every_chart_and_asks_for_nothing(tmp_path: Path) -> None:
+    from matplotlib.image import imread
+
+    evil = "</pre></script><script>document.title = 'owned'</script><img src=http://127.0.0.1:9/x onerror='document.title=1'>"
+    marked = [line(step, skipped=step == 9, checkpoint_stall_seconds=float(step == 20)) for step in range(1, 101)]
+    marked[10]["loss"], marked[50]["grad_norm"], marked[99]["valid_loss"] = None, 1e5, 2.0
+    starts = [
+        {"step": 0, "world_size": 1, "layout": {}},
+        {"step": 30, "world_size": 1, "layout": {}, "before": {"outcome": "done"}},
+    ]
+    one = make_run(tmp_path / evil.replace("/", "-"), marked, starts=starts, samples=[{"step": 1, "prompt": evil, "reply": evil}])
+    long = make_run(tmp_path / "long", [line(step, mfu=0.4) for step in range(1, 4001)])
+    with browser() as page:
+        for name, runs, views in (
+            ("one", [one], [(1280, False), (1280, True)]), ("two", [one, long], [(1280, False), (390, False)]),
+        ):  # fmt: skip
+            report(tmp_path, *runs)
+            for width, dark in views:
+                page.open((tmp_path / "report.html").as_uri(), width, 900, dark)
+                assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing is cut off"
+                assert page.evaluate("document.title").endswith(" – training report")
+                picture = imread(BytesIO(page.screenshot()), format="png")
+                drawn = charts_of(page)
+                assert len(drawn) == (6 if name == "one" else 7)
+                for chart, found in drawn.items():
+                    assert coloured(picture, found["box"]) > 0.002, f"{name} at {width}: {chart} is blank"
+                assert bool(picture[5, 5, :3].mean() < 0.2) is dark
+                # The script draws what was drawn without it.
+                page.evaluate("document.querySelectorAll('.log').forEach((button) => { button.click(); button.click() })")
+                again = charts_of(page)
+                for chart, found in drawn.items():
+                    assert again[chart]["labels"] == found["labels"] and again[chart]["marks"] == pytest.approx(
+                        found["marks"], abs=0.01
+                    )
+                    assert [kind for kind, _ in again[chart]["paths"]] == [kind for kind, _ in found["paths"]]
+                    for (_, numbers), (_, expected) in zip(again[chart]["paths"], found["paths"], strict=True):
+                        assert numbers == pytest.approx(expected, abs=0.11)
+        left, top, width, height = drawn["loss"]["box"]
+        page.evaluate("scrollTo(0, 0)")
+        page.resize(1280, 900)
+        left, top, width, height = charts_of(page)["loss"]["box"]
+        page.move_mouse(left + 99 / 3999 * width, top + height / 2)
+        shown = page.evaluate("document.querySelector('#loss .readout').textContent")
+        assert f"step 100 {marked[99]['loss']:.5g}" in shown and "step 99" not in shown
+        page.evaluate("document.querySelector('[data-axis=tokens]').click()")
+        assert "400k" in charts_of(page)["lr"]["labels"]
+        page.evaluate("document.querySelector('[data-toggle=\"1\"]').click()")
+        assert {kind.split()[-1] for kind, _ in charts_of(page)["lr"]["paths"]} == {"grid", "c0"}
+        assert page.problems == []
+        assert {url.split(":")[0] for url in page.requests} == {"file"}
+
+        (tmp_path / "control.html").write_text(
+            "<img src='http://127.0.0.1:9/x'><script>console.log('said'); nothing.at.all</script>"
+        )
+        page.open((tmp_path / "control.html").as_uri())
+        assert len(page.problems) >= 2 and any(url.startswith("http:") for url in page.requests), "what would have been noticed"

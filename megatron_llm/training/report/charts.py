@@ -1,7 +1,7 @@
 """Curves as pictures: scales, ticks and the paths of an SVG. Called by `report/page.py`.
 
 A plot is 1,000 by 1,000 units and stretched by the browser; its labels are text of the page, placed in percent. So charts fit any
-width without a script, and letters keep their size. `templates/report.js` draws the same again when a reader chooses another axis.
+width without a script, and letters keep their size. `templates/report.js` draws the same again when a reader wants another axis.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Of any number of steps as many points as a screen can show, and honest ones. Called by `report/charts.py` and `report/page.py`.
 
-Up to `POINTS` steps a curve has every value as it is in metrics.jsonl. Beyond, consecutive steps share a column, which keeps the least,
-the mean and the greatest of their values: no spike is lost, and the page says how many steps a column has.
+Up to `POINTS` steps a curve has every value as it is in metrics.jsonl. Beyond, consecutive steps share a column, which keeps the
+least, the mean and the greatest of their values: no spike is lost, and the page says how many steps a column has.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A run in words and numbers: how it stands, what it is, what happened to it, how it differs from others. Called by `report/page.py`."""
+"""A run in words and numbers: how it stands, what it is, what happened to it, how it differs. Called by `report/page.py`."""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import math
 import time
 from collections import defaultdict
@@ -224,7 +223,8 @@ def _stalls(run: RunData) -> str:
     if not len(stalls):
         return ""
     share = f", {stalls.sum() / (seconds + stalls.sum()):.2%} of the time" if seconds else ""
-    return f"Checkpoints stopped training {len(stalls):,} times, {duration(stalls.sum())} in all{share}; the longest took {duration(stalls.max())}."
+    total, longest = duration(stalls.sum()), duration(stalls.max())
+    return f"Checkpoints stopped training {len(stalls):,} times, {total} in all{share}; the longest took {longest}."
 
 
 def _samples(runs: Sequence[RunData]) -> dict[str, Any]:
