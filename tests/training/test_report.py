@@ -110,6 +110,7 @@ def test_the_page_has_the_numbers_of_the_metrics(tmp_path: Path) -> None:
         for step in range(1, 101)
     ]
     lines[50]["loss"], lines[50]["grad_norm"], lines[50]["skipped"] = None, None, True
+    lines[30]["busy_seconds/max"], lines[60]["busy_seconds/max"] = 0.75, 0.5
     page = report(tmp_path, make_run(tmp_path / "run", lines))
     steps, tokens, losses = page.curve("loss", "loss")
     assert (steps, tokens) == (list(range(1, 101)), [128 * step for step in steps])
@@ -120,12 +121,13 @@ def test_the_page_has_the_numbers_of_the_metrics(tmp_path: Path) -> None:
         [0, 20, 40, 60, 80, 100],
         [9.5, *(9.0 / step for step in range(20, 101, 20))],
     )
+    assert page.curve("busy", "busy_seconds/max")[::2] == ([30, 60], [0.75, 0.5])
     assert "mfu" not in page.data["charts"] and "loss-scale" not in page.data["charts"]
 
     smooth = page.curve("loss", "loss smoothed")[2]
     around = [each["loss"] for each in lines[1:]]
-    expected = [np.mean([v for v in around[max(0, i - 1) : i + 2] if v is not None]) for i in range(100)]
-    assert smooth == pytest.approx(expected, rel=1e-5) and "mean of 3 steps" in page.text
+    expected = [np.mean([v for v in around[max(0, i - 2) : i + 3] if v is not None]) for i in range(100)]
+    assert smooth == pytest.approx(expected, rel=1e-5) and "mean of 5 steps" in page.text
     assert f"{lines[-1]['loss']:.4f}" in page.text and "12.8k" in page.text
 
 

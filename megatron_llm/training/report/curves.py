@@ -13,7 +13,7 @@ import numpy as np
 from megatron_llm.training.report.read import Table, Values
 
 POINTS = 1500  # in a curve: more than pixels in most charts
-SMOOTHED = 0.03, 501  # of all steps are averaged in the smoothed loss, but at most so many, or those of three points
+SMOOTHED = 0.05, 501  # of all steps are averaged in the smoothed loss, but at most so many, or those of three points
 DOTS = 60  # more points than these would be one thick line
 
 

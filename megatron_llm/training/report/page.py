@@ -89,7 +89,7 @@ def render(runs: Sequence[RunData], now: float) -> str:
 
 def make_charts(runs: Sequence[RunData]) -> list[Chart]:
     """The charts of what the runs have; none is empty."""
-    along = {id(table): axis(table) for run in runs for table in (run.steps, run.valid)}
+    along = {id(table): axis(table) for run in runs for table in (run.steps, run.valid, run.busy)}
     several = len(runs) > 1
 
     def lines(*wanted: Callable[[RunData], Curve | None]) -> list[Line]:
@@ -107,6 +107,10 @@ def make_charts(runs: Sequence[RunData]) -> list[Chart]:
 
     def of_valid(key: str, label: str) -> Callable[[RunData], Curve | None]:
         return lambda run: curve(run.valid, along[id(run.valid)], key, label, "dots")
+
+    def of_ranks(key: str) -> Callable[[RunData], Curve | None]:
+        label = f"{key}, all ranks"
+        return lambda run: curve(run.busy, along[id(run.busy)], f"busy_seconds/{key}", label, "dots")
 
     def raw_loss(run: RunData) -> Curve | None:
         averaged = window(run.steps) >= 3
@@ -136,6 +140,7 @@ def make_charts(runs: Sequence[RunData]) -> list[Chart]:
         Chart("tflops", "Compute", "TFLOP/s a device", lines(of_steps("tflops_per_device", "TFLOP/s")), stalls, zero=True),
         Chart("mfu", "Model FLOPs utilization", "%", lines(of_steps("mfu", "MFU")), stalls, 0.01, zero=True),
         Chart("memory", "Memory", "GiB, peak of rank 0", lines(of_steps("memory_peak_bytes", "peak")), _KINDS, 2**30, zero=True),
+        Chart("busy", "Busy ranks", "seconds a step, waits left out", lines(*map(of_ranks, ("min", "median", "max"))), _KINDS),
         Chart("loss-scale", "Loss scale", "", lines(of_steps("loss_scale", "loss scale")), skipped, log=True),
     ]
     return [

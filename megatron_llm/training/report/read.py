@@ -74,7 +74,8 @@ class RunData:
     """A run.
 
     Attributes:
-        steps: of each step that was taken and not undone. valid: of each step after which the run was evaluated.
+        steps: of each step that was taken and not undone. valid: of each step after which the run was evaluated. busy: of each
+            step in which ranks were compared.
         status, config: as the files have them; empty if there are none.
         starts: of this run, in order of time. trace: the newest picture of a pipeline.
         written: time of the last line of metrics, in Unix seconds.
@@ -85,6 +86,7 @@ class RunData:
     name: str
     steps: Table
     valid: Table
+    busy: Table
     rollbacks: list[Rollback] = field(default_factory=list)
     starts: list[Start] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
@@ -129,7 +131,7 @@ def read_run(folder: Path, name: str, progress: Callable[[int], object] = lambda
     progress: called with the number of bytes of metrics.jsonl that were read since the last call.
     """
     notes: list[str] = []
-    steps, valid, rollbacks = _read_metrics(folder / "metrics.jsonl", notes, progress)
+    steps, valid, busy, rollbacks = _read_metrics(folder / "metrics.jsonl", notes, progress)
     traces = sorted(folder.glob("traces/step-*.png"), key=lambda path: (len(path.stem), path.stem))
     metrics = folder / "metrics.jsonl"
     return RunData(
@@ -137,6 +139,7 @@ def read_run(folder: Path, name: str, progress: Callable[[int], object] = lambda
         name=name,
         steps=steps,
         valid=valid,
+        busy=busy,
         rollbacks=rollbacks,
         starts=_read_starts(folder / "starts.jsonl", notes),
         samples=_read_samples(folder / "samples.jsonl", notes),
@@ -177,9 +180,10 @@ class _Columns:
         return Table(np.array(self.steps, dtype=np.float64), tokens, values)
 
 
-def _read_metrics(path: Path, notes: list[str], progress: Callable[[int], object]) -> tuple[Table, Table, list[Rollback]]:
-    """The tables of steps and of evaluations, and the times that the run went back."""
-    steps, valid, rollbacks = _Columns(), _Columns(), []
+def _read_metrics(path: Path, notes: list[str], progress: Callable[[int], object]) -> tuple[Table, Table, Table, list[Rollback]]:
+    """The tables of a run, and the times that it went back."""
+    steps, valid, busy = _Columns(), _Columns(), _Columns()
+    rollbacks = []
     unread = 0
     for line in _lines(path, progress):
         values = _parse(line)
@@ -192,12 +196,13 @@ def _read_metrics(path: Path, notes: list[str], progress: Callable[[int], object
             step = values["step"]
             if "loss" in values or "lr" in values:
                 steps.add(step, {name: values[name] for name in _OF_STEPS if name in values})
-            if b'"valid_' in line:  # most lines have none
-                scores = {name: value for name, value in values.items() if name.startswith("valid_")}
-                valid.add(step, scores | {"tokens": values.get("tokens")})
+            for start, table in (("valid_", valid), ("busy_seconds/", busy)):
+                if f'"{start}'.encode() in line:  # most lines have none
+                    found = {name: value for name, value in values.items() if name.startswith(start)}
+                    table.add(step, found | {"tokens": values.get("tokens")})
     if unread:
         notes.append(f"{unread:,} {'line' if unread == 1 else 'lines'} of metrics.jsonl could not be read and left out")
-    return steps.table(), valid.table(), rollbacks
+    return steps.table(), valid.table(), busy.table(), rollbacks
 
 
 def _lines(path: Path, progress: Callable[[int], object] = lambda read: None) -> Iterator[bytes]:
