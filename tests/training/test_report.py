@@ -25,6 +25,7 @@ from megatron_llm.training.report.curves import POINTS, axis, curve
 from megatron_llm.training.report.read import read_run
 from tests.browser import CHROMIUM, Page, browser
 from tests.launch import KILLED, launch
+from tests.test_readme import run_commands
 from tests.training.commands import read_metrics, write_config
 from tests.training.planted import PlantedStream
 from tests.training.test_rollback import raw_config, write_rows
@@ -310,6 +311,14 @@ def test_an_output_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[
     run = make_run(tmp_path / "run", [line(1)])
     assert main(["report", str(run), "--output", str(tmp_path / output)]) == 1
     assert expected in capsys.readouterr().err
+
+
+def test_the_commands_of_the_page_about_it_run(tmp_path: Path) -> None:
+    for name in ("demo", "chat"):
+        make_run(tmp_path / "runs" / name, [line(1), line(2)])
+    run_commands("docs/watching.md", tmp_path, at_least=2)
+    assert Reader((tmp_path / "compared.html").read_text()).data["runs"] == ["demo", "chat"]
+    assert Reader((tmp_path / "report.html").read_text()).data["runs"] == ["demo"]
 
 
 def test_ticks_are_round_and_few() -> None:

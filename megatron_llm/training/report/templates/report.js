@@ -42,6 +42,7 @@ function xRange() {
   if (along === "step") return data.x;
   const all = Object.values(data.charts).flatMap((chart) => chart.curves.map((curve) => extent(positions(curve))));
   const [low, high] = extent(all.flat().filter(Number.isFinite));
+  if (!(low <= high)) return data.x; // no run says its tokens
   return low < high ? [low, high] : [low - 0.5, high + 0.5];
 }
 
