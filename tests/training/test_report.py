@@ -19,10 +19,12 @@ import pytest
 import yaml
 
 from megatron_llm.cli.main import main
+from megatron_llm.config import CheckpointConfig, parse_config
 from megatron_llm.training import loop
 from megatron_llm.training.report.charts import log_ticks, number, ticks
 from megatron_llm.training.report.curves import POINTS, axis, curve
 from megatron_llm.training.report.read import read_run
+from megatron_llm.training.run_folder import RunFolder
 from tests.browser import CHROMIUM, Page, browser
 from tests.launch import KILLED, launch
 from tests.test_readme import run_commands
@@ -461,3 +463,17 @@ def test_a_browser_shows_every_chart_and_asks_for_nothing(tmp_path: Path) -> Non
         )
         page.open((tmp_path / "control.html").as_uri())
         assert len(page.problems) >= 2 and any(url.startswith("http:") for url in page.requests), "what would have been noticed"
+
+
+def test_a_start_is_recorded_behind_a_line_that_a_crash_cut_off(tmp_path: Path) -> None:
+    config = parse_config(raw_config(tmp_path, "data"))
+    (tmp_path / "status.json").write_text('{"outcome": "stopped", "step": 4, "reason": "SIGTERM", "changes": []}')
+    (tmp_path / "starts.jsonl").write_text('{"step": 0, "world_size": 4, "layout": {}}\n{"step": 2, "wor')
+    with RunFolder(config, 0) as folder:
+        folder.record_start(4, 8, "cpu")
+    run = read_run(tmp_path, "run")
+    assert [(start.step, start.world_size) for start in run.starts] == [(0, 4), (4, 8)]
+    assert run.starts[1].before == {"outcome": "stopped", "step": 4, "reason": "SIGTERM"}
+    with RunFolder(config.model_copy(update={"checkpoint": CheckpointConfig(resume="never")}), 0) as folder:
+        folder.record_start(0, 2, "cpu")
+    assert [(start.step, start.world_size) for start in read_run(tmp_path, "run").starts] == [(0, 2)]

@@ -243,8 +243,8 @@ def _read_starts(path: Path, notes: list[str]) -> list[Start]:
         starts.append(
             Start(
                 values["step"],
-                values.get("time"),
-                values.get("world_size"),
+                values["time"] if type(values.get("time")) in (int, float) else None,
+                values["world_size"] if type(values.get("world_size")) is int else None,
                 layout if isinstance(layout, dict) else {},
                 str(values.get("device", "")),
                 before if isinstance(before, dict) else {},
