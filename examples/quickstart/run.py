@@ -199,28 +199,25 @@ def reply() -> str:
 
 def validation_losses(stage: str) -> tuple[float, float]:
     """(before the first step, after the last step) of a stage."""
-    from plot import read_metrics
-
-    losses = [line["valid_loss"] for line in read_metrics(Path(stage)) if line.get("valid_loss") is not None]
+    lines = map(json.loads, Path(stage, "metrics.jsonl").read_text().splitlines())
+    losses = [line["valid_loss"] for line in lines if line.get("valid_loss") is not None]
     return losses[0], losses[-1]
 
 
 def report() -> bool:
-    """Print a sample and the losses of every stage and draw the curves; whether every stage improved."""
-    from plot import plot_losses
-
+    """Print a sample and the losses of every stage and make the page; whether every stage improved."""
     for stage, title in STAGES.items():
         prompt, answer = sample(stage)
         print(f"\n--- {title}: transformers goes on after >>>\n{prompt}>>>{answer}")
-    picture = Path("losses.png")
-    plot_losses({title: Path(stage) for stage, title in STAGES.items()}, picture)
+    print(flush=True)
+    command("report", *STAGES, "--output", "report.html")
     print(f"\n{'validation loss':34} {'before':>8} {'after':>8}")
     improved = True
     for stage, title in STAGES.items():
         before, after = validation_losses(stage)
         improved = improved and after < before
         print(f"{title:34} {before:8.3f} {after:8.3f}   {'improved' if after < before else 'NOT IMPROVED'}")
-    print(f"\nloss curves: {picture.resolve()}")
+    print(f"\ncurves, samples and settings of all stages, for a browser: {Path('report.html').resolve()}")
     return improved
 
 

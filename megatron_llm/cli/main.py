@@ -19,7 +19,7 @@ from megatron_llm import __version__
 
 COMMANDS = (
     "train", "generate", "chat", "evaluate", "import", "export", "push", "verify", "preprocess", "preprocess-chat", "merge",
-    "dedup", "inspect", "plan", "config",
+    "dedup", "inspect", "plan", "report", "config",
 )  # fmt: skip
 
 

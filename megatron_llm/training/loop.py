@@ -173,6 +173,8 @@ def _begin(
         run.samples = make_samples(engine, run.assets, state.step, lambda: run.watch.progress())
     if grid.world.first:
         folder.write_config(config)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        folder.record_start(state.step, grid.world.size, name)
         if checkpoint:
             prune(checkpoint.folder)  # what was interrupted
     _announce(run, resolved, checkpoint, changes.free)

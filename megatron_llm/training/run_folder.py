@@ -3,6 +3,7 @@
 `RUN/status.json` carries the outcome (running, done, stopped, failed with the reason), because torchrun turns every exit
 code but 0 into 1. `RUN/lock` keeps two runs from writing to the same folder: ranks can outlive a launcher that was killed.
 Ranks that a launcher has restarted wait for it, as those before may be about to end on another node.
+`RUN/starts.jsonl` has a line for every time that training began: from which step, on what, and what had become of the run before.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import math
 import os
 import time
 from pathlib import Path
@@ -58,6 +60,7 @@ class RunFolder:
         self.path = Path(config.logging.run_dir)
         self._lock: TextIO | None = None
         self._speaks = False  # not of a folder that another run may be writing to
+        self._before: dict[str, Any] = {}  # the status that an earlier start has left
 
     def __enter__(self) -> RunFolder:
         if self.rank == 0:
@@ -65,7 +68,9 @@ class RunFolder:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._lock = self._locked()
                 self.joined()
+                self._before = self._status()
                 if self.config.checkpoint.resume == "never":
+                    self._before = {}
                     self._set_aside_earlier_run()
                 self.report("running")
             except OSError as error:
@@ -90,6 +95,21 @@ class RunFolder:
         text = yaml.safe_dump(raw, sort_keys=False)
         (self.path / "config.yaml").write_text(text, encoding="utf-8")
 
+    def record_start(self, step: int, world_size: int, device: str) -> None:
+        """Append to starts.jsonl that the run begins, or goes on, after `step`. `device`: what rank 0 computes on.
+
+        A line without `before` is the first of a run; those above it are of one that `resume: never` has set aside.
+        """
+        parallel = self.config.parallel
+        sizes = {"tp": parallel.tensor_parallel, "pp": parallel.pipeline_parallel, "cp": parallel.context_parallel}
+        layout = sizes | {"dp": world_size // math.prod(sizes.values())}
+        line = {"step": step, "time": round(time.time(), 3), "world_size": world_size, "layout": layout, "device": device}
+        if self._before:
+            line["before"] = {key: self._before[key] for key in ("outcome", "step", "reason") if key in self._before}
+        with (self.path / "starts.jsonl").open("a+b") as file:
+            torn = file.tell() > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"  # by a crash
+            file.write(b"\n" * torn + json.dumps(line).encode() + b"\n")
+
     def report(self, outcome: str, **details: Any) -> None:
         """Replace status.json in one piece."""
         temporary = self.path / f"status.json.{self.rank}.tmp"
@@ -108,11 +128,16 @@ class RunFolder:
 
     def _failure(self) -> str | None:
         """The reason that has been reported."""
+        status = self._status()
+        return str(status["reason"]) if status.get("outcome") == "failed" and "reason" in status else None
+
+    def _status(self) -> dict[str, Any]:
+        """What status.json says; nothing if it is not there or damaged."""
         try:
             status = json.loads((self.path / "status.json").read_text(encoding="utf-8"))
-            return str(status["reason"]) if status["outcome"] == "failed" else None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+        except (OSError, ValueError):
+            return {}
+        return status if isinstance(status, dict) else {}
 
     def _locked(self) -> TextIO:
         """The open lock file; the lock ends with the process, however it ends."""
