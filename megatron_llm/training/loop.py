@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -120,8 +122,21 @@ def train(resolved: ResolvedRun, allow_change: bool = False) -> int:
             folder.joined()
             check_same_config(resolved.config)
             run = _begin(replace(resolved, config=config), allow_change, fresh_assets, device, folder, stop)
-            stopped = _train(run)
+            with _closing(run.metrics):
+                stopped = _train(run)
     return exit_code_of_stopped_run() if stopped else 0
+
+
+@contextmanager
+def _closing(metrics: Metrics | None) -> Iterator[None]:
+    """Let the sinks of a run finish, however it ends."""
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        if metrics is not None:
+            metrics.close(failed)
 
 
 def _train(run: Run) -> bool:
