@@ -57,6 +57,7 @@ from megatron_llm.training.run_folder import RunFolder, entered_since, restarted
 from megatron_llm.training.samples import Samples, make_samples
 from megatron_llm.training.signals import StopRequest, time_limit
 from megatron_llm.training.step import RunState, StepResult, next_rate, train_step
+from megatron_llm.training.stragglers import Stragglers
 from megatron_llm.training.trace import write_trace
 
 logger = logging.getLogger("megatron_llm")
@@ -87,6 +88,7 @@ class Run:
     saved_step: int | None
     folder: RunFolder
     changes: list[str]
+    stragglers: Stragglers
     samples: Samples | None = None
     watch: HangWatch = field(default_factory=HangWatch)
 
@@ -183,6 +185,7 @@ def _begin(
         saved_step=state.step if checkpoint else None,
         folder=folder,
         changes=changes.decides_numbers,
+        stragglers=Stragglers(grid, device, config.logging),
     )
     if config.logging.sample_every:
         run.samples = make_samples(engine, run.assets, state.step, lambda: run.watch.progress())
@@ -303,14 +306,18 @@ def _step(run: Run) -> tuple[StepResult, dict[str, Any]]:
     before = engine.grid.traffic()
     start = time.perf_counter()
     votes = {STOP: run.stop.requested, SAVED: run.saver.ready}
-    result = train_step(engine, run.train_stream, state, list(votes.values()), trace)
+    with run.stragglers.around(state.step + 1):
+        result = train_step(engine, run.train_stream, state, list(votes.values()), trace)
     seconds = time.perf_counter() - start
     if trace is not None:
         write_trace(run.config.logging.run_dir, state.step, trace, engine.schedules[result.rows], engine.grid)
     traffic = {axis: now - before[axis] for axis, now in engine.grid.traffic().items()}
+    busy = run.stragglers.look(state.step)
     if result.votes[SAVED] == engine.grid.world.size:
         run.saver.advance()
-    return result, run.metrics.step(state, result, seconds, traffic, run.saver.stall_seconds()) if run.metrics else {}
+    if run.metrics is None:
+        return result, {}
+    return result, run.metrics.step(state, result, seconds, traffic, run.saver.stall_seconds()) | busy
 
 
 def _go_back(run: Run, why: str) -> bool:

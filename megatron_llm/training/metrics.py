@@ -67,12 +67,12 @@ class Metrics:
 
     def add(self, state: RunState, values: dict[str, Any]) -> None:
         """Add values to the line of the last step, or write them as a line if it has none."""
-        line: dict[str, Any] = {"step": state.step, "tokens": state.tokens}
+        line: dict[str, Any] = {}
         lines = _lines(self.path)
         if lines and "back_to_step" not in lines[-1] and _step_of(lines[-1]) == state.step:
             line = json.loads(lines.pop())
             _replace(self.path, lines)
-        clean = _clean(values)
+        clean = _clean({"step": state.step, "tokens": state.tokens} | values)
         new = {name: value for name, value in clean.items() if name not in line or line[name] != value}
         self._write(line | clean, {"step": state.step} | new)
 

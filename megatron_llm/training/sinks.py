@@ -93,16 +93,14 @@ class Feed:
     def write(self, line: Line) -> None:
         self._put(lambda: self._write(line))
 
-    def close(self, failed: bool, seconds: float = FINISH_SECONDS) -> None:
-        """Let the sink finish, but wait no longer than `seconds`."""
+    def close(self, failed: bool) -> None:
+        """Let the sink finish, but wait no longer than FINISH_SECONDS."""
         self._failed = failed
-        try:
+        with contextlib.suppress(queue.Full):
             self._calls.put_nowait(None)
-            self._thread.join(seconds)
-        except queue.Full:
-            pass
-        if self._thread.is_alive() and not self._broken:
-            self._give_up(f"it did not finish within {seconds:g} s")
+            self._thread.join(FINISH_SECONDS)
+        if self._thread.is_alive():
+            self._give_up(f"it did not finish within {FINISH_SECONDS:g} s")
 
     def _put(self, call: Callable[[], None]) -> None:
         if self._broken:
