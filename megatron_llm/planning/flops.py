@@ -32,7 +32,7 @@ def model_flops_per_token(model: ModelConfig, sequence_length: int, peft: PeftCo
     return flops - 2.0 * (model.num_hidden_layers * products + head) + 6.0 * adapters
 
 
-# Dense bfloat16 peaks in FLOP/s with sums in float32, from the vendor's data sheets and architecture white papers (which give some
+# Dense bfloat16 peaks in FLOP/s with sums in float32, from the vendor's data sheets and white papers (which give some
 # with sparsity: twice these), by whole words of the device's name: the first that is in it. `hardware.py` has the same.
 _PEAKS = (
     ("GB300", 2500e12),
