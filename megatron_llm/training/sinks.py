@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_llm.config import Config, LoggingConfig
+from megatron_llm.training.wandb_store import last_row
 
 logger = logging.getLogger("megatron_llm")
 
@@ -53,8 +54,11 @@ class Sink(Protocol):
     name: str
     mark: dict[str, Any]
 
-    def begin(self, step: int, undone: Iterable[Line]) -> None:
-        """Lines of steps after `step` come next, at the start or again. undone: those that were there of such steps."""
+    def begin(self, step: int, undone: Iterable[Line]) -> int:
+        """The run is after `step`, and goes on; `undone`: the lines that the file had of later steps.
+
+        Returns the last step up to which the sink has everything. Lines of later ones come next.
+        """
 
     def write(self, line: Line) -> None:
         """Take a line, or more values of one: no nulls; numbers, but for `skipped_rows`."""
@@ -132,9 +136,7 @@ class Feed:
             )
 
     def _begin(self, step: int, kept: Iterable[Line], undone: Iterable[Line]) -> None:
-        mark = self._sink.mark
-        has = min(step, mark.get("step", -1))
-        self._sink.begin(has, undone)
+        has = self._sink.begin(step, undone)
         for line in kept:
             if step_of(line) > has:
                 self._sink.write(_shown(line))
@@ -166,12 +168,14 @@ class TensorBoard:
         self._folder = folder
         self._writer: Any = None
 
-    def begin(self, step: int, undone: Iterable[Line]) -> None:
+    def begin(self, step: int, undone: Iterable[Line]) -> int:
         from torch.utils.tensorboard import SummaryWriter
 
         if self._writer is not None:
             self._writer.close()
-        self._writer = SummaryWriter(str(self._folder), purge_step=step + 1)
+        has = min(step, self.mark.get("step", -1))
+        self._writer = SummaryWriter(str(self._folder), purge_step=has + 1)
+        return has
 
     def write(self, line: Line) -> None:
         step = step_of(line)
@@ -205,17 +209,20 @@ class Wandb:
         self._run: Any = None
         self._known: dict[int, Line] = {}
 
-    def begin(self, step: int, undone: Iterable[Line]) -> None:
-        last = self.mark.get("step", -1)
-        self._known = {step_of(line): line for line in undone if step_of(line) <= last and "back_to_step" not in line}
+    def begin(self, step: int, undone: Iterable[Line]) -> int:
         if self._run is None:
             self._start()
+        last = self.mark.get("step", -1)
+        self._known = {step_of(line): line for line in undone if step_of(line) <= last and "back_to_step" not in line}
+        return min(step, last)
 
     def _start(self) -> None:
+        """Begin or resume, and find out what has really arrived of what was handed over: by the server, or by the disk."""
         import wandb
 
         settings, run_dir = self._config.logging.wandb, Path(self._config.logging.run_dir).absolute()
         assert settings is not None
+        row = last_row(run_dir / "wandb", self.mark["id"])  # of starts before this one
         self._run = wandb.init(
             project=settings.project,
             entity=settings.entity,
@@ -231,15 +238,19 @@ class Wandb:
         )
         self._run.config.update({**self._config.model_dump(mode="json"), **self._describe}, allow_val_change=True)
         self._run.define_metric("*", step_metric="step")
-        self.mark["rows"] = max(self.mark["rows"], self._run.step)
         if not self._run.offline:
             logger.info("wandb: %s", self._run.url)
+            step = self._run.summary.get("step") if self._run.resumed else None
+            row = None if step is None else {"step": step, "_step": self._run.step - 1}
+        if row is not None:
+            self.mark |= {"step": min(self.mark.get("step", -1), int(row["step"])), "rows": int(row["_step"]) + 1}
 
     def write(self, line: Line) -> None:
         known = self._known.pop(step_of(line), None)
         if known is not None and all(known.get(name) == value for name, value in line.items() if _is_result(name)):
             return
-        self._run.log(dict(line), step=self.mark["rows"], commit=True)
+        undone = {"undone_step": line["step"]} if "back_to_step" in line else {}
+        self._run.log({**line, **undone, "step": step_of(line)}, step=self.mark["rows"], commit=True)
         self.mark["rows"] += 1
 
     def close(self, failed: bool) -> None:

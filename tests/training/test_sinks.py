@@ -8,11 +8,11 @@ from __future__ import annotations
 import copy
 import errno
 import json
-import struct
+import os
+import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from megatron_llm.config import ConfigError
 from megatron_llm.training import loop, metrics, sinks
 from megatron_llm.training.resolve import resolve
 from megatron_llm.training.sinks import Feed, step_of
+from megatron_llm.training.wandb_store import records, rows_of
+from tests.launch import KILLED, launch
 from tests.runs import TINY
 from tests.test_readme import blocks
 from tests.training.commands import read_metrics, write_config
@@ -73,35 +75,16 @@ def _tensorboard(run: Path) -> dict[int, dict[str, float]]:
     return found
 
 
-def _records(file: Path) -> Iterator[Any]:
-    """What a .wandb file holds: LevelDB's log format, whose records are W&B's protobufs."""
-    from wandb.proto import wandb_internal_pb2
-
-    data, place, parts = file.read_bytes(), 7, b""
-    while place + 7 <= len(data):
-        if (left := 32768 - place % 32768) < 7:
-            place += left
-            continue
-        _, size, kind = struct.unpack("<IHB", data[place : place + 7])
-        parts += data[place + 7 : place + 7 + size]
-        place += 7 + size
-        if kind in (1, 4):  # whole, or its last part
-            yield wandb_internal_pb2.Record.FromString(parts)
-            parts = b""
-
-
 def _wandb(run: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """All rows of all starts in their order, and the config. Fails if the starts are not one run, whose rows count on."""
     rows, config, ids = [], {}, set()
     for file in sorted(run.glob("wandb/offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime_ns):
-        for record in _records(file):
+        for record in records(file):
             if record.HasField("run"):
                 ids.add(record.run.run_id)
             if record.HasField("config"):
                 config |= {update.key: json.loads(update.value_json) for update in record.config.update}
-            if record.HasField("history"):
-                items = record.history.item
-                rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
+        rows += rows_of(file)
     assert ids == {json.loads((run / "sinks/wandb.json").read_text())["id"]}
     places = [row["_step"] for row in rows]
     assert places == sorted(set(places))
@@ -149,6 +132,36 @@ def test_a_run_that_dies_and_goes_on_is_one_run_in_both(tmp_path: Path, monkeypa
     assert _train(config, "checkpoint.resume=never", "training.steps=1") == 0
     assert json.loads((run / "sinks/wandb.json").read_text())["id"] != first, "another run has another id"
     _check_tensorboard(run)
+
+
+def _train_until_killed(config: str, lines: int) -> int:
+    """Train, and end without a word when the file has so many lines."""
+    original = metrics.append_line
+
+    def dying(path: Path, line: Any) -> None:
+        original(path, line)
+        if line["step"] == lines:
+            mark = path.parent / "sinks/wandb.json"
+            while not mark.exists() or json.loads(mark.read_text())["step"] < lines - 1:
+                time.sleep(0.05)  # the sinks get all but the last line
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    metrics.append_line = dying
+    return main(["train", config])
+
+
+@pytest.mark.slow
+def test_a_kill_loses_and_doubles_nothing(tmp_path: Path) -> None:
+    """W&B's service loses what it has not written; what that is, is seen on the disk."""
+    pytest.importorskip("wandb")
+    run = tmp_path / "run"
+    config = _config(run, steps=13, tensorboard=True, wandb=WANDB)
+    assert [ending.code for ending in launch(1, _train_until_killed, str(config), 9)] == [KILLED]
+    assert json.loads((run / "sinks/wandb.json").read_text())["step"] == 8
+    assert _train(config) == 0
+    _check_tensorboard(run)
+    rows, _ = _wandb(run)
+    assert [row["step"] for row in rows] == list(range(14))
 
 
 @pytest.mark.slow
@@ -206,8 +219,9 @@ class _Fake:
         self.lines: list[Any] = []
         self.hangs_in, self.release = hangs_in, threading.Event()
 
-    def begin(self, step: int, undone: Any) -> None:
+    def begin(self, step: int, undone: Any) -> int:
         self._maybe("begin")
+        return min(step, self.mark.get("step", -1))
 
     def write(self, line: Any) -> None:
         self._maybe("write")
