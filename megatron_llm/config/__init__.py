@@ -20,6 +20,7 @@ from megatron_llm.config.schema import (
     ParallelConfig,
     SourceConfig,
     TrainingConfig,
+    WandbConfig,
 )
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "RopeScalingConfig",
     "SourceConfig",
     "TrainingConfig",
+    "WandbConfig",
     "parse_config",
     "read_raw_config",
     "sentences",

@@ -312,6 +312,19 @@ class CheckpointConfig(Section):
     )
 
 
+class WandbConfig(Section):
+    """A run of Weights & Biases that gets the metrics; its id is made once and kept in run_dir/sinks."""
+
+    project: str
+    entity: str | None = Field(default=None, description="user or team; the default of the account if unset")
+    name: str | None = Field(default=None, description="shown for the run; the last part of run_dir if unset")
+    group: str | None = None
+    tags: list[str] = []
+    mode: Literal["online", "offline"] | None = Field(
+        default=None, description="offline: into run_dir/wandb, for `wandb sync`; if unset what WANDB_MODE says, else online"
+    )
+
+
 class LoggingConfig(Section):
     """Where a run writes, and how often it says something."""
 
@@ -319,6 +332,14 @@ class LoggingConfig(Section):
     every_steps: int = Field(default=1, gt=0)
     trace_steps: list[Annotated[int, PositiveInt]] = Field(
         default=[], description="steps whose pipeline is measured, action by action, into run_dir/traces"
+    )
+    tensorboard: bool = Field(default=False, description="all metrics into run_dir/tensorboard, too")
+    wandb: WandbConfig | None = Field(default=None, description="all metrics to Weights & Biases, too")
+    straggler_every: int = Field(
+        default=100, ge=0, description="steps between comparisons of the time that each rank works without waiting; 0: never"
+    )
+    straggler_factor: float = Field(
+        default=1.2, gt=1, description="times the median of its peers of the same pipeline stage that a rank is warned of"
     )
     sample_every: int = Field(
         default=0,

@@ -86,14 +86,17 @@ def _all_to_all(out: Tensor, x: Tensor, group: Any, async_op: bool = True) -> An
 
 
 class Handle:
-    """A collective under way: `wait()` returns its result. Keeps the buffers alive until then."""
+    """A collective over `axis` under way: `wait()` returns its result. Keeps the buffers alive until then."""
 
-    def __init__(self, result: Tensor, work: dist.Work | _Messages | None = None, keep: Tensor | None = None):
-        self._result, self._work, self._keep = result, work, keep
+    def __init__(
+        self, result: Tensor, work: dist.Work | _Messages | None = None, axis: Axis | None = None, keep: Tensor | None = None
+    ):
+        self._result, self._work, self._axis, self._keep = result, work, axis, keep
 
     def wait(self) -> Tensor:
         if self._work is not None:
-            self._work.wait()
+            assert self._axis is not None
+            self._axis.waits.wait(self._work.wait, self._result.device)
             self._work = self._keep = None
         return self._result
 
@@ -103,7 +106,7 @@ def start_all_reduce(x: Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM) -> Hand
     if axis.size == 1:
         return Handle(x)
     axis.traffic.add("all_reduce", x)
-    return Handle(x, dist.all_reduce(x, op=op, group=axis.group, async_op=True))
+    return Handle(x, dist.all_reduce(x, op=op, group=axis.group, async_op=True), axis)
 
 
 def start_all_gather(x: Tensor, axis: Axis, out: Tensor | None = None) -> Handle:
@@ -114,7 +117,7 @@ def start_all_gather(x: Tensor, axis: Axis, out: Tensor | None = None) -> Handle
     if out is None:
         out = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
     axis.traffic.add("all_gather", out)
-    return Handle(out, _all_gather(out, x, group=axis.group, async_op=True), x)
+    return Handle(out, _all_gather(out, x, group=axis.group, async_op=True), axis, x)
 
 
 def start_reduce_scatter(x: Tensor, axis: Axis, out: Tensor | None = None) -> Handle:
@@ -127,7 +130,7 @@ def start_reduce_scatter(x: Tensor, axis: Axis, out: Tensor | None = None) -> Ha
     if out is None:
         out = x.new_empty(x.shape[0] // axis.size, *x.shape[1:])
     axis.traffic.add("reduce_scatter", x)
-    return Handle(out, _reduce_scatter(out, x, group=axis.group, async_op=True), x)
+    return Handle(out, _reduce_scatter(out, x, group=axis.group, async_op=True), axis, x)
 
 
 def start_all_to_all(x: Tensor, axis: Axis, out: Tensor | None = None) -> Handle:
@@ -138,7 +141,7 @@ def start_all_to_all(x: Tensor, axis: Axis, out: Tensor | None = None) -> Handle
     if out is None:
         out = torch.empty_like(x)
     axis.traffic.add("all_to_all", x)
-    return Handle(out, _all_to_all(out, x, group=axis.group, async_op=True), x)
+    return Handle(out, _all_to_all(out, x, group=axis.group, async_op=True), axis, x)
 
 
 def all_reduce(x: Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM) -> Tensor:

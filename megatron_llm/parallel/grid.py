@@ -17,13 +17,15 @@ import torch.distributed as dist
 
 from megatron_llm.config import ParallelConfig
 from megatron_llm.parallel.traffic import Traffic
+from megatron_llm.parallel.waits import Waits
 
 
 @dataclass(frozen=True)
 class Axis:
     """One rank's view of a set of ranks that communicate: its place, how many there are, and the group.
 
-    `group` is None when the axis has a single rank: collectives then return their input. `traffic` counts what goes over it.
+    `group` is None when the axis has a single rank: collectives then return their input. `traffic` counts what goes over it;
+    `waits`, which all axes of a grid share, measures how long the rank stands still for others.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Axis:
     size: int = 1
     ranks: tuple[int, ...] = (0,)
     group: dist.ProcessGroup | None = None
+    waits: Waits = field(default_factory=Waits, repr=False, compare=False)
     traffic: Traffic = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -74,7 +77,8 @@ class Grid:
     @classmethod
     def single(cls) -> Grid:
         """The grid of one process without any process group."""
-        return cls(*(Axis(name) for name in cls.__dataclass_fields__))
+        waits = Waits()
+        return cls(*(Axis(name, waits=waits) for name in cls.__dataclass_fields__))
 
     @classmethod
     def build(cls, parallel: ParallelConfig, num_key_value_heads: int) -> Grid:
@@ -113,14 +117,15 @@ class Grid:
         if world % (pp * cp * tp):
             raise ValueError(f"world size {world} is not divisible by pp {pp} * cp {cp} * tp {tp}")
         mesh = np.arange(world).reshape(pp, world // (pp * cp * tp), cp, tp)
+        waits = Waits()
 
         def axis(name: str, rows: np.ndarray) -> Axis:
             """The axis whose rank sets are the rows; every rank creates every group, as torch requires."""
-            mine = Axis(name, ranks=(me,))
+            mine = Axis(name, ranks=(me,), waits=waits)
             for ranks in rows.tolist():
                 group = make_group(name, ranks) if len(ranks) > 1 else None
                 if me in ranks:
-                    mine = Axis(name, ranks.index(me), len(ranks), tuple(ranks), group)
+                    mine = Axis(name, ranks.index(me), len(ranks), tuple(ranks), group, waits)
             return mine
 
         along: Callable[[int], np.ndarray] = lambda dim: np.moveaxis(mesh, dim, -1).reshape(-1, mesh.shape[dim])  # noqa: E731
@@ -132,7 +137,7 @@ class Grid:
             cp=axis("cp", along(2)),
             tp=axis("tp", along(3)),
             dp_cp=axis("dp_cp", np.moveaxis(mesh, 3, 1).reshape(pp * tp, -1)),
-            world=Axis("world", me, world, tuple(range(world)), everyone if world > 1 else None),
+            world=Axis("world", me, world, tuple(range(world)), everyone if world > 1 else None, waits),
             kv_replica=axis("kv_replica", mesh.reshape(-1, copies)),
             tied=axis("tied", ends),
             pp_forward=axis("pp_forward", along(0)),

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from itertools import accumulate
 
 import torch.distributed as dist
@@ -136,7 +137,7 @@ class Inbox:
         self.ask(action)
         work, buffer = self._here.pop(action)
         with _lost(self._sender, "receiving from"):
-            work.wait()
+            self._axis.waits.wait(work.wait, buffer.device)
         return buffer
 
 
@@ -175,8 +176,9 @@ class Outbox:
             self._wait_for_first()
 
     def _wait_for_first(self) -> None:
+        first = self._under_way.popleft()
         with _lost(self._receiver, "sending to"):
-            self._under_way.popleft().wait(self._timeout)
+            self._axis.waits.wait(partial(first.wait, self._timeout), first.device)
 
 
 class _StreamSend:
@@ -184,6 +186,7 @@ class _StreamSend:
 
     def __init__(self, work: dist.Work, message: Tensor):
         self._work, self._message = work, message
+        self.device = message.device
 
     def is_over(self) -> bool:
         return self._work.is_completed()
@@ -201,6 +204,7 @@ class _HostSend:
 
     def __init__(self, work: dist.Work, message: Tensor):
         self._over: Future[None] = Future()
+        self.device = message.device
         threading.Thread(target=self._wait_for, args=(work, message), daemon=True).start()
 
     def _wait_for(self, work: dist.Work, message: Tensor) -> None:

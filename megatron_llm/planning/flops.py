@@ -7,6 +7,8 @@ are recomputation (model FLOPs, not hardware FLOPs), norms, rotary embeddings, b
 
 from __future__ import annotations
 
+import re
+
 from megatron_llm.config import ModelConfig, PeftConfig
 from megatron_llm.models.lora import adapted_layers
 from megatron_llm.models.names import logical_tensors
@@ -30,18 +32,42 @@ def model_flops_per_token(model: ModelConfig, sequence_length: int, peft: PeftCo
     return flops - 2.0 * (model.num_hidden_layers * products + head) + 6.0 * adapters
 
 
-# Dense bfloat16 peaks in FLOP/s from the vendors' data sheets, by a part of the device name, most specific first.
+# Dense bfloat16 peaks in FLOP/s with sums in float32, from the vendor's data sheets and white papers (which give some
+# with sparsity: twice these), by whole words of the device's name: the first that is in it. `hardware.py` has the same.
 _PEAKS = (
+    ("GB300", 2500e12),
+    ("GB200", 2500e12),
+    ("B300", 2250e12),
     ("B200", 2250e12),
     ("GH200", 989e12),
+    ("H200 NVL", 836e12),
     ("H200", 989e12),
+    ("H100 NVL", 836e12),
     ("H100 PCIe", 756e12),
     ("H100", 989e12),
+    ("H800 PCIe", 756e12),
+    ("H800", 989e12),
+    ("H20", 148e12),
     ("A100", 312e12),
+    ("A800", 312e12),
+    ("A30", 165e12),
+    ("A40", 149.7e12),
+    ("A10", 125e12),
+    ("A10G", 70e12),
     ("L40S", 362e12),
+    ("L40", 181e12),
+    ("L4", 121e12),
+    ("RTX 6000 Ada", 364e12),
+    ("RTX A6000", 154.8e12),
+    ("RTX 5090", 209.5e12),
+    ("RTX 4090", 165.2e12),
+    ("RTX 3090", 71e12),
 )
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bfloat16 FLOP/s of a GPU, None where it is not known (then no MFU is reported)."""
-    return next((peak for name, peak in _PEAKS if name in device_name), None)
+    """Dense bfloat16 FLOP/s of a GPU by its name in CUDA; None where it is not known, or is a part of one (MIG)."""
+    words = re.split(r"[\s_-]+", device_name)
+    if "MIG" in words or "Laptop" in words:
+        return None
+    return next((peak for name, peak in _PEAKS if f" {name} " in f" {' '.join(words)} "), None)

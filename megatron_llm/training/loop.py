@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -55,6 +57,7 @@ from megatron_llm.training.run_folder import RunFolder, entered_since, restarted
 from megatron_llm.training.samples import Samples, make_samples
 from megatron_llm.training.signals import StopRequest, time_limit
 from megatron_llm.training.step import RunState, StepResult, next_rate, train_step
+from megatron_llm.training.stragglers import Stragglers
 from megatron_llm.training.trace import write_trace
 
 logger = logging.getLogger("megatron_llm")
@@ -85,6 +88,7 @@ class Run:
     saved_step: int | None
     folder: RunFolder
     changes: list[str]
+    stragglers: Stragglers
     samples: Samples | None = None
     watch: HangWatch = field(default_factory=HangWatch)
 
@@ -120,8 +124,21 @@ def train(resolved: ResolvedRun, allow_change: bool = False) -> int:
             folder.joined()
             check_same_config(resolved.config)
             run = _begin(replace(resolved, config=config), allow_change, fresh_assets, device, folder, stop)
-            stopped = _train(run)
+            with _closing(run.metrics):
+                stopped = _train(run)
     return exit_code_of_stopped_run() if stopped else 0
+
+
+@contextmanager
+def _closing(metrics: Metrics | None) -> Iterator[None]:
+    """Let the sinks of a run finish, however it ends."""
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        if metrics is not None:
+            metrics.close(failed)
 
 
 def _train(run: Run) -> bool:
@@ -168,6 +185,7 @@ def _begin(
         saved_step=state.step if checkpoint else None,
         folder=folder,
         changes=changes.decides_numbers,
+        stragglers=Stragglers(grid, device, config.logging),
     )
     if config.logging.sample_every:
         run.samples = make_samples(engine, run.assets, state.step, lambda: run.watch.progress())
@@ -290,14 +308,18 @@ def _step(run: Run) -> tuple[StepResult, dict[str, Any]]:
     before = engine.grid.traffic()
     start = time.perf_counter()
     votes = {STOP: run.stop.requested, SAVED: run.saver.ready}
-    result = train_step(engine, run.train_stream, state, list(votes.values()), trace)
+    with run.stragglers.around(state.step + 1):
+        result = train_step(engine, run.train_stream, state, list(votes.values()), trace)
     seconds = time.perf_counter() - start
     if trace is not None:
         write_trace(run.config.logging.run_dir, state.step, trace, engine.schedules[result.rows], engine.grid)
     traffic = {axis: now - before[axis] for axis, now in engine.grid.traffic().items()}
+    busy = run.stragglers.look(state.step)
     if result.votes[SAVED] == engine.grid.world.size:
         run.saver.advance()
-    return result, run.metrics.step(state, result, seconds, traffic, run.saver.stall_seconds()) if run.metrics else {}
+    if run.metrics is None:
+        return result, {}
+    return result, run.metrics.step(state, result, seconds, traffic, run.saver.stall_seconds()) | busy
 
 
 def _go_back(run: Run, why: str) -> bool:

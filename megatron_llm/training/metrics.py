@@ -1,10 +1,16 @@
-"""What a run tells: one log line and one JSON line a step. Called by `training/loop.py`, rank 0 only."""
+"""What a run tells: one log line and one JSON line a step. Called by `training/loop.py`, rank 0 only.
+
+The file is what holds; `training/sinks.py` shows it elsewhere. Nothing of this can end a run: what cannot be written is missing.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import logging
 import math
+import os
 import resource
 import sys
 from pathlib import Path
@@ -15,6 +21,7 @@ import torch
 from megatron_llm.config import Config
 from megatron_llm.parallel.traffic import Traffic
 from megatron_llm.planning.flops import model_flops_per_token, peak_flops
+from megatron_llm.training.sinks import make_feeds, step_of
 from megatron_llm.training.step import RunState, StepResult
 
 logger = logging.getLogger("megatron_llm")
@@ -31,7 +38,7 @@ def setup_logging(rank: int) -> None:
 
 
 class Metrics:
-    """`RUN/metrics.jsonl` and the log lines of a run.
+    """`RUN/metrics.jsonl`, the log lines of a run, and what feeds its sinks.
 
     Args:
         start: step that the run continues from; later lines, of steps that will be taken again, are removed.
@@ -43,26 +50,54 @@ class Metrics:
         self.flops_per_token = model_flops_per_token(config.model, config.training.sequence_length, config.peft)
         self.peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self.mean_row_seconds: float | None = None
+        self._complained = False
+        device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        self.feeds = make_feeds(config, {"world_size": world_size, "device_name": device_name, "torch": torch.__version__})
         self.forget_after(start or -1)  # step 0 is evaluated again
 
     def forget_after(self, step: int) -> None:
         """Remove the lines of later steps, which will be taken again."""
+        if self.feeds:
+            lines = [json.loads(line) for line in _lines(self.path) if _step_of(line) < math.inf]
+            kept = [line for line in lines if step_of(line) <= step]
+            undone = [line for line in lines if step_of(line) > step]
+            for feed in self.feeds:
+                feed.begin(step, kept, undone)
         forget_lines_after(self.path, step)
 
     def add(self, state: RunState, values: dict[str, Any]) -> None:
         """Add values to the line of the last step, or write them as a line if it has none."""
-        line: dict[str, Any] = {"step": state.step, "tokens": state.tokens}
+        line: dict[str, Any] = {}
         lines = _lines(self.path)
         if lines and "back_to_step" not in lines[-1] and _step_of(lines[-1]) == state.step:
             line = json.loads(lines.pop())
             _replace(self.path, lines)
-        self.write(line | values)
+        clean = _clean({"step": state.step, "tokens": state.tokens} | values)
+        new = {name: value for name, value in clean.items() if name not in line or line[name] != value}
+        self._write(line | clean, {"step": state.step} | new)
 
     def write(self, values: dict[str, Any]) -> None:
         """Append a line. Numbers that are not finite become null: JSON has no nan."""
-        clean = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(clean) + "\n")
+        clean = _clean(values)
+        self._write(clean, clean)
+
+    def _write(self, line: dict[str, Any], shown: dict[str, Any]) -> None:
+        """Append a line to the file, and give the sinks what is new of it."""
+        try:
+            append_line(self.path, line)
+        except OSError as error:
+            if not self._complained:
+                logger.warning("%s cannot be written, lines are missing from now on: %s", self.path, error)
+            self._complained = True
+        else:
+            self._complained = False
+        for feed in self.feeds:
+            feed.write(shown)
+
+    def close(self, failed: bool) -> None:
+        """Let the sinks finish, for a limited time."""
+        for feed in self.feeds:
+            feed.close(failed)
 
     def step(
         self, state: RunState, result: StepResult, seconds: float, traffic: dict[str, Traffic], stall: float = 0.0
@@ -122,6 +157,24 @@ class Metrics:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _clean(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Append to a file of JSON lines: the whole line or, with OSError, nothing of it."""
+    text = json.dumps(line).encode() + b"\n"
+    with path.open("ab", buffering=0) as file:
+        before = os.fstat(file.fileno()).st_size
+        try:
+            if (written := file.write(text)) != len(text):
+                raise OSError(errno.ENOSPC, f"{written} of {len(text)} bytes were written")
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(before)
+            raise
 
 
 def forget_lines_after(path: Path, step: int) -> None:

@@ -44,6 +44,7 @@ from megatron_llm.training.completion import complete_model, complete_peft, fami
 from megatron_llm.training.fp8 import fp8_device_problems, fp8_size_problems
 from megatron_llm.training.run_folder import checkpoints_folder
 from megatron_llm.training.samples import sample_prompts
+from megatron_llm.training.sinks import sink_problems
 from megatron_llm.training.sources import FreshWeights
 
 
@@ -290,6 +291,7 @@ def _setting_problems(config: Config) -> list[str]:
     run_dir = Path(config.logging.run_dir)
     if run_dir.exists() and not run_dir.is_dir():
         problems.append(f"logging.run_dir: {run_dir} exists and is not a folder")
+    problems += sink_problems(config.logging)
     if config.data.tokenizer is not None:
         try:
             fingerprint(config.data.tokenizer)

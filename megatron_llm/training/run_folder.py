@@ -176,7 +176,8 @@ class RunFolder:
                 f"checkpoint.resume: never, but {checkpoints} holds checkpoints of an earlier run, and renaming would copy them; "
                 "choose another checkpoint.path"
             )
-        self._move_away(self.path / "metrics.jsonl", stamp)
+        for name in ("metrics.jsonl", "tensorboard", "sinks"):
+            self._move_away(self.path / name, stamp)
 
     @staticmethod
     def _move_away(path: Path, stamp: str) -> None:

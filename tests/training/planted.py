@@ -21,6 +21,7 @@ from megatron_llm.training.recovery import make_pruner
 from megatron_llm.training.run_folder import RunFolder
 from megatron_llm.training.signals import StopRequest
 from megatron_llm.training.step import RunState
+from megatron_llm.training.stragglers import Stragglers
 
 
 class PlantedStream:
@@ -45,4 +46,5 @@ def fresh_run(config: Config) -> Run:
     metrics = Metrics(config, grid.world.size, engine.device, 0) if grid.world.first else None
     stop = cast(StopRequest, SimpleNamespace(requested=False))
     saver = Saver(grid.world, True, make_pruner(config))
-    return Run(engine, RunState(), build_train_stream(config), {}, {}, {}, metrics, stop, saver, None, folder, [])
+    stragglers = Stragglers(grid, engine.device, config.logging)
+    return Run(engine, RunState(), build_train_stream(config), {}, {}, {}, metrics, stop, saver, None, folder, [], stragglers)
