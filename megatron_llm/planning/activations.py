@@ -71,6 +71,7 @@ heads, K key/value heads of D channels, F intermediate size, V vocabulary; H hid
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -120,6 +121,12 @@ def stage_bytes(config: Config, layers: range, first: bool, last: bool, rank: in
     matters: both hold the most. rank: of the tensor-parallel ones; none needs more than the first.
     """
     return _Stage(config, rank).bytes(layers, first, last)
+
+
+def all_stage_bytes(config: Config, layers: Sequence[range]) -> list[StageBytes]:
+    """What every stage of a model holds, from the first, on the first tensor-parallel rank."""
+    stage = _Stage(config, 0)
+    return [stage.bytes(held, number == 0, number == len(layers) - 1) for number, held in enumerate(layers)]
 
 
 class _Stage:

@@ -11,20 +11,27 @@ the loss, tensor-parallel communication and the optimizer are left out.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megatron_llm.config import Config
 from megatron_llm.models.lora import adapted_layers
 from megatron_llm.models.recompute import Recompute
 from megatron_llm.models.split import layer_costs, layer_products, layer_scores, split_layers
 from megatron_llm.pipeline.simulate import Costs
-from megatron_llm.planning.activations import compute_bytes, stage_bytes
+from megatron_llm.planning.activations import all_stage_bytes, compute_bytes
 from megatron_llm.planning.share import Share
 
 
 def stage_layers(config: Config, placement: tuple[int, ...]) -> list[range]:
     """The layers of every stage, as a run would hold them."""
     model = config.model
-    return split_layers(model.num_hidden_layers, placement, *layer_costs(model, config.training.sequence_length))
+    return list(_split(model.num_hidden_layers, placement, *layer_costs(model, config.training.sequence_length)))
+
+
+@lru_cache(maxsize=64)
+def _split(number: int, placement: tuple[int, ...], embedding: float, layer: float, head: float) -> tuple[range, ...]:
+    """The same for every schedule, micro-batch and recomputation of a search."""
+    return tuple(split_layers(number, placement, embedding, layer, head))
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,7 @@ def stage_costs(config: Config, placement: tuple[int, ...], speed: Speed) -> Cos
             + again * speed.layer[0]
         )
     messages = tokens / (parallel.tensor_parallel if parallel.sequence_parallel else 1)
-    held_bytes = [stage_bytes(config, held, stage == 0, stage == len(layers) - 1) for stage, held in enumerate(layers)]
+    held_bytes = all_stage_bytes(config, layers)
     return Costs(
         forward=tuple(forward),
         backward=tuple(backward),
