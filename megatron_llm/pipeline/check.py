@@ -18,7 +18,6 @@ import numpy as np
 from megatron_llm.pipeline.actions import KINDS, Action, Schedule
 
 
-
 @dataclass(frozen=True)
 class Proof:
     """What a checked schedule needs, per rank.

@@ -12,7 +12,7 @@ from megatron_llm.pipeline.check import held
 from megatron_llm.pipeline.schedules import NAMES, Schedule, make_schedule, placement
 from megatron_llm.pipeline.simulate import Costs, Order, Simulation, simulate
 from megatron_llm.planning.memory import Built, BytesPerParameter, RankMemory, rank_memory
-from megatron_llm.planning.stages import Speed, rank_weights, stage_costs
+from megatron_llm.planning.stages import Speed, rank_trained, rank_weights, stage_costs
 
 SPLIT = ("zb_h1", "zb_h2", "zb_v", "v_half", "v_min")  # weight gradients wait for a gap
 LOOPED = ("interleaved", "breadth_first")  # a rank holds several stages, as many as one likes
@@ -27,7 +27,7 @@ class Assumed(Protocol):
         """Of a GPU in the layout."""
 
     def outside(self, config: Config, world: int, costs: Costs, parameters: float) -> dict[str, float]:
-        """Seconds of a step that are not in the schedule, by what they go to. parameters: of the fullest rank."""
+        """Seconds of a step that are not in the schedule, by what they go to. parameters: trained ones of the fullest rank."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Candidate:
     @cached_property
     def outside(self) -> dict[str, float]:
         """Seconds of a step that are not in the schedule."""
-        return self.assumed.outside(self.config, self.world, self.costs, max(rank_weights(self.config, self.placement)))
+        return self.assumed.outside(self.config, self.world, self.costs, max(rank_trained(self.config, self.placement)))
 
     @property
     def _simulated(self) -> int:
@@ -98,18 +98,18 @@ class Candidate:
             return min(self.microbatches, 5 * ranks + self.microbatches % ranks)
         return self.microbatches
 
-    def _order(self, microbatches: int) -> Order:
+    def _shape(self, microbatches: int) -> tuple[str, int, int, int]:
         parallel = self.config.parallel
-        return _ordered(self.name, parallel.pipeline_parallel, microbatches, parallel.virtual_stages)
+        return self.name, parallel.pipeline_parallel, microbatches, parallel.virtual_stages
 
     @property
     def schedule(self) -> Schedule:
         """The simulated one."""
-        return self._order(self._simulated).schedule
+        return _scheduled(*self._shape(self._simulated))
 
     @cached_property
     def simulation(self) -> Simulation:
-        return simulate(self._order(self._simulated), self.costs)
+        return simulate(_ordered(*self._shape(self._simulated)), self.costs)
 
     @cached_property
     def steady(self) -> float:
@@ -117,17 +117,17 @@ class Candidate:
         simulated, ranks = self._simulated, self.config.parallel.pipeline_parallel
         if simulated == self.microbatches:
             return 0.0
-        before = simulate(self._order(simulated - ranks), self.costs)
+        before = simulate(_ordered(*self._shape(simulated - ranks)), self.costs)
         return (self.microbatches - simulated) * (self.simulation.makespan - before.makespan) / ranks
 
     @property
     def seconds(self) -> float:
-        """Of a step."""
-        return self.simulation.makespan + self.steady + sum(self.outside.values())
+        """Of a step. Where stages are unequal few micro-batches may be through before the busiest rank holds up the others."""
+        return max(self.simulation.makespan + self.steady + sum(self.outside.values()), self.shortest if self.brief else 0.0)
 
     @cached_property
     def shortest(self) -> float:
-        """Seconds that the step cannot be shorter than, without its schedule.
+        """Seconds that the step cannot be shorter than, known without its schedule.
 
         A rank works without pause, but not before the first micro-batch has come to it, and after its last backward that goes
         back to the first stage. Where weight gradients wait, some may come after that: then what it has besides them.
@@ -179,17 +179,23 @@ class Candidate:
 
 
 @lru_cache(maxsize=24)
-def _ordered(name: str, ranks: int, microbatches: int, virtual_stages: int) -> Order:
+def _scheduled(name: str, ranks: int, microbatches: int, virtual_stages: int) -> Schedule:
     """To make one takes longer than to simulate it, and a search needs the same with many costs."""
-    return Order.of(make_schedule(name, ranks, microbatches, virtual_stages))
+    return make_schedule(name, ranks, microbatches, virtual_stages)
+
+
+@lru_cache(maxsize=24)
+def _ordered(name: str, ranks: int, microbatches: int, virtual_stages: int) -> Order:
+    return Order.of(_scheduled(name, ranks, microbatches, virtual_stages))
 
 
 def persistent_bytes(config: Config, world: int, placement: tuple[int, ...]) -> list[float]:
-    """Of every pipeline rank: its matrices, and their gradients and state unless they are frozen beside adapters."""
+    """Of every pipeline rank: its matrices, and gradients and state of those that are trained."""
     ranks = world // (config.parallel.tensor_parallel * config.parallel.pipeline_parallel)
     bytes_ = BytesPerParameter.of(config)
-    each = bytes_.persistent(ranks, config.parallel.zero_stage) if config.peft is None else bytes_.weight
-    return [each * held for held in rank_weights(config, placement)]
+    more = bytes_.persistent(ranks, config.parallel.zero_stage) - bytes_.weight
+    held = zip(rank_weights(config, placement), rank_trained(config, placement), strict=True)
+    return [bytes_.weight * every + more * trained for every, trained in held]
 
 
 def candidate(config: Config, world: int, name: str, virtual_stages: int, assumed: Assumed, brief: bool = False) -> Candidate:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from megatron_llm.config import Config
 from megatron_llm.planning.compare import GIB, LOOPED, SPARE, Candidate
@@ -29,10 +28,13 @@ class Ranking:
     """Attributes:
     best: of every cell that fits the variant that is fastest, the fastest first.
     refused: of the other cells a variant that needs little, and the GiB that it has too many.
+    replicas: data-parallel sizes that only the batch size forbids. problems: of cells without a variant.
     """
 
     best: list[Candidate]
     refused: list[tuple[Candidate, float]]
+    replicas: set[int]
+    problems: list[str]
 
 
 def rank_layouts(
@@ -43,6 +45,8 @@ def rank_layouts(
     problems: what is impossible about a configuration on so many ranks. tell: told which part of the cells is done.
     """
     best, refused = [], []
+    replicas: set[int] = set()
+    impossible: list[str] = []
     cells = list(_cells(config, world, assumed.device.node))
     for number, (tp, pp) in enumerate(cells):
         variants = sorted(_variants(config, world, tp, pp, assumed, problems), key=lambda row: row.shortest)
@@ -53,8 +57,13 @@ def rank_layouts(
             else:
                 least = _smallest(variants)
                 refused.append((least, least.peak / GIB - _limit(assumed)))
+        else:
+            found = problems(_with(config, tp, pp, "1f1b", 1, 1, "none"), world)
+            if all(problem.startswith("training.global_batch_size") for problem in found):
+                replicas.add(world // (tp * pp))
+            impossible += [problem for problem in found if problem not in impossible]
         tell((number + 1) / len(cells))
-    return Ranking(sorted(best, key=lambda row: row.seconds), sorted(refused, key=lambda row: row[1]))
+    return Ranking(sorted(best, key=lambda row: row.seconds), sorted(refused, key=lambda row: row[1]), replicas, impossible)
 
 
 def _limit(assumed: Modelled) -> float:
@@ -70,9 +79,7 @@ def _cells(config: Config, world: int, node: int) -> Iterator[tuple[int, int]]:
                 yield tp, pp
 
 
-def _variants(
-    config: Config, world: int, tp: int, pp: int, assumed: Modelled, problems: Problems
-) -> Iterator[Candidate]:
+def _variants(config: Config, world: int, tp: int, pp: int, assumed: Modelled, problems: Problems) -> Iterator[Candidate]:
     layers = config.model.num_hidden_layers
     built: Built = {}
     for name in SCHEDULES if pp > 1 else ("1f1b",):
@@ -80,17 +87,19 @@ def _variants(
         for virtual_stages in loops:
             for micro in MICRO_BATCHES:
                 for recompute in RECOMPUTE:
-                    variant = _with(
-                        config,
-                        {"tensor_parallel": tp, "pipeline_parallel": pp, "context_parallel": 1, "pipeline_schedule": name,
-                         "virtual_stages": virtual_stages, "sequence_parallel": True},
-                        {"micro_batch_size": micro, "recompute": recompute},
-                    )  # fmt: skip
+                    variant = _with(config, tp, pp, name, virtual_stages, micro, recompute)
                     if not problems(variant, world):
                         yield Candidate(variant, world, assumed, True, built)
 
 
-def _with(config: Config, parallel: dict[str, Any], training: dict[str, Any]) -> Config:
+def _with(config: Config, tp: int, pp: int, schedule: str, virtual_stages: int, micro: int, recompute: str) -> Config:
+    """Sequence parallelism is never slower and saves memory, so it is on where the tokens can be divided."""
+    divisible = micro * config.training.sequence_length % tp == 0
+    parallel = {
+        "tensor_parallel": tp, "pipeline_parallel": pp, "context_parallel": 1, "pipeline_schedule": schedule,
+        "virtual_stages": virtual_stages, "sequence_parallel": divisible,
+    }  # fmt: skip
+    training = {"micro_batch_size": micro, "recompute": recompute}
     return config.model_copy(
         update={
             "parallel": config.parallel.model_copy(update=parallel),
