@@ -153,8 +153,8 @@ def _nothing_fits(config: Config, ranking: Ranking, args: argparse.Namespace) ->
     ways += ["optimizer.state_dtype: bfloat16"] if optimizer.state_dtype != "bfloat16" else []
     ways += ["precision.gradients: bfloat16"] if precision.gradients != "bfloat16" else []
     return (
-        f"{where} holds this model: the nearest, {_layout_name(least)}, needs {least.peak / GIB:.4g} GiB, {over:.3g} more than the "
-        f"{(1 - SPARE) * _memory_of(args):.4g} that can be used of each. It recomputes all it can; take {', '.join(ways)}"
+        f"{where} holds this model: the nearest, {_layout_name(least)}, needs {least.peak / GIB:.4g} GiB, {over:.3g} more than "
+        f"the {(1 - SPARE) * _memory_of(args):.4g} that can be used of each. It recomputes all it can; take {', '.join(ways)}"
     )
 
 
@@ -209,10 +209,11 @@ def _layouts(config: Config, ranking: Ranking, assumed: Modelled, args: argparse
     sections = best[0].config.model_dump()
     chosen = {
         "parallel": (
-            "tensor_parallel", "pipeline_parallel", "context_parallel", "pipeline_schedule", "virtual_stages", "sequence_parallel",
+            *("tensor_parallel", "pipeline_parallel", "context_parallel"),
+            *("pipeline_schedule", "virtual_stages", "sequence_parallel"),
         ),
         "training": ("micro_batch_size", "recompute"),
-    }  # fmt: skip
+    }
     settings = [f"{section}.{key}={str(sections[section][key]).lower()}" for section, keys in chosen.items() for key in keys]
     lines += ["", f"the first: {' '.join(settings)}"]
     return "\n".join(lines)

@@ -66,7 +66,8 @@ class Order:
         """Raises ValueError if the schedule deadlocks."""
         stages, owner = len(schedule.placement), schedule.placement
         numbers: dict[Action, int] = {}
-        actions, steps = [], []
+        actions: list[tuple[int, Action]] = []
+        steps: list[tuple[int, int, int]] = []
         for rank, action in walk(schedule):
             producer = next((numbers[need] for need in dependencies(action, stages) if owner[need.stage] != rank), -1)
             numbers[action] = len(actions)
@@ -98,7 +99,7 @@ class Simulation:
     def timeline(self) -> Timeline:
         """Every action and every message, at the times that the costs give."""
         message = self.costs.message
-        events = []
+        events: list[Event] = []
         for (rank, action), (_, _, need), start, end in zip(
             self.order.actions, self.order.steps, self.starts, self.ends, strict=True
         ):

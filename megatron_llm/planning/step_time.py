@@ -11,9 +11,10 @@
     B likewise: products twice (the second time, for weights, with the sums in float32), scores 2.5 times, six transfers.
 
 A collective of n bytes over d ranks in k nodes takes n (d - 1) / d / bandwidth + call + (k - 1) network hops + (d - k) hops: a
-ring, over NVLink while the ranks that it joins are in one node, else at the network's speed. (NCCL has trees for all-reduces only.) Gradients go out behind the last backward of a rank and weights come in before
-its first forwards; only what is longer than those is waited for. Axes are cut as `parallel/grid.py` does: tensor-parallel ranks
-are neighbours, then context, data and pipeline.
+ring, over NVLink while the ranks that it joins are in one node, else at the network's speed. (NCCL has trees for all-reduces,
+which are not used here.) Gradients go out in buckets behind the last backward of a rank and weights come in before its first
+forwards; only what is longer than those is waited for. Axes are cut as `parallel/grid.py` does: tensor-parallel ranks are
+neighbours, then context, data and pipeline.
 
 Shape suffixes: T tokens of a micro-batch on a rank, H hidden, K and N sides of a product.
 """
