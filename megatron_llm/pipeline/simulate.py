@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_llm.pipeline.actions import Action, Schedule
-from megatron_llm.pipeline.check import KINDS, dependencies, held, walk
+from megatron_llm.pipeline.check import KINDS, held, walk
 from megatron_llm.pipeline.timeline import Event, Timeline
 
 
@@ -65,14 +65,18 @@ class Order:
     def of(cls, schedule: Schedule) -> Order:
         """Raises ValueError if the schedule deadlocks."""
         stages, owner = len(schedule.placement), schedule.placement
-        numbers: dict[Action, int] = {}
+        base = {kind: number * stages for number, kind in enumerate(KINDS)}
+        numbers: dict[tuple[str, int, int], int] = {}
         actions: list[tuple[int, Action]] = []
         steps: list[tuple[int, int, int]] = []
         for rank, action in walk(schedule):
-            producer = next((numbers[need] for need in dependencies(action, stages) if owner[need.stage] != rank), -1)
+            kind, stage, microbatch = action
+            before, producer = stage - 1 if kind == "F" else stage + 1, -1  # the stage that the message comes from
+            if kind != "W" and 0 <= before < stages and owner[before] != rank:
+                producer = numbers[kind, before, microbatch]
             numbers[action] = len(actions)
             actions.append((rank, action))
-            steps.append((rank, KINDS.index(action.kind) * stages + action.stage, producer))
+            steps.append((rank, base[kind] + stage, producer))
         return cls(schedule, actions, steps)
 
 
