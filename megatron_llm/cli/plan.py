@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -56,11 +57,15 @@ def run(args: argparse.Namespace) -> int:
     from megatron_llm.config import ConfigError
     from megatron_llm.planning.compare import Assumptions, alternatives, chosen
     from megatron_llm.planning.timeline import counted, draw, held_over_time, picture_format
-    from megatron_llm.training.resolve import choose_schedule, layout_problems, load_config
+    from megatron_llm.training.resolve import choose_schedule, layout_problems, load_config, name_problems
 
     if args.timeline:
         picture_format(args.timeline)  # a mistake is told before the simulation
+    if args.write and not Path(args.write).absolute().parent.is_dir():
+        raise ConfigError([f"--write {args.write}: there is no folder {Path(args.write).parent}; make it first"])
     run = load_config(args.config, args.overrides)
+    if problems := name_problems(run.config):
+        raise ConfigError(problems)
     if args.device:
         return _find_layout(run.config, args)
     config, parallel, training = run.config, run.config.parallel, run.config.training
@@ -99,8 +104,6 @@ def _find_layout(config: Config, args: argparse.Namespace) -> int:
 
     Raises ConfigError if none is possible or none fits.
     """
-    from pathlib import Path
-
     import yaml
     from tqdm import tqdm
 
@@ -113,35 +116,52 @@ def _find_layout(config: Config, args: argparse.Namespace) -> int:
     if args.gpus is None or args.gpus < 1 or args.nodes_of < 1:
         raise ConfigError(["plan --device: say how many there are: --gpus N, and --nodes-of N of them in a node"])
     device = dataclasses.replace(DEVICES[args.device], node=args.nodes_of)
-    if args.memory is not None:
-        device = dataclasses.replace(device, memory=args.memory)
+    device = dataclasses.replace(device, memory=_memory_of(args))
     assumed = Modelled(device)
-    config = config.model_copy(update={"device": "cuda"})
+    place, config = config.device, config.model_copy(update={"device": "cuda"})
     with tqdm(total=100, desc="layouts", unit="%", leave=False, mininterval=1) as bar:
         ranking = rank_layouts(config, args.gpus, assumed, layout_problems, lambda part: bar.update(int(100 * part) - bar.n))
     if not ranking.best:
         raise ConfigError([_nothing_fits(config, ranking, args)])
     print(_layouts(config, ranking, assumed, args))
     if args.write:
-        Path(args.write).write_text(yaml.safe_dump(ranking.best[0].config.model_dump(mode="json"), sort_keys=False), "utf-8")
+        best = ranking.best[0].config.model_copy(update={"device": place})
+        Path(args.write).write_text(yaml.safe_dump(best.model_dump(mode="json"), sort_keys=False), "utf-8")
         print(f"wrote {args.write}")
     return 0
 
 
 def _nothing_fits(config: Config, ranking: Ranking, args: argparse.Namespace) -> str:
-    from megatron_llm.planning.compare import GIB
+    from megatron_llm.planning.compare import GIB, SPARE
 
     where = f"plan: no layout of {args.gpus} {args.device}"
+    batch = config.training.global_batch_size
     if not ranking.refused:
-        return (
-            f"{where} can have training.global_batch_size {config.training.global_batch_size}: it must be a multiple of the "
-            "data-parallel size times the micro-batch; take another --gpus or batch size"
-        )
+        nearest = sorted({near for dp in ranking.replicas for near in (batch // dp * dp, -(-batch // dp) * dp)} - {0, batch})
+        if nearest:
+            below, above = ([near for near in nearest if (near < batch) is less] for less in (True, False))
+            found = " or ".join(map(str, [*below[-1:], *above[:1]]))
+            return (
+                f"{where} can have training.global_batch_size {batch}: it must be a multiple of the data-parallel size times the "
+                f"micro-batch; the nearest that can is {found}, or take another --gpus"
+            )
+        return f"{where} is possible: " + "; ".join(ranking.problems)
     least, over = ranking.refused[0]
+    optimizer, precision = config.optimizer, config.precision
+    ways = ["more GPUs", "shorter rows (training.sequence_length)"]
+    ways += ["adapters (section peft)"] if config.peft is None else []
+    ways += ["optimizer.state_dtype: bfloat16"] if optimizer.state_dtype != "bfloat16" else []
+    ways += ["precision.gradients: bfloat16"] if precision.gradients != "bfloat16" else []
     return (
-        f"{where} holds this model: the smallest, {_layout_name(least)}, needs {least.peak / GIB:.4g} GiB, {over:.3g} too many. "
-        "Take more GPUs, optimizer.state_dtype: bfloat16, precision.gradients: bfloat16, or shorter rows"
+        f"{where} holds this model: the nearest, {_layout_name(least)}, needs {least.peak / GIB:.4g} GiB, {over:.3g} more than "
+        f"the {(1 - SPARE) * _memory_of(args):.4g} that can be used of each. It recomputes all it can; take {', '.join(ways)}"
     )
+
+
+def _memory_of(args: argparse.Namespace) -> float:
+    from megatron_llm.planning.hardware import DEVICES
+
+    return float(DEVICES[args.device].memory if args.memory is None else args.memory)
 
 
 def _layout_name(row: Candidate) -> str:
@@ -188,10 +208,13 @@ def _layouts(config: Config, ranking: Ranking, assumed: Modelled, args: argparse
         lines += [f"  {_layout_name(row)}: {row.peak / GIB:.4g} GiB, {over:.3g} too many" for row, over in ranking.refused]
     sections = best[0].config.model_dump()
     chosen = {
-        "parallel": ("tensor_parallel", "pipeline_parallel", "pipeline_schedule", "virtual_stages"),
+        "parallel": (
+            *("tensor_parallel", "pipeline_parallel", "context_parallel"),
+            *("pipeline_schedule", "virtual_stages", "sequence_parallel"),
+        ),
         "training": ("micro_batch_size", "recompute"),
     }
-    settings = [f"{section}.{key}={sections[section][key]}" for section, keys in chosen.items() for key in keys]
+    settings = [f"{section}.{key}={str(sections[section][key]).lower()}" for section, keys in chosen.items() for key in keys]
     lines += ["", f"the first: {' '.join(settings)}"]
     return "\n".join(lines)
 

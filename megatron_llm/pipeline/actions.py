@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 Kind = Literal["F", "B", "W"]
+KINDS: tuple[Kind, ...] = ("F", "B", "W")  # in the order of their dependencies; a schedule has the first one, two or three
 
 
 class Action(NamedTuple):
@@ -47,6 +50,15 @@ class Schedule:
     def split(self) -> bool:
         """Whether weight gradients are actions of their own: B computes input gradients only, W the weight gradients."""
         return any(action.kind == "W" for actions in self.actions for action in actions)
+
+    @cached_property
+    def numbers(self) -> list[np.ndarray]:
+        """For every rank its actions as places in a list of all F, all B and all W by stage."""
+        stages = len(self.placement)
+        return [
+            np.fromiter((KINDS.index(kind) * stages + stage for kind, stage, _ in actions), dtype=np.int64, count=len(actions))
+            for actions in self.actions
+        ]
 
     @cached_property
     def channels(self) -> dict[tuple[int, int], list[Action]]:

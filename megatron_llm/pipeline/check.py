@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_llm.pipeline.actions import Action, Kind, Schedule
+import numpy as np
 
-KINDS: tuple[Kind, ...] = ("F", "B", "W")  # in the order of their dependencies; a schedule has the first one, two or three
+from megatron_llm.pipeline.actions import KINDS, Action, Schedule
 
 
 @dataclass(frozen=True)
@@ -101,21 +101,14 @@ def held(schedule: Schedule, after_forward: Sequence[float], after_backward: Seq
     after_forward: per stage, what is held from the start of F to the end of B (to the end of F if there are no backwards).
     after_backward: per stage, what is held from the end of B to the end of W; of no effect if there are no W.
     """
-    kinds = {action.kind for actions in schedule.actions for action in actions}
-    peaks = []
-    for actions in schedule.actions:
-        now = peak = 0.0
-        for action in actions:
-            first, second = after_forward[action.stage], after_backward[action.stage] if schedule.split else 0
-            if action.kind == "F":
-                now += first
-                peak = max(peak, now)
-                now -= 0 if "B" in kinds else first
-            else:
-                now += second - first if action.kind == "B" else -second
-                peak = max(peak, now)
-        peaks.append(peak)
-    return tuple(peaks)
+    stages = len(schedule.placement)
+    first = np.asarray(after_forward, dtype=float)
+    second = np.asarray(after_backward, dtype=float) if schedule.split else np.zeros(stages)
+    forward_only = all(int(rows.max(initial=0)) < stages for rows in schedule.numbers)
+    if forward_only:  # nothing is left of an action when it is over
+        return tuple(float(first[rows].max(initial=0.0)) for rows in schedule.numbers)
+    changes = np.concatenate([first, second - first, -second])
+    return tuple(float(changes[rows].cumsum().max(initial=0.0)) for rows in schedule.numbers)
 
 
 def check(schedule: Schedule) -> Proof:

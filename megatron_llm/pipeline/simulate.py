@@ -6,9 +6,10 @@ Called by the planning command, which draws it, by `training/trace.py`, which pu
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from megatron_llm.pipeline.actions import Action, Schedule
-from megatron_llm.pipeline.check import dependencies, held, walk
+from megatron_llm.pipeline.check import KINDS, held, walk
 from megatron_llm.pipeline.timeline import Event, Timeline
 
 
@@ -47,39 +48,91 @@ class Costs:
 
 
 @dataclass(frozen=True)
-class Simulation:
-    """Attributes:
-    timeline: every action and every message, at the times that the costs give.
-    peak_bytes: the most each rank holds at once.
+class Order:
+    """A schedule made ready for being simulated with any costs; to make it takes longer than to simulate it.
+
+    Attributes:
+        actions: all, with their ranks, in an order that the ranks' lists and all dependencies allow.
+        steps: of each the rank, the stage in a list of all F, all B and all W, and the number of the action on another rank
+            whose message it needs, or -1. What it needs from its own rank is done before.
     """
 
-    timeline: Timeline
-    peak_bytes: tuple[float, ...]
+    schedule: Schedule
+    actions: list[tuple[int, Action]]
+    steps: list[tuple[int, int, int]]
+
+    @classmethod
+    def of(cls, schedule: Schedule) -> Order:
+        """Raises ValueError if the schedule deadlocks."""
+        stages, owner = len(schedule.placement), schedule.placement
+        base = {kind: number * stages for number, kind in enumerate(KINDS)}
+        numbers: dict[tuple[str, int, int], int] = {}
+        actions: list[tuple[int, Action]] = []
+        steps: list[tuple[int, int, int]] = []
+        for rank, action in walk(schedule):
+            kind, stage, microbatch = action
+            before, producer = stage - 1 if kind == "F" else stage + 1, -1  # the stage that the message comes from
+            if kind != "W" and 0 <= before < stages and owner[before] != rank:
+                producer = numbers[kind, before, microbatch]
+            numbers[action] = len(actions)
+            actions.append((rank, action))
+            steps.append((rank, base[kind] + stage, producer))
+        return cls(schedule, actions, steps)
 
 
-def simulate(schedule: Schedule, costs: Costs) -> Simulation:
+@dataclass(frozen=True)
+class Simulation:
+    """Attributes: order, costs: what was simulated. starts, ends: of its actions."""
+
+    order: Order
+    costs: Costs
+    starts: list[float]
+    ends: list[float]
+
+    @property
+    def makespan(self) -> float:
+        """That of `timeline`: seconds from the first start to the last end."""
+        return max(self.ends) - min(self.starts)
+
+    @cached_property
+    def peak_bytes(self) -> tuple[float, ...]:
+        """The most each rank holds at once."""
+        return held(self.order.schedule, self.costs.held_after_forward, self.costs.held_after_backward)
+
+    @cached_property
+    def timeline(self) -> Timeline:
+        """Every action and every message, at the times that the costs give."""
+        message = self.costs.message
+        events: list[Event] = []
+        for (rank, action), (_, _, need), start, end in zip(
+            self.order.actions, self.order.steps, self.starts, self.ends, strict=True
+        ):
+            if need >= 0 and message:
+                sent = self.ends[need]
+                events.append(Event(rank, "send", action.stage, action.microbatch, sent, sent + message))
+            events.append(Event(rank, action.kind, action.stage, action.microbatch, start, end))
+        return Timeline(self.order.schedule.placement, tuple(events))
+
+
+def simulate(schedule: Schedule | Order, costs: Costs) -> Simulation:
     """Run a schedule in which every rank does its next action as soon as what it needs is there.
 
     Raises ValueError if the costs are not those of as many stages, or if the schedule deadlocks.
     """
-    stages = len(schedule.placement)
+    order = schedule if isinstance(schedule, Order) else Order.of(schedule)
+    stages = len(order.schedule.placement)
     if any(len(values) != stages for values in vars(costs).values() if isinstance(values, tuple)):
         raise ValueError(f"the costs are not those of the schedule's {stages} stages: make them with one number a stage")
-    last = costs.weight if not schedule.split else (0.0,) * stages
-    durations = {"F": costs.forward, "B": [b + w for b, w in zip(costs.backward, last, strict=True)], "W": costs.weight}
-    free = [0.0] * len(schedule.actions)
-    ends: dict[Action, float] = {}
-    events: list[Event] = []
-    for rank, action in walk(schedule):
+    last = costs.weight if not order.schedule.split else (0.0,) * stages
+    durations = [*costs.forward, *(b + w for b, w in zip(costs.backward, last, strict=True)), *costs.weight]
+    message, free = costs.message, [0.0] * len(order.schedule.actions)
+    starts: list[float] = []
+    ends: list[float] = []
+    for rank, row, need in order.steps:
         start = free[rank]
-        for needed in dependencies(action, stages):
-            there = ends[needed]
-            if schedule.placement[needed.stage] != rank:
-                there += costs.message
-                if costs.message:
-                    events.append(Event(rank, "send", action.stage, action.microbatch, ends[needed], there))
-            start = max(start, there)
-        ends[action] = free[rank] = start + durations[action.kind][action.stage]
-        events.append(Event(rank, action.kind, action.stage, action.microbatch, start, free[rank]))
-    peaks = held(schedule, costs.held_after_forward, costs.held_after_backward)
-    return Simulation(Timeline(schedule.placement, tuple(events)), peaks)
+        if need >= 0:
+            start = max(start, ends[need] + message)
+        starts.append(start)
+        end = free[rank] = start + durations[row]
+        ends.append(end)
+    return Simulation(order, costs, starts, ends)

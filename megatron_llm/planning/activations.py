@@ -71,6 +71,8 @@ heads, K key/value heads of D channels, F intermediate size, V vocabulary; H hid
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -122,6 +124,12 @@ def stage_bytes(config: Config, layers: range, first: bool, last: bool, rank: in
     return _Stage(config, rank).bytes(layers, first, last)
 
 
+def all_stage_bytes(config: Config, layers: Sequence[range]) -> list[StageBytes]:
+    """What every stage of a model holds, from the first, on the first tensor-parallel rank."""
+    stage = _Stage(config, 0)
+    return [stage.bytes(held, number == 0, number == len(layers) - 1) for number, held in enumerate(layers)]
+
+
 class _Stage:
     """The sizes that the table at the top of this file is written in."""
 
@@ -149,8 +157,9 @@ class _Stage:
     def bytes(self, layers: range, first: bool, last: bool) -> StageBytes:
         recompute = Recompute.of(self.training)
         parts = [recompute.at(layer) for layer in layers]
-        saved = sum(self._kept(layer, chosen) for layer, chosen in zip(layers, parts, strict=True))
-        again = max((self._again(layer, chosen) for layer, chosen in zip(layers, parts, strict=True)), default=0.0)
+        alike = Counter((layer if self.adapted else 0, chosen) for layer, chosen in zip(layers, parts, strict=True))
+        saved = sum(number * self._kept(*kind) for kind, number in alike.items())
+        again = max((self._again(*kind) for kind in alike), default=0.0)
         saved += self._tables(layers, any(chosen & {"layer", "attention"} for chosen in parts)) + self._masks(layers)
         deferred = sum(self._operands if self.peft is None else self._adapter_operands(layer) for layer in layers)
         if first:

@@ -52,16 +52,19 @@ class Shares:
             cuDNN on an H100 and an H200 (FlashAttention-3's figures; NVIDIA's cudnn-frontend tables, head size 128).
         stream: of memory bandwidth in element-wise kernels: 2.9 of 3.35 TB/s (quack's RMSNorm on an H100).
         link: of NVLink's and the network's figures in large collectives.
-        latency: seconds that a collective takes besides, per rank that takes part in a ring.
+        call, hop, network_hop: seconds that a collective takes besides, and for each step of its ring inside a node and between
+            nodes (NCCL's own table for its ring with the protocol of large messages, src/graph/tuning.cc of 2.11 and later).
     """
 
     products: float = 0.706
-    exposed: float = 0.347
+    exposed: float = 0.326
     scores: float = 0.535
     scores_backward: float = 0.45
     stream: float = 0.87
     link: float = 0.8
-    latency: float = 3e-6
+    call: float = 8.4e-6
+    hop: float = 3.4e-6
+    network_hop: float = 9.6e-6
 
 
 SHARES = Shares()

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from megatron_llm.config import Config
-from megatron_llm.pipeline.schedules import placement
-from megatron_llm.planning.compare import GIB, LOOPED, SPARE, Candidate, candidate, persistent_bytes
-from megatron_llm.planning.stages import rank_weights, stage_costs
+from megatron_llm.planning.compare import GIB, LOOPED, SPARE, Candidate
+from megatron_llm.planning.memory import Built
 from megatron_llm.planning.step_time import Modelled, layer_parts
 
 SCHEDULES = ("1f1b", "interleaved", "zb_h1", "zb_v", "v_half")
@@ -30,10 +28,13 @@ class Ranking:
     """Attributes:
     best: of every cell that fits the variant that is fastest, the fastest first.
     refused: of the other cells a variant that needs little, and the GiB that it has too many.
+    replicas: data-parallel sizes that only the batch size forbids. problems: of cells without a variant.
     """
 
     best: list[Candidate]
     refused: list[tuple[Candidate, float]]
+    replicas: set[int]
+    problems: list[str]
 
 
 def rank_layouts(
@@ -44,17 +45,25 @@ def rank_layouts(
     problems: what is impossible about a configuration on so many ranks. tell: told which part of the cells is done.
     """
     best, refused = [], []
+    replicas: set[int] = set()
+    impossible: list[str] = []
     cells = list(_cells(config, world, assumed.device.node))
     for number, (tp, pp) in enumerate(cells):
-        variants = sorted(_variants(config, world, tp, pp, assumed, problems), key=lambda variant: variant[0])
+        variants = sorted(_variants(config, world, tp, pp, assumed, problems), key=lambda row: row.shortest)
         if variants:
-            fitting, least = _best(variants, world, assumed)
+            fitting = _fastest(variants, assumed)
             if fitting is not None:
                 best.append(fitting)
-            elif least is not None:
+            else:
+                least = _smallest(variants)
                 refused.append((least, least.peak / GIB - _limit(assumed)))
+        else:
+            found = problems(_with(config, tp, pp, "1f1b", 1, 1, "none"), world)
+            if all(problem.startswith("training.global_batch_size") for problem in found):
+                replicas.add(world // (tp * pp))
+            impossible += [problem for problem in found if problem not in impossible]
         tell((number + 1) / len(cells))
-    return Ranking(sorted(best, key=lambda row: row.seconds), sorted(refused, key=lambda row: row[1]))
+    return Ranking(sorted(best, key=lambda row: row.seconds), sorted(refused, key=lambda row: row[1]), replicas, impossible)
 
 
 def _limit(assumed: Modelled) -> float:
@@ -64,33 +73,33 @@ def _limit(assumed: Modelled) -> float:
 
 def _cells(config: Config, world: int, node: int) -> Iterator[tuple[int, int]]:
     """Tensor parallelism stays inside a node, where its transfers are bearable; pipelines have no more ranks than layers."""
-    for tp in (n for n in (1, 2, 4, 8, 16) if n <= node and world % n == 0):
-        for pp in range(1, min(world // tp, config.model.num_hidden_layers) + 1):
-            if world // tp % pp == 0:
+    for pp in range(1, min(world, config.model.num_hidden_layers) + 1):
+        for tp in (1, 2, 4, 8, 16):
+            if tp <= node and world % (tp * pp) == 0:
                 yield tp, pp
 
 
-def _variants(
-    config: Config, world: int, tp: int, pp: int, assumed: Modelled, problems: Problems
-) -> Iterator[tuple[float, Config]]:
-    """(seconds that it cannot beat, variant)."""
+def _variants(config: Config, world: int, tp: int, pp: int, assumed: Modelled, problems: Problems) -> Iterator[Candidate]:
     layers = config.model.num_hidden_layers
+    built: Built = {}
     for name in SCHEDULES if pp > 1 else ("1f1b",):
         loops = [v for v in (2, 3, 4, 5, 6, 8) if v * pp <= layers] if name in LOOPED else [1]
         for virtual_stages in loops:
             for micro in MICRO_BATCHES:
                 for recompute in RECOMPUTE:
-                    variant = _with(
-                        config,
-                        {"tensor_parallel": tp, "pipeline_parallel": pp, "context_parallel": 1, "pipeline_schedule": name,
-                         "virtual_stages": virtual_stages, "sequence_parallel": True},
-                        {"micro_batch_size": micro, "recompute": recompute},
-                    )  # fmt: skip
+                    variant = _with(config, tp, pp, name, virtual_stages, micro, recompute)
                     if not problems(variant, world):
-                        yield _at_least(variant, world, assumed), variant
+                        yield Candidate(variant, world, assumed, True, built)
 
 
-def _with(config: Config, parallel: dict[str, Any], training: dict[str, Any]) -> Config:
+def _with(config: Config, tp: int, pp: int, schedule: str, virtual_stages: int, micro: int, recompute: str) -> Config:
+    """Sequence parallelism is never slower and saves memory, so it is on where the tokens can be divided."""
+    divisible = micro * config.training.sequence_length % tp == 0
+    parallel = {
+        "tensor_parallel": tp, "pipeline_parallel": pp, "context_parallel": 1, "pipeline_schedule": schedule,
+        "virtual_stages": virtual_stages, "sequence_parallel": divisible,
+    }  # fmt: skip
+    training = {"micro_batch_size": micro, "recompute": recompute}
     return config.model_copy(
         update={
             "parallel": config.parallel.model_copy(update=parallel),
@@ -99,53 +108,32 @@ def _with(config: Config, parallel: dict[str, Any], training: dict[str, Any]) ->
     )
 
 
-def _at_least(config: Config, world: int, assumed: Modelled) -> float:
-    """Seconds of a step without idle time."""
-    parallel, training = config.parallel, config.training
-    owners = _placement(config)
-    costs = stage_costs(config, owners, assumed.speed(config, world))
-    busy = [0.0] * parallel.pipeline_parallel
-    for rank, *parts in zip(owners, costs.forward, costs.backward, costs.weight, strict=True):
-        busy[rank] += sum(parts)
-    replicas = world // (parallel.tensor_parallel * parallel.pipeline_parallel)
-    microbatches = training.global_batch_size // (training.micro_batch_size * replicas)
-    return microbatches * max(busy) + sum(assumed.outside(config, world, costs, max(rank_weights(config, owners))).values())
-
-
-def _best(variants: list[tuple[float, Config]], world: int, assumed: Modelled) -> tuple[Candidate | None, Candidate | None]:
-    """The fastest variant that fits, and if none does, the smallest of those with the fewest rows and all recomputed."""
-    fitting: Candidate | None = None
+def _fastest(variants: list[Candidate], assumed: Modelled) -> Candidate | None:
+    """Of those that fit. variants: in the order of the time that they cannot beat."""
+    limit = assumed.device.memory * GIB
+    fastest: Candidate | None = None
     too_large: set[tuple[str, int, str, int]] = set()
-    for bound, config in variants:
-        if fitting is not None and bound >= fitting.seconds:
+    for row in variants:
+        if fastest is not None and row.shortest >= fastest.seconds:
             break
-        parallel, training = config.parallel, config.training
-        kind = parallel.pipeline_schedule, parallel.virtual_stages, training.recompute
+        training = row.config.training
+        kind = row.name, row.chunks, training.recompute
         if any((*kind, smaller) in too_large for smaller in MICRO_BATCHES if smaller < training.micro_batch_size):
             continue  # what does not fit with fewer rows does not with more
-        if max(persistent_bytes(config, world, _placement(config))) > _limit(assumed) * GIB:
-            continue
-        row = _row(config, world, assumed)
-        if not row.fits(assumed.device.memory * GIB):
+        if not row.fits(limit):
             too_large.add((*kind, training.micro_batch_size))
-        elif fitting is None or row.seconds < fitting.seconds:
-            fitting = row
-    if fitting is not None:
-        return fitting, None
-    fewest = min(config.training.micro_batch_size for _, config in variants)
-    smallest = [
-        config for _, config in variants if (config.training.micro_batch_size, config.training.recompute) == (fewest, "full")
-    ]
-    return None, min((_row(config, world, assumed) for config in smallest), key=lambda row: row.at_least)
+        elif fastest is None or row.seconds < fastest.seconds:
+            fastest = row
+    return fastest
 
 
-def _row(config: Config, world: int, assumed: Modelled) -> Candidate:
-    return candidate(config, world, config.parallel.pipeline_schedule, config.parallel.virtual_stages, assumed, brief=True)
-
-
-def _placement(config: Config) -> tuple[int, ...]:
-    parallel = config.parallel
-    return placement(parallel.pipeline_schedule, parallel.pipeline_parallel, parallel.virtual_stages)
+def _smallest(variants: list[Candidate]) -> Candidate:
+    """Of those with the fewest rows and all recomputed."""
+    fewest = min(row.config.training.micro_batch_size for row in variants)
+    return min(
+        (row for row in variants if (row.config.training.micro_batch_size, row.config.training.recompute) == (fewest, "full")),
+        key=lambda row: row.at_least,
+    )
 
 
 def shares(row: Candidate, assumed: Modelled) -> dict[str, float]:

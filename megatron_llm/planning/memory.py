@@ -24,7 +24,7 @@ Dropout works with S * H and a chunk of random words (`ops/noise.py`), less than
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
@@ -95,42 +95,66 @@ class BytesPerParameter:
         return self.weight + self.gradient + self.state / (ranks if zero_stage else 1)
 
 
-def rank_memory(config: Config, schedule: Schedule, peak: tuple[float, ...], world: int) -> list[RankMemory]:
+class Holdings(NamedTuple):
+    """Parameters of a rank: elements that it owns of every bucket, and elements that are frozen."""
+
+    buckets: list[int]
+    frozen: int
+
+
+Built = dict[tuple[object, ...], Holdings]
+"""What ranks of one layout hold, by what tells them apart. To build stages takes longer than all else here."""
+
+
+def rank_memory(
+    config: Config, schedule: Schedule, peak: tuple[float, ...], world: int, built: Built | None = None
+) -> list[RankMemory]:
     """The memory of every pipeline rank, on the first of its tensor- and data-parallel ranks; the others need no more.
 
-    config: with the name of `schedule`. peak: of the simulation of it: bytes of activations by pipeline rank.
+    config: with the name of `schedule`. peak: of the simulation of it: bytes of activations by pipeline rank. built: kept by who
+    asks for several schedules, micro-batches or recomputations of the same model, tensor- and pipeline-parallel size and world.
     """
-    return [_Rank(config, schedule, rank, world).memory(peak[rank]) for rank in range(len(peak))]
+    known = {} if built is None else built
+    return [_Rank(config, schedule, rank, world, known).memory(peak[rank]) for rank in range(len(peak))]
+
+
+def _holdings(config: Config, placement: tuple[int, ...], rank: int, world: int, built: Built) -> Holdings:
+    """Ranks with as many layers in their stages hold as much, unless settings name parameters of single layers."""
+    layers = stage_layers(config, placement)
+    own = [stage for stage, owner in enumerate(placement) if owner == rank]
+    ends = 0 in own, len(placement) - 1 in own
+    named = bool(config.optimizer.rules) or config.peft is not None
+    key = (*ends, *(layers[stage] if named else len(layers[stage]) for stage in own))
+    if key not in built:
+        grid = Grid.imagined(
+            config.parallel, config.model.num_key_value_heads, world, rank * (world // config.parallel.pipeline_parallel)
+        )
+        held = parameters(build_stages(config, grid, placement, torch.float32, torch.device("meta")))
+        freeze(held, config.optimizer, config.peft is not None)
+        layouts = bucket_layout(held, grid.dp_cp.size, config.parallel.bucket_size, lambda p: rules_of(p, config.optimizer))
+        frozen = sum(p.numel() for p in held if not p.requires_grad)
+        built[key] = Holdings([layout.share for layout in layouts], frozen)
+    return built[key]
 
 
 class _Rank:
-    """One pipeline rank, with its stages on no device."""
+    """One pipeline rank."""
 
-    def __init__(self, config: Config, schedule: Schedule, rank: int, world: int):
+    def __init__(self, config: Config, schedule: Schedule, rank: int, world: int, built: Built):
         self.config, self.schedule, self.rank = config, schedule, rank
         parallel = config.parallel
-        stride = world // parallel.pipeline_parallel
-        self.grid = Grid.imagined(parallel, config.model.num_key_value_heads, world, rank * stride)
-        self.stages = build_stages(config, self.grid, schedule.placement, torch.float32, torch.device("meta"))
+        self.ranks = world // (parallel.pipeline_parallel * parallel.tensor_parallel)  # data- and context-parallel ones
+        self.buckets, self.frozen = _holdings(config, schedule.placement, rank, world, built)
         self.size = compute_bytes(config)
         self.wide = max(self.size, 4)
         self.tokens = config.training.micro_batch_size * config.training.sequence_length
         self.shard = self.tokens / (parallel.tensor_parallel if parallel.sequence_parallel else 1)
 
-    @cached_property
-    def buckets(self) -> list[int]:
-        """Elements that a data-parallel rank owns of every bucket."""
-        held, config = parameters(self.stages), self.config
-        freeze(held, config.optimizer, config.peft is not None)
-        layouts = bucket_layout(held, self.grid.dp_cp.size, config.parallel.bucket_size, lambda p: rules_of(p, config.optimizer))
-        return [layout.share for layout in layouts]
-
     def memory(self, activations: float) -> RankMemory:
-        each, ranks = BytesPerParameter.of(self.config), self.grid.dp_cp.size
+        each, ranks = BytesPerParameter.of(self.config), self.ranks
         own = sum(self.buckets)
-        frozen = sum(p.numel() for p in parameters(self.stages) if not p.requires_grad)
         return RankMemory(
-            weights=each.weight * (own * ranks + frozen),
+            weights=each.weight * (own * ranks + self.frozen),
             gradients=each.gradient * own * ranks,
             state=each.state * own * (1 if self.config.parallel.zero_stage else ranks),
             activations=activations,
@@ -146,14 +170,15 @@ class _Rank:
         vocabulary = Share.of(self.config).vocabulary
         layers = stage_layers(self.config, self.schedule.placement)
         most = 0.0
-        for number, stage in self.stages.items():
-            head = stage_bytes(self.config, range(0), False, stage.last).forward
-            if stage.layers:
+        for stage in (stage for stage, owner in enumerate(self.schedule.placement) if owner == self.rank):
+            first, last = stage == 0, stage == len(layers) - 1
+            head = stage_bytes(self.config, range(0), False, last).forward
+            if layers[stage]:
                 norm = 5 * wide * s * h if size < wide else 0.0
-                again = stage_bytes(self.config, layers[number], stage.first, stage.last).again
+                again = stage_bytes(self.config, layers[stage], first, last).again
                 gone = 0.0 if self.schedule.split else head
                 most = max(most, again + max(self._layer_backward(), norm) - gone)
-            if stage.last:
+            if last:
                 most = max(most, self._head(vocabulary))
         return most
 
@@ -195,7 +220,7 @@ class _Rank:
         return buffers * self.shard * self.config.model.hidden_size * self.size
 
     def _exchange(self) -> float:
-        precision, ranks, parallel = self.config.precision, self.grid.dp_cp.size, self.config.parallel
+        precision, ranks, parallel = self.config.precision, self.ranks, self.config.parallel
         own, largest = sum(self.buckets), max(self.buckets, default=0)
         others = ranks if ranks > 1 else 0
         gathered = 0.0 if parallel.zero_stage else 4.0 * own  # sums, moved out of the way of those of the other ranks

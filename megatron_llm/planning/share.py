@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
-from megatron_llm.config import Config
+from megatron_llm.config import Config, ParallelConfig
 from megatron_llm.models.heads import Heads
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.parallel.linear import balanced
@@ -22,10 +23,13 @@ class Share(NamedTuple):
     def of(cls, config: Config, rank: int = 0) -> Share:
         """That of a tensor-parallel rank; none has more than the first."""
         model, tp = config.model, config.parallel.tensor_parallel
-        alone = config.parallel.model_copy(
-            update={"pipeline_parallel": 1, "context_parallel": 1, "pipeline_schedule": "1f1b", "virtual_stages": 1}
-        )
-        grid = Grid.imagined(alone, model.num_key_value_heads, tp, rank)
+        grid = _grid(model.num_key_value_heads, tp, rank)
         heads = Heads.of(model, grid)
         inner = balanced(model.intermediate_size, grid.tp)
         return cls(len(heads.queries), len(heads.keys), len(inner), -(-model.vocab_size // tp))
+
+
+@lru_cache(maxsize=256)
+def _grid(key_value_heads: int, tensor_parallel: int, rank: int) -> Grid:
+    """Of tensor parallelism alone. A search asks for the same few thousands of times."""
+    return Grid.imagined(ParallelConfig(tensor_parallel=tensor_parallel), key_value_heads, tensor_parallel, rank)

@@ -2,7 +2,7 @@
 
 Time is FLOPs over an assumed rate: forward, input gradient and weight gradient of a matrix product cost the same; attention
 scores have no weights, and their gradient costs twice their forward. The embedding costs nothing, the head what its products
-cost, which are all in the forward (`parallel/head.py`). Beside adapters only their own weight gradients are made. Recomputation
+cost, which are all in the forward (`parallel/head.py`). Of weights that are frozen no gradients are made. Recomputation
 adds to the backward what it runs again: of a whole layer the forward without its last product (two in a parallel block), of
 attention its scores. Of tensor-parallel ranks the first counts, which has the most heads and channels. Norms, rotary embeddings,
 the loss, tensor-parallel communication and the optimizer are left out.
@@ -11,20 +11,28 @@ the loss, tensor-parallel communication and the optimizer are left out.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megatron_llm.config import Config
 from megatron_llm.models.lora import adapted_layers
 from megatron_llm.models.recompute import Recompute
 from megatron_llm.models.split import layer_costs, layer_products, layer_scores, split_layers
+from megatron_llm.optim.rules import is_frozen
 from megatron_llm.pipeline.simulate import Costs
-from megatron_llm.planning.activations import compute_bytes, stage_bytes
+from megatron_llm.planning.activations import all_stage_bytes, compute_bytes
 from megatron_llm.planning.share import Share
 
 
 def stage_layers(config: Config, placement: tuple[int, ...]) -> list[range]:
     """The layers of every stage, as a run would hold them."""
     model = config.model
-    return split_layers(model.num_hidden_layers, placement, *layer_costs(model, config.training.sequence_length))
+    return list(_split(model.num_hidden_layers, placement, *layer_costs(model, config.training.sequence_length)))
+
+
+@lru_cache(maxsize=64)
+def _split(number: int, placement: tuple[int, ...], embedding: float, layer: float, head: float) -> tuple[range, ...]:
+    """The same for every schedule, micro-batch and recomputation of a search."""
+    return tuple(split_layers(number, placement, embedding, layer, head))
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,7 @@ class Speed:
         products, scores, scores_backward: FLOP/s in matrix products, in attention's scores, and in their backward, which
             counts as twice the forward. bandwidth: bytes/s between two pipeline neighbours.
         layer: seconds that every layer takes besides in forward and in backward; head: the head, in forward.
+        norms, activation: seconds to make either again, with `training.recompute: selective`.
     """
 
     products: float
@@ -43,6 +52,8 @@ class Speed:
     bandwidth: float
     layer: tuple[float, float] = (0.0, 0.0)
     head: float = 0.0
+    norms: float = 0.0
+    activation: float = 0.0
 
     @classmethod
     def uniform(cls, flops: float, bandwidth: float) -> Speed:
@@ -61,17 +72,20 @@ def stage_costs(config: Config, placement: tuple[int, ...], speed: Speed) -> Cos
     layers = stage_layers(config, placement)
     products = [len(held) * linear for held in layers]
     head = [0.0] * len(layers)
-    head[-1] = model.hidden_size * share.vocabulary * (3.0 if config.peft is None else 2.0)  # frozen it has no gradient
+    head[-1] = (
+        model.hidden_size * share.vocabulary * (2.0 if _frozen(config, _head_name(config)) else 3.0)
+    )  # frozen it has no gradient
     attention = [sum(scores[layer] for layer in held) for held in layers]
     last = share.inner  # inputs of the layer's last product, which is that of attention too where they are side by side
     if model.parallel_block != "none":
         last += share.queries * model.head_dim
     first_products = linear - model.hidden_size * last
-    recomputed = [Recompute.of(training).at(layer) for layer in numbers]
+    recompute = Recompute.of(training)
+    recomputed = [recompute.at(layer) for layer in numbers]
     again_products = [sum(first_products for layer in held if "layer" in recomputed[layer]) for held in layers]
     again_scores = [sum(scores[layer] for layer in held if recomputed[layer] & {"layer", "attention"}) for held in layers]
     adapters = [_adapters(config, held, share) for held in layers]
-    weights = products if config.peft is None else adapters  # what else there is, is frozen
+    weights = [_trained(config, held, share) for held in layers]
 
     def seconds(products: float, forward_scores: float, backward_scores: float) -> float:
         """Of so many multiply-adds per token."""
@@ -83,14 +97,18 @@ def stage_costs(config: Config, placement: tuple[int, ...], speed: Speed) -> Cos
         linear_parts = products[stage] + adapters[stage]
         besides = len(held) * speed.layer[0] + (speed.head if stage == len(layers) - 1 else 0.0)
         forward.append(seconds(linear_parts + head[stage], attention[stage], 0.0) + besides)
-        again = len([layer for layer in held if "layer" in recomputed[layer]])
+        parts = [recomputed[layer] for layer in held]
+        again = speed.layer[0] * sum("layer" in part for part in parts)
+        again += speed.norms * sum("norms" in part for part in parts) + speed.activation * sum(
+            "activation" in part for part in parts
+        )
         backward.append(
             seconds(linear_parts + again_products[stage], again_scores[stage], 2 * attention[stage])
             + len(held) * speed.layer[1]
-            + again * speed.layer[0]
+            + again
         )
     messages = tokens / (parallel.tensor_parallel if parallel.sequence_parallel else 1)
-    held_bytes = [stage_bytes(config, held, stage == 0, stage == len(layers) - 1) for stage, held in enumerate(layers)]
+    held_bytes = all_stage_bytes(config, layers)
     return Costs(
         forward=tuple(forward),
         backward=tuple(backward),
@@ -112,6 +130,40 @@ def rank_weights(config: Config, placement: tuple[int, ...]) -> list[float]:
     if placement[0] != placement[-1] or not model.tie_word_embeddings:
         held[placement[-1]] += model.hidden_size * share.vocabulary
     return held
+
+
+def rank_trained(config: Config, placement: tuple[int, ...]) -> list[float]:
+    """Of them, and of adapters, those that are not frozen."""
+    model, share = config.model, Share.of(config)
+    held = [0.0] * config.parallel.pipeline_parallel
+    for rank, layers in zip(placement, stage_layers(config, placement), strict=True):
+        held[rank] += _trained(config, layers, share)
+    table = model.hidden_size * share.vocabulary
+    held[placement[0]] += 0.0 if _frozen(config, "embedding.weight") else table
+    if placement[0] != placement[-1] or not model.tie_word_embeddings:
+        held[placement[-1]] += 0.0 if _frozen(config, _head_name(config)) else table
+    return held
+
+
+def _head_name(config: Config) -> str:
+    return "embedding.weight" if config.model.tie_word_embeddings else "head.weight"
+
+
+def _frozen(config: Config, name: str) -> bool:
+    return is_frozen(name, config.optimizer, config.peft is not None)
+
+
+def _trained(config: Config, layers: range, share: Share) -> float:
+    """Elements of the matrices of some layers that are trained, adapters too: their weight gradients' multiply-adds per token."""
+    model, adapters = config.model, _adapters(config, layers, share)
+    if not config.optimizer.rules:
+        each = layer_products(model, share.queries, share.keys, share.inner) if config.peft is None else 0.0
+        return len(layers) * each + adapters
+    queries, keys = share.queries * model.head_dim, share.keys * model.head_dim
+    sides = {"attention.q": queries, "attention.k": keys, "attention.v": keys, "attention.o": queries}
+    sides |= {f"mlp.{kind}": share.inner for kind in (("gate", "up", "down") if model.mlp_gated else ("up", "down"))}
+    local = sum(side for layer in layers for kind, side in sides.items() if not _frozen(config, f"layers.{layer}.{kind}.weight"))
+    return float(model.hidden_size * local) + adapters
 
 
 def _adapters(config: Config, layers: range, share: Share) -> float:

@@ -10,19 +10,22 @@
            context parallelism     what the ring of keys and values takes longer than the scores that hide it
     B likewise: products twice (the second time, for weights, with the sums in float32), scores 2.5 times, six transfers.
 
-A collective of n bytes over d ranks takes n (d - 1) / d / bandwidth + latency * (d - 1): rings, over NVLink while the ranks that
-it joins are in one node, else over the network. Gradients go out behind the last backward of a rank and weights come in before
-its first forwards; only what is longer than those is waited for. Axes are cut as `parallel/grid.py` does: tensor-parallel ranks
-are neighbours, then context, data and pipeline.
+A collective of n bytes over d ranks in k nodes takes n (d - 1) / d / bandwidth + call + (k - 1) network hops + (d - k) hops: a
+ring, over NVLink while the ranks that it joins are in one node, else at the network's speed. (NCCL has trees for all-reduces,
+which are not used here.) Gradients go out in buckets behind the last backward of a rank and weights come in before its first
+forwards; only what is longer than those is waited for. Axes are cut as `parallel/grid.py` does: tensor-parallel ranks are
+neighbours, then context, data and pipeline.
 
 Shape suffixes: T tokens of a micro-batch on a rank, H hidden, K and N sides of a product.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_llm.config import Config
+from megatron_llm.optim.layout import default_bucket_size
 from megatron_llm.pipeline.simulate import Costs
 from megatron_llm.planning.activations import compute_bytes
 from megatron_llm.planning.hardware import SHARES, Device, Shares
@@ -52,10 +55,11 @@ class Modelled:
             bandwidth=self.bandwidth(inside * replicas * 2),
             layer=(sum(forward for forward, _ in parts), sum(backward for _, backward in parts)),
             head=_head(config, self),
+            **_again(config, self),
         )
 
     def outside(self, config: Config, world: int, costs: Costs, parameters: float) -> dict[str, float]:
-        """Seconds of a step that are not in the schedule. parameters: of the fullest rank."""
+        """Seconds of a step that are not in the schedule. parameters: trained ones of the fullest rank."""
         parallel = config.parallel
         inside = parallel.tensor_parallel * parallel.context_parallel
         ranks = world // (parallel.tensor_parallel * parallel.pipeline_parallel)  # data and context
@@ -69,8 +73,9 @@ class Modelled:
         hidden = sum(sorted(b + w for b, w in zip(costs.backward, costs.weight, strict=True))[-pieces:])
         before = sum(sorted(costs.forward)[-pieces:])
         bucket = 1 / 8 if parallel.overlap else 1.0  # the last one, or the first, is never hidden: `optim/layout.py`
-        gradients = self.collective(sent * parameters, ranks, span)
-        weights = self.collective(compute_bytes(config) * parameters, ranks, span)
+        buckets = math.ceil(parameters / (parallel.bucket_size or default_bucket_size(round(parameters), ranks)))
+        gradients = self.collective(sent * parameters, ranks, span, buckets)
+        weights = self.collective(compute_bytes(config) * parameters, ranks, span, buckets)
         if not parallel.overlap:
             hidden = before = 0.0
         return {
@@ -83,11 +88,17 @@ class Modelled:
         """Bytes/s, one way, between ranks that lie within `span` neighbouring ones."""
         return self.shares.link * (self.device.link if span <= self.device.node else self.device.network)
 
-    def collective(self, size: float, ranks: int, span: int) -> float:
-        """Seconds of an all-gather or a reduce-scatter of `size` bytes in all."""
+    def collective(self, size: float, ranks: int, span: int, calls: int = 1) -> float:
+        """Seconds of all-gathers or reduce-scatters of `size` bytes in all, by so many calls, among ranks that lie within `span`.
+
+        A ring passes through every node once: a hop over the network for each, the others inside.
+        """
         if ranks == 1:
             return 0.0
-        return size * (ranks - 1) / ranks / self.bandwidth(span) + self.shares.latency * (ranks - 1)
+        nodes = min(ranks, math.ceil(span / self.device.node))
+        shares = self.shares
+        latency = shares.call + (nodes - 1) * shares.network_hop + (ranks - nodes) * shares.hop
+        return size * (ranks - 1) / ranks / self.bandwidth(span) + calls * latency
 
 
 def layer_parts(config: Config, model: Modelled) -> dict[str, tuple[float, float]]:
@@ -115,6 +126,17 @@ def layer_parts(config: Config, model: Modelled) -> dict[str, tuple[float, float
         "memory": ((operands + elements) / stream, (2 * operands + sums + backward_elements) / stream),
         "tensor parallel": (4 * transfer, 6 * transfer),
         "context parallel": (ring, 2 * ring),
+    }
+
+
+def _again(config: Config, model: Modelled) -> dict[str, float]:
+    """Seconds to make norms and activation of a layer again: read, and written."""
+    it, parallel, share, size, t = config.model, config.parallel, Share.of(config), compute_bytes(config), tokens(config)
+    shard = t / (parallel.tensor_parallel if parallel.sequence_parallel else 1)
+    stream = model.shares.stream * model.device.stream
+    return {
+        "norms": 2 * 2 * size * shard * it.hidden_size / stream,
+        "activation": size * t * share.inner * (3 if it.mlp_gated else 2) / stream,
     }
 
 

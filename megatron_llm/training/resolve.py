@@ -114,7 +114,7 @@ def resolve(path: str | Path, overrides: list[str] | None, world_size: int) -> R
     """The checked configuration of a run on `world_size` ranks. Raises ConfigError with every problem."""
     run = load_config(path, overrides)
     problems = layout_problems(run.config, world_size) + _setting_problems(run.config) + _schedule_problems(run.config)
-    problems += _rule_problems(run.config) + check_data(run.config)
+    problems += name_problems(run.config) + check_data(run.config)
     if isinstance(run.source, HFFolder):
         problems += run.source.problems(run.stored_model())
     problems += _source_problems(run)
@@ -318,7 +318,7 @@ def _sample_notes(config: Config) -> list[str]:
     return ["logging.sample_prompts: has no effect while logging.sample_every is 0; set it to the steps between replies"]
 
 
-def _rule_problems(config: Config) -> list[str]:
+def name_problems(config: Config) -> list[str]:
     """What is wrong with targets and rules for parameters by name, which the whole model knows, without its weights."""
     peft = config.peft
     if peft is not None and (problems := target_problems(config.model, peft)):

@@ -4,7 +4,8 @@ Llama-3: NVIDIA's dgxc-benchmarking, llama3.1/README_8b.md and README_70b.md (Ne
 in tokens/s per GPU. Megatron: the model table of Megatron-LM's README (megatron-core 0.8, bfloat16, H100, rows of 4,096,
 vocabulary of 131,072, 48 data-parallel ranks), in TFLOP/s per GPU by its own formula, which counts attention as if it were not
 causal. That table says sizes, not shapes: hidden size and layers are those that give the size with plain MLPs and untied heads.
-Nor does it say the batch, which is taken to be the 1,152 rows of the same page's strong scaling, or the schedule: 1F1B up to two
+Nor does it say the batch, which is taken to be the 1,152 rows of the same page's strong scaling of 177B (larger models had larger
+batches, it says), or the schedule: 1F1B up to two
 pipeline ranks, interleaved with four stages a rank beyond.
 """
 
