@@ -146,3 +146,12 @@ def test_the_list_of_settings_has_every_key() -> None:
         (row, *_) = [line for line in text.splitlines() if line.startswith(f"| `{key}` |")]
         for word in re.findall(r"[a-z]{4,}", field.get("description", "").lower()):
             assert word in text.lower(), (key, row)
+
+
+def test_the_figure_has_the_levels_that_are_checked() -> None:
+    import tomllib
+
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
+    levels = [package.strip() for level in contract["layers"] for package in level.split("|")]
+    figure = (ROOT / "docs/architecture.svg").read_text(encoding="utf-8").partition("<!-- levels -->")[2].partition("</g>")[0]
+    assert re.findall(r'class="text name[^>]*>([^<]+)<', figure) == levels
