@@ -50,7 +50,7 @@ def settings() -> str:
         seen[section] = place
         rows = [_row(name, field) for name, field in section.model_fields.items()]
         about = _prose((section.__doc__ or "").split("\n\nAttributes:")[0])
-        title = f"## `{place}`" if place else "## The whole"
+        title = f"## `{place}`" if place else "## Sections"
         table = ["| key | type | default | |", "|---|---|---|---|", *rows]
         parts.append("\n".join([title, "", about, "", *table]) + "\n\n")
     return WRITTEN_BY + "".join(parts).rstrip() + "\n"
