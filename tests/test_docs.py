@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,8 +13,11 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import yaml
 
-ROOT = Path(__file__).resolve().parents[1]
+from megatron_llm.cli.main import build_parser, main
+from tests.test_readme import ROOT, blocks
+
 MADE_OF = ("README.md", "CONTRIBUTING.md", "mkdocs.yml", "docs", "examples", "benchmarks/results", "megatron_llm/config")
 
 
@@ -155,3 +159,42 @@ def test_the_figure_has_the_levels_that_are_checked() -> None:
     levels = [package.strip() for level in contract["layers"] for package in level.split("|")]
     figure = (ROOT / "docs/architecture.svg").read_text(encoding="utf-8").partition("<!-- levels -->")[2].partition("</g>")[0]
     assert re.findall(r'class="text name[^>]*>([^<]+)<', figure) == levels
+
+
+RUN = {  # the pages whose blocks without a language are commands that a test runs as written
+    "README.md", "docs/checkpoints.md", "docs/data.md", "docs/exchange.md", "docs/fine_tuning.md", "docs/hugging_face.md",
+    "docs/pipeline.md",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_command_is_one_of_the_command_line(page: Path) -> None:
+    """Blocks without a language are run besides; those marked sh need what is not here, such as a hub or large models."""
+    name = page.relative_to(ROOT).as_posix()
+    shown = {language: [line for block in blocks(language, name) for line in block.splitlines()] for language in ("", "sh")}
+    ours = {language: [line for line in lines if re.search(r"megatron[-_]llm ", line)] for language, lines in shown.items()}
+    assert not ours[""] or name in RUN, f"no test runs the commands of {name}"
+    for line in ours[""] + ours["sh"]:
+        words = shlex.split(line, comments=True)
+        start = words.index("megatron_llm" if words[0] == "torchrun" else "megatron-llm")
+        build_parser().parse_args(words[start + 1 :])
+
+
+@pytest.mark.slow
+def test_the_commands_about_adapters_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.hf.folders import make_folder
+
+    make_folder(tmp_path / "llama")
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs/fine_tuning.md").read_text(encoding="utf-8").partition("\n## LoRA\n")[2].partition("\n## ")[0]
+    Path("page.md").write_text(page)
+    (shown,) = blocks("yaml", str(tmp_path / "page.md"))
+    training = {"sequence_length": 16, "global_batch_size": 1, "steps": 1}
+    rest = {"data": {"kind": "synthetic"}, "training": training, "logging": {"run_dir": "runs/lora"}, "device": "cpu"}
+    Path("config.yaml").write_text(yaml.safe_dump(yaml.safe_load(shown) | rest))
+    assert main(["train", "config.yaml"]) == 0
+    commands = [line for block in blocks("", str(tmp_path / "page.md")) for line in block.splitlines()]
+    assert len(commands) == 2
+    for command in commands:
+        assert main(shlex.split(command, comments=True)[1:]) == 0
+    assert Path("hf/merged/config.json").is_file() and Path("hf/adapter/adapter_config.json").is_file()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -130,14 +129,3 @@ def test_the_configurations_load(page: str, number: int, llama: Path, capsys: py
     for section, settings in yaml.safe_load(text).items():
         assert shown[section].keys() >= settings.keys()
     assert layout_problems(load_config(file).config, 8) == []
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_the_commands_of_the_worked_examples_are_understood(page: str) -> None:
-    """Their data and models are too large to run; README and docs/data.md run the same commands on small ones."""
-    commands = [line for block in blocks("sh", page) for line in block.splitlines()]
-    assert len(commands) >= 3
-    for command in commands:
-        words = shlex.split(command)
-        start = words.index("megatron_llm") if words[0] == "torchrun" else 0
-        build_parser().parse_args(words[start + 1 :])
