@@ -89,11 +89,17 @@ def test_a_wrong_link_is_found(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_the_site_is_made_without_a_warning_and_read_without_a_network(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("material", reason="the site is made with mkdocs-material: pip install 'megatron_llm[docs]'")
-    done = build(ROOT, tmp_path / "site")
+    path = tmp_path_factory.mktemp("docs") / "site"
+    done = build(ROOT, path)
     assert done.returncode == 0, done.stdout + done.stderr
-    made = sorted(page for page in (tmp_path / "site").rglob("*.html") if page.name != "404.html")  # which a server shows
+    return path
+
+
+def test_the_site_is_made_without_a_warning_and_read_without_a_network(site: Path) -> None:
+    made = sorted(page for page in site.rglob("*.html") if page.name != "404.html")  # which a server shows
     assert {page.stem for page in (ROOT / "docs").glob("*.md")} < {page.stem for page in made}
     for page in made:
         text = page.read_text(encoding="utf-8")
@@ -102,10 +108,23 @@ def test_the_site_is_made_without_a_warning_and_read_without_a_network(tmp_path:
         assert loaded and [place for place in loaded if urlsplit(place).netloc] == [], page
         for place in loaded:
             assert (page.parent / unquote(urlsplit(place).path)).exists(), f"{page}: {place}"
-    index = (tmp_path / "site/search/search_index.js").read_text(encoding="utf-8")
+    index = (site / "search/search_index.js").read_text(encoding="utf-8")
     assert '"data.html#chat-templates-and-masks"' in index and '"repository/' not in index
-    shown = (tmp_path / "site/repository/examples/torchrun_single_node.sh.html").read_text(encoding="utf-8")
+    shown = (site / "repository/examples/torchrun_single_node.sh.html").read_text(encoding="utf-8")
     assert "torchrun_common.sh" in shown
+
+
+@pytest.mark.slow
+def test_the_search_works_from_files(site: Path, tmp_path: Path) -> None:
+    names = ("chromium", "chromium-browser", "google-chrome", "chromium-headless-shell")
+    browser = next((path for name in names if (path := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--virtual-time-budget=20000"]
+    address = f"file://{site}/formats.html?q=Tijdeman"  # a word of docs/data.md alone
+    done = subprocess.run([browser, *options, "--dump-dom", address], capture_output=True, text=True, timeout=120)
+    found = re.findall(r'<a href="([^"]*)" class="md-search-result__link', done.stdout)
+    assert found and all("/data.html" in link for link in found), done.stderr[-2000:]
 
 
 @pytest.mark.slow
