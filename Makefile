@@ -1,6 +1,6 @@
 # Every target sets up what it needs in .venv first. Needs Python >= 3.11 and a package index, nothing else.
 
-.PHONY: venv lint format test test-slow quickstart bench clean
+.PHONY: venv lint format test test-slow quickstart bench docs clean
 .DEFAULT_GOAL := venv
 .DELETE_ON_ERROR:
 
@@ -61,6 +61,11 @@ bench: $(STAMP)
 	$(PY) benchmarks/overlap.py
 	$(PY) benchmarks/checkpoint.py
 	$(PY) benchmarks/hf_folders.py
+
+# Into build/site; open index.html there, no server is needed.
+docs: $(STAMP)
+	$(PY) docs/list_settings.py
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 clean:
 	rm -rf .venv build runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
