@@ -52,16 +52,18 @@ class Shares:
             cuDNN on an H100 and an H200 (FlashAttention-3's figures; NVIDIA's cudnn-frontend tables, head size 128).
         stream: of memory bandwidth in element-wise kernels: 2.9 of 3.35 TB/s (quack's RMSNorm on an H100).
         link: of NVLink's and the network's figures in large collectives.
-        latency: seconds that a collective takes besides, per rank that takes part in a ring.
+        latency, network_latency: seconds that a ring takes besides, per hop inside a node and between nodes: NCCL's own table has
+            3.4 and 14 us for the protocol that large messages take (its src/graph/tuning.cc: hwLat, Ring, Simple).
     """
 
     products: float = 0.706
-    exposed: float = 0.347
+    exposed: float = 0.373
     scores: float = 0.535
     scores_backward: float = 0.45
     stream: float = 0.87
     link: float = 0.8
-    latency: float = 3e-6
+    latency: float = 3.4e-6
+    network_latency: float = 14e-6
 
 
 SHARES = Shares()

@@ -10,19 +10,23 @@
            context parallelism     what the ring of keys and values takes longer than the scores that hide it
     B likewise: products twice (the second time, for weights, with the sums in float32), scores 2.5 times, six transfers.
 
-A collective of n bytes over d ranks takes n (d - 1) / d / bandwidth + latency * (d - 1): rings, over NVLink while the ranks that
-it joins are in one node, else over the network. Gradients go out behind the last backward of a rank and weights come in before
-its first forwards; only what is longer than those is waited for. Axes are cut as `parallel/grid.py` does: tensor-parallel ranks
-are neighbours, then context, data and pipeline.
+A collective of n bytes over d ranks takes n (d - 1) / d / bandwidth and the latency of d - 1 hops: rings, over NVLink while the
+ranks that it joins are in one node, else over the network, with the adapters of all ranks that it has in a node. Data parallelism
+has a collective for each bucket (`optim/layout.py`), and so each bucket has the latency. Gradients go out behind the last backward
+of a rank and weights come in before its first forwards; only what is longer than those is waited for, and the bucket that is
+complete last, or needed first. With many ranks buckets are large, at last one for all, and nothing hides. Axes are cut as
+`parallel/grid.py` does: tensor-parallel ranks are neighbours, then context, data and pipeline.
 
 Shape suffixes: T tokens of a micro-batch on a rank, H hidden, K and N sides of a product.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_llm.config import Config
+from megatron_llm.optim.layout import default_bucket_size
 from megatron_llm.pipeline.simulate import Costs
 from megatron_llm.planning.activations import compute_bytes
 from megatron_llm.planning.hardware import SHARES, Device, Shares
@@ -68,9 +72,11 @@ class Modelled:
         pieces = len(costs.forward) // parallel.pipeline_parallel
         hidden = sum(sorted(b + w for b, w in zip(costs.backward, costs.weight, strict=True))[-pieces:])
         before = sum(sorted(costs.forward)[-pieces:])
-        bucket = 1 / 8 if parallel.overlap else 1.0  # the last one, or the first, is never hidden: `optim/layout.py`
-        gradients = self.collective(sent * parameters, ranks, span)
-        weights = self.collective(compute_bytes(config) * parameters, ranks, span)
+        elements = parallel.bucket_size or default_bucket_size(math.ceil(parameters), ranks)
+        buckets = math.ceil(parameters / elements)
+        bucket = max(1 / 8, 1 / buckets) if parallel.overlap else 1.0  # the embedding alone is about an eighth
+        gradients = self.collective(sent * parameters, ranks, span, buckets)
+        weights = self.collective(compute_bytes(config) * parameters, ranks, span, buckets)
         if not parallel.overlap:
             hidden = before = 0.0
         return {
@@ -79,15 +85,18 @@ class Modelled:
             "weights": max(weights * bucket, weights - before),
         }
 
-    def bandwidth(self, span: int) -> float:
-        """Bytes/s, one way, between ranks that lie within `span` neighbouring ones."""
-        return self.shares.link * (self.device.link if span <= self.device.node else self.device.network)
+    def bandwidth(self, span: int, together: float = 1.0) -> float:
+        """Bytes/s, one way, between ranks that lie within `span` neighbouring ones, `together` of them in a node."""
+        device = self.device
+        return self.shares.link * (device.link if span <= device.node else min(device.link, device.network * together))
 
-    def collective(self, size: float, ranks: int, span: int) -> float:
-        """Seconds of an all-gather or a reduce-scatter of `size` bytes in all."""
+    def collective(self, size: float, ranks: int, span: int, pieces: int = 1) -> float:
+        """Seconds of an all-gather or a reduce-scatter of `size` bytes in all, one after the other in `pieces`."""
         if ranks == 1:
             return 0.0
-        return size * (ranks - 1) / ranks / self.bandwidth(span) + self.shares.latency * (ranks - 1)
+        nodes = min(ranks, math.ceil(span / self.device.node))
+        latency = (ranks - nodes) * self.shares.latency + (nodes - 1) * self.shares.network_latency
+        return size * (ranks - 1) / ranks / self.bandwidth(span, ranks / nodes) + pieces * latency
 
 
 def layer_parts(config: Config, model: Modelled) -> dict[str, tuple[float, float]]:
