@@ -61,6 +61,7 @@ bench: $(STAMP)
 	$(PY) benchmarks/overlap.py
 	$(PY) benchmarks/checkpoint.py
 	$(PY) benchmarks/hf_folders.py
+	$(PY) benchmarks/scale_simulation.py --figure docs/scale.png
 
 clean:
 	rm -rf .venv build runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -11,8 +11,8 @@
     B likewise: products twice (the second time, for weights, with the sums in float32), scores 2.5 times, six transfers.
 
 A collective of n bytes over d ranks takes n (d - 1) / d / bandwidth and the latency of d - 1 hops: rings, over NVLink while the
-ranks that it joins are in one node, else over the network, with the adapters of all ranks that it has in a node. Data parallelism
-has a collective for each bucket (`optim/layout.py`), and so each bucket has the latency. Gradients go out behind the last backward
+ranks that it joins are in one node, else over the network, with the adapters of all its ranks in a node. Data parallelism
+has a collective for each bucket (`optim/layout.py`), so each has the latency. Gradients go out behind the last backward
 of a rank and weights come in before its first forwards; only what is longer than those is waited for, and the bucket that is
 complete last, or needed first. With many ranks buckets are large, at last one for all, and nothing hides. Axes are cut as
 `parallel/grid.py` does: tensor-parallel ranks are neighbours, then context, data and pipeline.
