@@ -61,6 +61,7 @@ bench: $(STAMP)
 	$(PY) benchmarks/overlap.py
 	$(PY) benchmarks/checkpoint.py
 	$(PY) benchmarks/hf_folders.py
+	$(PY) benchmarks/scale_simulation.py --figure docs/scale.png
 
 # Into build/site; open index.html there, no server is needed.
 docs: $(STAMP)

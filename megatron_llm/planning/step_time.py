@@ -11,10 +11,11 @@
     B likewise: products twice (the second time, for weights, with the sums in float32), scores 2.5 times, six transfers.
 
 A collective of n bytes over d ranks in k nodes takes n (d - 1) / d / bandwidth + call + (k - 1) network hops + (d - k) hops: a
-ring, over NVLink while the ranks that it joins are in one node, else at the network's speed. (NCCL has trees for all-reduces,
-which are not used here.) Gradients go out in buckets behind the last backward of a rank and weights come in before its first
-forwards; only what is longer than those is waited for. Axes are cut as `parallel/grid.py` does: tensor-parallel ranks are
-neighbours, then context, data and pipeline.
+ring, over NVLink while the ranks that it joins are in one node, else over the network, with the adapters of all ranks that it
+has in a node. (NCCL has trees for all-reduces, which are not used here.) Gradients go out in buckets behind the last backward of
+a rank and weights come in before its first forwards; only what is longer than those is waited for, and the bucket that is
+complete last, or needed first: with many ranks buckets are large, at last one for all, and nothing hides. Axes are cut as
+`parallel/grid.py` does: tensor-parallel ranks are neighbours, then context, data and pipeline.
 
 Shape suffixes: T tokens of a micro-batch on a rank, H hidden, K and N sides of a product.
 """
@@ -72,8 +73,9 @@ class Modelled:
         pieces = len(costs.forward) // parallel.pipeline_parallel
         hidden = sum(sorted(b + w for b, w in zip(costs.backward, costs.weight, strict=True))[-pieces:])
         before = sum(sorted(costs.forward)[-pieces:])
-        bucket = 1 / 8 if parallel.overlap else 1.0  # the last one, or the first, is never hidden: `optim/layout.py`
         buckets = math.ceil(parameters / (parallel.bucket_size or default_bucket_size(round(parameters), ranks)))
+        # The last one, or the first, is never hidden (`optim/layout.py`); the embedding alone is about an eighth.
+        bucket = max(1 / 8, 1 / buckets) if parallel.overlap else 1.0
         gradients = self.collective(sent * parameters, ranks, span, buckets)
         weights = self.collective(compute_bytes(config) * parameters, ranks, span, buckets)
         if not parallel.overlap:
@@ -84,21 +86,23 @@ class Modelled:
             "weights": max(weights * bucket, weights - before),
         }
 
-    def bandwidth(self, span: int) -> float:
-        """Bytes/s, one way, between ranks that lie within `span` neighbouring ones."""
-        return self.shares.link * (self.device.link if span <= self.device.node else self.device.network)
+    def bandwidth(self, span: int, together: float = 1.0) -> float:
+        """Bytes/s, one way, between ranks that lie within `span` neighbouring ones, `together` of them in a node."""
+        device = self.device
+        return self.shares.link * (device.link if span <= device.node else min(device.link, device.network * together))
 
     def collective(self, size: float, ranks: int, span: int, calls: int = 1) -> float:
         """Seconds of all-gathers or reduce-scatters of `size` bytes in all, by so many calls, among ranks that lie within `span`.
 
-        A ring passes through every node once: a hop over the network for each, the others inside.
+        A ring passes through every node once: a hop over the network for each, the others inside. There are as many rings as
+        ranks in a node, each over an adapter of its own.
         """
         if ranks == 1:
             return 0.0
         nodes = min(ranks, math.ceil(span / self.device.node))
         shares = self.shares
         latency = shares.call + (nodes - 1) * shares.network_hop + (ranks - nodes) * shares.hop
-        return size * (ranks - 1) / ranks / self.bandwidth(span) + calls * latency
+        return size * (ranks - 1) / ranks / self.bandwidth(span, ranks / nodes) + calls * latency
 
 
 def layer_parts(config: Config, model: Modelled) -> dict[str, tuple[float, float]]:

@@ -65,17 +65,17 @@ _CP, _SPLIT = {"context_parallel": 2}, {"context_parallel": 2, "tensor_parallel"
 _LOOPED = {**_SPLIT, "pipeline_schedule": "interleaved", "virtual_stages": 5}
 
 FITTED = [
-    Published("Llama-3 8B, 8 GPUs", _config(_8B, _CP, 8192, 128), 8, 10_153),
-    Published("Llama-3 70B, 64 GPUs", _config(_70B, _LOOPED, 8192, 128 * 4), 64, 1_113),
+    _megatron("16B", 6144, 32, 4, 1, 489.1),
+    _megatron("70B", 8192, 84, 8, 2, 419.7),
 ]
 PREDICTED = [
+    Published("Llama-3 8B, 8 GPUs", _config(_8B, _CP, 8192, 128), 8, 10_153),
+    Published("Llama-3 70B, 64 GPUs", _config(_70B, _LOOPED, 8192, 128 * 4), 64, 1_113),
     Published("Llama-3 8B, 128 GPUs", _config(_8B, _CP, 8192, 128 * 16), 128, 1_280_704 / 128),
     Published("Llama-3 70B, 256 GPUs", _config(_70B, _LOOPED, 8192, 128 * 4 * 4), 256, 283_399 / 256),
     _megatron("1.7B", 2048, 24, 1, 1, 408.8),
     _megatron("7.1B", 4096, 30, 2, 1, 465.9),
-    _megatron("16B", 6144, 32, 4, 1, 489.1),
     _megatron("32B", 8192, 38, 8, 1, 459.6),
-    _megatron("70B", 8192, 84, 8, 2, 419.7),
     _megatron("119B", 10_240, 92, 8, 4, 420.5),
     _megatron("177B", 12_288, 96, 8, 6, 432.8),
     _megatron("314B", 16_384, 96, 8, 8, 474.4),

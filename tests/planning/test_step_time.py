@@ -5,10 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
+from megatron_llm.models.stages import build_stages
+from megatron_llm.models.stages import parameters as model_parameters
+from megatron_llm.optim.layout import bucket_layout
+from megatron_llm.parallel.grid import Grid
+from megatron_llm.pipeline.simulate import Costs
 from megatron_llm.planning.compare import candidate, chosen
 from megatron_llm.planning.hardware import DEVICES, SHARES, Shares
 from megatron_llm.planning.layouts import shares
+from megatron_llm.planning.stages import rank_weights
 from megatron_llm.planning.step_time import Modelled
 from tests.planning.published import FITTED, PREDICTED, Published
 from tests.runs import config_of
@@ -31,11 +38,12 @@ def test_the_constants_are_the_fit() -> None:
     assert _predicted(exposed, replace(SHARES, exposed=SHARES.exposed * 1.5)) < 0.99 * exposed.tokens_per_second
 
 
-UNKNOWN = {"Megatron 1.7B": 0.25, "Megatron 462B": 0.25}
-"""Rows that it misses by more than a tenth, with the one batch that is published, that of 177B; larger models had larger ones."""
+UNKNOWN = {"Megatron 1.7B": 0.25, "Megatron 314B": 0.12, "Megatron 462B": 0.28}
+"""Rows that it misses by more than a tenth. The smallest model is bound by what is not modelled, launches and the host; the batch
+of all is taken to be the one that is published, that of 177B, and larger models had larger ones."""
 
 
-@pytest.mark.parametrize("name, batch", [("Megatron 1.7B", 384), ("Megatron 462B", 1536)])
+@pytest.mark.parametrize("name, batch", [("Megatron 314B", 1536), ("Megatron 462B", 2304)])
 def test_what_is_missed_depends_on_the_batch_that_is_not_published(name: str, batch: int) -> None:
     row = next(row for row in PREDICTED if row.name == name)
     training = row.config.training.model_copy(update={"global_batch_size": batch})
@@ -49,7 +57,7 @@ def test_the_others_are_predicted_within_a_tenth(row: Published) -> None:
 
 
 def test_what_a_step_is_made_of_grows_with_what_makes_it() -> None:
-    row = FITTED[1]
+    row = next(row for row in PREDICTED if row.name == "Llama-3 70B, 64 GPUs")
     assumed = Modelled(DEVICES["h100"])
     slow = replace(DEVICES["h100"], link=100e9)
     usual, slower = (chosen(row.config, row.world, Modelled(device)) for device in (DEVICES["h100"], slow))
@@ -60,6 +68,25 @@ def test_what_a_step_is_made_of_grows_with_what_makes_it() -> None:
         p >= 0 for p in parts.values()
     )
     assert sum(parts.values()) < 0.3
+
+
+@pytest.mark.parametrize("replicas, exposed", [(4, 1 / 8), (512, 1.0)])
+def test_what_is_in_one_bucket_hides_behind_nothing(replicas: int, exposed: float) -> None:
+    """Where everything else is endless, all but the last of the buckets that a run would have is hidden."""
+    config = config_of(
+        training={"micro_batch_size": 1, "global_batch_size": replicas},
+        model={"num_hidden_layers": 8, "hidden_size": 1024, "intermediate_size": 4096},
+        precision={"compute": "bfloat16"},
+    )  # fmt: skip
+    model = Modelled(DEVICES["h100"])
+    parameters = rank_weights(config, (0,))[0]
+    stages = build_stages(config, Grid.imagined(config.parallel, 4, 1, 0), (0,), torch.float32, torch.device("meta"))
+    buckets = len(bucket_layout(model_parameters(stages), replicas))
+    assert 1 / buckets == pytest.approx(exposed, abs=0.03)
+    endless = Costs.uniform(1, 1e3, 1e3, 1e3)
+    outside = model.outside(config, replicas, endless, parameters)
+    whole = model.collective(4 * parameters, replicas, replicas, 1 if exposed == 1 else 8)
+    assert outside["gradients"] == pytest.approx(exposed * whole, rel=0.01)
 
 
 def test_few_micro_batches_stand_for_many() -> None:
@@ -95,8 +122,9 @@ def test_a_ring_takes_a_hop_over_the_network_for_each_node() -> None:
     assert model.collective(0.0, 48, 384) == pytest.approx(8.4e-6 + 47 * 9.6e-6)  # a rank in each node
     assert model.collective(0.0, 2048, 16_384, calls=8) == pytest.approx(8 * (8.4e-6 + 2047 * 9.6e-6))
     assert model.collective(0.0, 12, 12) == pytest.approx(8.4e-6 + 10 * 3.4e-6 + 9.6e-6)  # a node and a half
-    one, two = (model.collective(size, 8, 8) for size in (1e9, 2e9))
-    assert two - one == pytest.approx(1e9 * 7 / 8 / (0.8 * 450e9))
+    for ranks, span, bandwidth in ((8, 8, 450e9), (16, 128, 50e9), (16, 32, 200e9), (16, 16, 400e9)):  # 8, 1, 4, 8 in a node
+        one, two = (model.collective(size, ranks, span) for size in (1e9, 2e9))
+        assert two - one == pytest.approx(1e9 * (ranks - 1) / ranks / (0.8 * bandwidth))
 
 
 def test_recomputation_costs_what_it_reads_and_writes() -> None:
