@@ -146,7 +146,6 @@ class Cluster:
                 "SlurmdParameters=config_overrides",  # as many CPUs as said below, whatever this machine has
                 "SchedulerParameters=batch_sched_delay=0,sched_interval=2,sched_min_interval=0",
                 "MinJobAge=3600",  # what has ended can be asked for
-                "KillWait=10",
                 f"StateSaveLocation={self.folder}/state",
                 f"SlurmctldPidFile={self.folder}/slurmctld.pid",
                 f"SlurmctldLogFile={self.folder}/slurmctld.log",
