@@ -62,14 +62,8 @@ def test_a_harness_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
     assert "pip install 'megatron_llm[eval]'" in capsys.readouterr().err
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, its tokenizer, and a task with few-shot examples."""
-    path = tmp_path_factory.mktemp("harness")
-    prepare(path)
-    make_folder(Case("LlamaForCausalLM", {**LLAMA, "vocab_size": 400, "max_position_embeddings": 512}), path / "hf")
-    for file in (path / "tokenizer").iterdir():
-        (path / "hf" / file.name).write_bytes(file.read_bytes())
+def write_task(path: Path) -> None:
+    """The task tiny_sums in `path`/tasks, with its questions."""
     rows = [{"question": text, "choices": CHOICES, "answer": number % 4} for number, text in enumerate(QUESTIONS)]
     (path / "sums.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (path / "examples.json").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
@@ -83,6 +77,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")],
     }  # fmt: skip
     (path / "tasks/tiny_sums.yaml").write_text(yaml.safe_dump(task))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, its tokenizer, and a task with few-shot examples."""
+    path = tmp_path_factory.mktemp("harness")
+    prepare(path)
+    make_folder(Case("LlamaForCausalLM", {**LLAMA, "vocab_size": 400, "max_position_embeddings": 512}), path / "hf")
+    for file in (path / "tokenizer").iterdir():
+        (path / "hf" / file.name).write_bytes(file.read_bytes())
+    write_task(path)
     return path
 
 
