@@ -1,7 +1,7 @@
 """Ranks and devices: from the launcher's environment to a process group. Called by `training/loop.py`.
 
-The only environment variables read in the project are the launcher's: those of `launcher.py`, and TORCHELASTIC_* of a torchrun that
-restarts ranks.
+The only environment variables read in the project are the launcher's: those of `launcher.py`, and TORCHELASTIC_* of a torchrun
+that restarts ranks.
 """
 
 from __future__ import annotations
@@ -131,9 +131,9 @@ def _store_of_step(launch: Launch, timeout: timedelta) -> dist.Store:
     except dist.DistError as error:
         where = f"rank {launch.rank} of {launch.world_size} (step {launch.slurm} of SLURM)"
         if launch.rank == 0:
-            raise ValueError(f"{where} cannot hold the meeting at port {port}: set MASTER_PORT to a free one ({error})") from error
+            raise ValueError(f"{where} cannot listen at port {port}: set MASTER_PORT to a free one ({error})") from error
         raise ValueError(
-            f"{where} did not reach rank 0 at {host}:{port} within {timeout.total_seconds():g} s: it has ended (its log says why), or "
+            f"{where} did not reach rank 0 at {host}:{port} within {timeout.total_seconds():g} s: it has ended, and says why, or "
             f"set MASTER_ADDR to an address of its host that all nodes reach ({error})"
         ) from error
     return dist.PrefixStore(f"step {launch.slurm}", store)

@@ -1,14 +1,14 @@
 """Which of how many ranks a process is, as its launcher says: torchrun, SLURM's `srun`, or none.
 
-Called by `training/distributed.py`, and where commands ask before they load torch. With `distributed.py` the only place that reads the
-launcher's environment:
+Called by `training/distributed.py`, and where commands ask before they load torch. With `distributed.py` the only place that
+reads the launcher's environment:
 
-    torchrun, or whoever does as it does   RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT
-    srun                                   SLURM_STEP_ID, SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID, the list of nodes, the job's id
+    torchrun, and those who do as it does   RANK, WORLD_SIZE, LOCAL_RANK; MASTER_ADDR and MASTER_PORT, read by torch
+    srun                                    SLURM_JOB_ID, _STEP_ID, _PROCID, _NTASKS, _LOCALID, the nodes of the step
 
-torchrun's count where both are there: SLURM has then started torchrun. The shell of `sbatch` and that of `salloc` have variables of
-SLURM too, for all tasks of the job, but what is started in them without `srun` is one process. So is what is typed into the shell of
-`srun --pty bash`.
+torchrun's count where both are there: SLURM has then started torchrun. The shells of `sbatch` and `salloc` have variables of
+SLURM too, for all tasks of the job, but what is started in them without `srun` is one process. So is what is typed into the shell
+of `srun --pty bash`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def launch_of(environment: Mapping[str, str] | None = None) -> Launch:
     """What the environment (default: this process's) says. Raises ValueError if it says it by halves, or what cannot be."""
     given = os.environ if environment is None else environment
     if "RANK" in given or "WORLD_SIZE" in given:
-        numbers = _numbers(given, "RANK", "WORLD_SIZE", who="the launcher", way_out="unset both for a single process, or use torchrun")
+        way_out = "unset both for a single process, or use torchrun"
+        numbers = _numbers(given, "RANK", "WORLD_SIZE", who="the launcher", way_out=way_out)
         return Launch(*_checked("RANK", "WORLD_SIZE", *numbers), _number(given, "LOCAL_RANK", "0"))
     return _of_srun(given) if _in_step(given) else Launch()
 

@@ -86,13 +86,13 @@ def test_the_table_that_is_shipped_is_valid_and_begins_small() -> None:
         model = parse_config(raw).model
         from megatron_llm.models.names import logical_tensors
 
-        size = sum(spec_size(shape) for _, shape in logical_tensors(model))
+        size = sum(_elements(shape) for _, shape in logical_tensors(model))
         assert abs(size / 1e6 / float(name.split("-")[0].rstrip("m")) - 1) < 0.15, (name, size)
         sizes.append(size)
     assert sizes == sorted(sizes) and 1.1e8 < sizes[0] < 1.5e8
 
 
-def spec_size(shape: tuple[int, ...]) -> int:
+def _elements(shape: tuple[int, ...]) -> int:
     size = 1
     for length in shape:
         size *= length
@@ -113,7 +113,7 @@ def test_what_is_wrong_is_said_with_the_way_out(tmp_path: Path, cluster: Cluster
         ("train", gpus, [], "usage: sbatch"),
         ("train", gpus, ["wrong.yaml"], "optimizer.lr(.|\n)*nothing was started; mend them and submit again"),
         ("sweep_array", gpus, [config, "table.txt"], "no task of an array: submit with --array=0-0"),
-        ("sweep_array", (*gpus, *array), [config, "table.txt"], "task 5 of the array is outside of table.txt, which has 1 runs: .*0-0"),
+        ("sweep_array", (*gpus, *array), [config, "table.txt"], "task 5 of the array is outside .* which has 1 runs: .*0-0"),
         ("sweep_array", (*gpus, "--array=0"), [config, "wrong.txt"], "the first word of a line is the name of the run"),
         ("sweep_array", (*gpus, "--array=0"), [config, "nowhere.txt"], "nowhere.txt is not a file"),
         ("convert_array", ("--array=0",), ["failing.txt"], "nowhere(.|\n)*then repeat it alone: sbatch --array=0"),

@@ -69,7 +69,5 @@ def test_from_files_to_an_evaluated_model(tmp_path: Path, cluster: Cluster) -> N
     ],
 )
 def test_wrong_usage(tmp_path: Path, arguments: list[str], said: str) -> None:
-    import subprocess
-
     done = subprocess.run([str(SCRIPTS / "pipeline.sh"), *arguments], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and said in done.stderr and "pipeline.sh --hf DIR" in done.stderr

@@ -42,8 +42,8 @@ def _same_run(one: Path, other: Path, steps: int) -> None:
 def test_a_run_that_its_time_limit_stops_goes_on_as_if_nothing_had_been(
     tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SLURM's own warning of the shortest limit, a minute; it looks every 30 seconds whom to warn. A job that waits for the run is not
-    released before its end.
+    """SLURM's own warning of the shortest limit, a minute; it looks every 30 seconds whom to warn. A job that waits for the
+    run is not released before its end.
     """
     config, run = _config(tmp_path, "run", 1_000_000), tmp_path / "run"
     limit = ("--time=1", "--signal=B:USR1@5")
@@ -72,10 +72,10 @@ def test_a_run_that_its_time_limit_stops_goes_on_as_if_nothing_had_been(
 
 @pytest.mark.slow
 def test_plain_srun(tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process in the shell of sbatch is alone. The tasks of srun are ranks: the run they make, warned and gone on with, is that of a
-    launcher's ranks.
+    """A process in the shell of sbatch is alone. The tasks of srun are ranks: the run they make, warned and gone on with, is
+    that of a launcher's ranks.
     """
-    config, run = _config(tmp_path, "run", 1_000_000), tmp_path / "run"
+    run = tmp_path / _config(tmp_path, "run", 1_000_000).stem
     train = "$PYTHON -m megatron_llm train run.yaml"
     shell = f"{train} logging.run_dir=shell training.steps=2 && {{ srun {train}; echo code $?; srun {train}; }}"
     job = cluster.submit("--nodes=2", "--ntasks=2", "--output=log", "--wrap", shell, cwd=tmp_path)
@@ -101,9 +101,9 @@ def test_a_run_that_fails_or_is_cancelled_is_not_put_back(tmp_path: Path, cluste
     for name in ("failing", "cancelled", "once"):
         _config(tmp_path, name, 1_000_000, training={})
     submit = ("--nodes=1", "--gpus-per-node=0", "--exclusive=user")
-    script, runs = SCRIPTS / "train.sbatch", ("failing", "cancelled", "once")
+    script, runs, skips = SCRIPTS / "train.sbatch", ("failing", "cancelled", "once"), "training.max_skipped_steps=3"
     jobs = {
-        "failing": cluster.submit(*submit, script, "failing.yaml", "optimizer.lr=1.0e+300", "training.max_skipped_steps=3", cwd=tmp_path),
+        "failing": cluster.submit(*submit, script, "failing.yaml", "optimizer.lr=1.0e+300", skips, cwd=tmp_path),
         "cancelled": cluster.submit(*submit, script, "cancelled.yaml", cwd=tmp_path),
         "once": cluster.submit(*submit, "--no-requeue", script, "once.yaml", cwd=tmp_path),
     }
@@ -113,9 +113,10 @@ def test_a_run_that_fails_or_is_cancelled_is_not_put_back(tmp_path: Path, cluste
     cluster.call("scancel", str(jobs["cancelled"]))
     cluster.call("scancel", "--signal=USR1", "--batch", str(jobs["once"]))
     assert cluster.wait(jobs["failing"]) == ["FAILED"]
-    assert re.search("the run failed: .*(.|\n)*Mend what the reason says and submit the same command again", logs["failing"].read_text())
+    said = logs["failing"].read_text()
+    assert re.search("the run failed: .*(.|\n)*Mend what the reason says and submit the same command again", said), said
     assert cluster.wait(jobs["cancelled"]) == ["CANCELLED"]
-    cluster.until(lambda: "The same command goes on from there" in logs["cancelled"].read_text(), 30, logs["cancelled"].read_text())
+    cluster.until(lambda: "The same command goes on from there" in logs["cancelled"].read_text(), 30, "no word of the job")
     assert cluster.wait(jobs["once"]) == ["FAILED"] and cluster.jobs(jobs["once"])[0]["ExitCode"] == "75:0"
     assert "Jobs must be submitted with --requeue" in logs["once"].read_text()
     assert [cluster.jobs(job)[0]["Restarts"] for job in jobs.values()] == ["0"] * 3
