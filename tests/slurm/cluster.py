@@ -1,6 +1,7 @@
 """A SLURM of two nodes on this machine: munged, slurmctld and two slurmd with everything in one folder. Used by `conftest.py`.
 
-The nodes are called 127.0.0.1 and 127.0.0.2, so a node's name is an address at which it is found, as on a real cluster.
+The nodes are called 127.0.0.1 and 127.0.0.2, so a node's name is an address at which it is found, as on a real cluster. Eight nodes
+with GPUs exist on paper, in the partitions gpu and cpu: what is submitted there is checked by SLURM and waits.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Cluster:
         for node in ("127.0.0.1", "127.0.0.2"):
             self._daemon("slurmd", "-N", node)
         deadline = time.monotonic() + 30
-        while self.call("sinfo", "--noheader", "--Node", "--format=%T").split() != ["idle", "idle"]:
+        while self.call("sinfo", "--noheader", "--Node", "--partition=main", "--format=%T").split() != ["idle", "idle"]:
             if time.monotonic() > deadline:
                 logs = [f"--- {path.name}\n{path.read_text()[-3000:]}" for path in sorted(self.folder.glob("*.log"))]
                 raise RuntimeError("SLURM did not start:\n" + "\n".join(logs))
@@ -107,7 +108,7 @@ class Cluster:
         """The state of a job, or of the tasks of an array."""
         return [fields["JobState"] for fields in self.jobs(job)]
 
-    def wait(self, job: int, seconds: float = 120) -> list[str]:
+    def wait(self, job: int, seconds: float = 400) -> list[str]:
         """Wait until a job, or all tasks of an array, are over: their states."""
         self.until(lambda: all(state in ENDED for state in self.states(job)), seconds, f"job {job} did not end")
         return self.states(job)
@@ -156,7 +157,11 @@ class Cluster:
                     f"NodeName={node} NodeHostname={host} NodeAddr={node} Port={free_port()} CPUs=4 State=UNKNOWN"
                     for node in ("127.0.0.1", "127.0.0.2")
                 ),
-                "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:4",
+                "GresTypes=gpu",
+                f"NodeName=gpu[1-8] NodeHostname=nowhere NodeAddr=127.0.0.3 Port={free_port()} CPUs=64 Gres=gpu:8 State=DOWN",
+                "PartitionName=main Nodes=127.0.0.[1-2] Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:4",
+                "PartitionName=gpu Nodes=gpu[1-8] MaxTime=INFINITE State=UP",
+                "PartitionName=cpu Nodes=gpu[1-8] MaxTime=INFINITE State=UP",
                 "",
             ]
         )

@@ -21,6 +21,7 @@ SMALL = ("--cpus-per-task=1",)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_shard_that_was_killed_is_repeated_alone_and_the_text_is_whole(
     tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -51,6 +52,7 @@ def test_a_shard_that_was_killed_is_repeated_alone_and_the_text_is_whole(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_sweep_and_conversions(tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = write_config(tmp_path / "sweep.yaml", TINY | {"logging": {"run_dir": "sweep"}})
@@ -100,6 +102,7 @@ def _elements(shape: tuple[int, ...]) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_what_is_wrong_is_said_with_the_way_out(tmp_path: Path, cluster: Cluster) -> None:
     config = write_config(tmp_path / "run.yaml", TINY | {"logging": {"run_dir": "run"}}).name
     write_config(tmp_path / "wrong.yaml", TINY | {"optimizer": {"lr": "fast"}, "logging": {"run_dir": "run"}})

@@ -24,6 +24,7 @@ FEW = "--cpus-per-task=1 --time=10"
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_from_files_to_an_evaluated_model(tmp_path: Path, cluster: Cluster) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -47,7 +48,7 @@ def test_from_files_to_an_evaluated_model(tmp_path: Path, cluster: Cluster) -> N
     again = cluster.attempt(script, *options, cwd=tmp_path)
     assert again.returncode == 1 and f"first: scancel {jobs[0][0]} " in again.stderr, again.stderr
     for job, name, *_ in jobs:
-        states = cluster.wait(int(job), 240)
+        states = cluster.wait(int(job))
         logs = "\n".join(path.read_text() for path in (tmp_path / "out/logs").glob(f"{name}-{job}*.log"))
         assert set(states) == {"COMPLETED"}, f"{name}: {states}\n{logs}"
     for phase, steps in (("continued", 4), ("tuned", 2)):

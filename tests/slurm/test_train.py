@@ -39,6 +39,7 @@ def _same_run(one: Path, other: Path, steps: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_run_that_its_time_limit_stops_goes_on_as_if_nothing_had_been(
     tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,6 +72,7 @@ def test_a_run_that_its_time_limit_stops_goes_on_as_if_nothing_had_been(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_plain_srun(tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process in the shell of sbatch is alone. The tasks of srun are ranks: the run they make, warned and gone on with, is
     that of a launcher's ranks.
@@ -96,6 +98,7 @@ def test_plain_srun(tmp_path: Path, cluster: Cluster, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_run_that_fails_or_is_cancelled_is_not_put_back(tmp_path: Path, cluster: Cluster) -> None:
     """Neither is one whose job must not be; and each says what to do."""
     for name in ("failing", "cancelled", "once"):
