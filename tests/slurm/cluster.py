@@ -1,7 +1,7 @@
 """A SLURM of two nodes on this machine: munged, slurmctld and two slurmd with everything in one folder. Used by `conftest.py`.
 
-The nodes are called 127.0.0.1 and 127.0.0.2, so a node's name is an address at which it is found, as on a real cluster. Eight nodes
-with GPUs exist on paper, in the partitions gpu and cpu: what is submitted there is checked by SLURM and waits.
+The nodes are called 127.0.0.1 and 127.0.0.2, so a node's name is an address at which it is found, as on a real cluster. Eight
+nodes with GPUs exist on paper, in the partitions gpu and cpu: what is submitted there is checked by SLURM and waits.
 """
 
 from __future__ import annotations
@@ -71,14 +71,22 @@ class Cluster:
     def stop(self) -> None:
         """End all jobs, then the daemons by their process ids."""
         try:
-            self.call("scancel", "--user=root")
-            deadline = time.monotonic() + 15
-            while self.call("squeue", "--noheader") and time.monotonic() < deadline:
-                time.sleep(0.2)
+            self.cancel_all()
         finally:
             # The order of their start, backwards.
             for name in ("slurmd-127.0.0.2", "slurmd-127.0.0.1", "slurmctld", "munge"):
                 _end(self.folder / f"{name}.pid")
+
+    def cancel_all(self) -> None:
+        """Leave nothing in the queue, or running."""
+        self.attempt("scancel", "--user=root")
+        deadline = time.monotonic() + 5
+        while self.attempt("squeue", "--noheader").stdout.strip() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        self.attempt("scancel", "--signal=KILL", "--full", "--user=root")
+        deadline = time.monotonic() + 40
+        while self.attempt("squeue", "--noheader").stdout.strip() and time.monotonic() < deadline:
+            time.sleep(0.2)
 
     def call(self, *command: str, **variables: str) -> str:
         """What a command prints; it must end well."""

@@ -9,8 +9,15 @@ import pytest
 from tests.slurm.cluster import Cluster, why_not
 
 
+@pytest.fixture
+def cluster(slurm: Cluster) -> Iterator[Cluster]:
+    """No job of a test that failed lives on in the next."""
+    yield slurm
+    slurm.cancel_all()
+
+
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if reason := why_not():
         pytest.skip(reason)
     running = Cluster(tmp_path_factory.mktemp("slurm"))

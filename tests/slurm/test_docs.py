@@ -1,4 +1,4 @@
-"""The commands of docs/slurm.md as written, on a cluster as they are meant for: SLURM takes every option, and no more than that."""
+"""The commands of docs/slurm.md as written, on a cluster as they are meant for: SLURM takes every option of theirs."""
 
 from __future__ import annotations
 

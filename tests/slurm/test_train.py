@@ -22,12 +22,20 @@ TWO_NODES = ("--nodes=2", "--gpus-per-node=0")
 
 
 def _config(folder: Path, run: str, steps: int, **sections: dict[str, Any]) -> Path:
-    raw = TINY | {"lr_schedule": {"kind": "constant"}, "logging": {"run_dir": run}, **sections}
+    raw = TINY | {"lr_schedule": {"kind": "constant"}, "logging": {"run_dir": str(folder / run)}, **sections}
     return write_config(folder / f"{run}.yaml", raw | {"training": TINY["training"] | {"steps": steps}})
 
 
 def _losses(run: Path) -> list[tuple[int, float, float]]:
     return [(line["step"], line["loss"], line["grad_norm"]) for line in read_metrics(run) if "loss" in line]
+
+
+def _outcome(run: Path) -> str | None:
+    return read_status(run)["outcome"] if (run / "status.json").exists() else None
+
+
+def _steps(run: Path) -> int:
+    return len(read_metrics(run)) if (run / "metrics.jsonl").exists() else 0
 
 
 def _same_run(one: Path, other: Path, steps: int) -> None:
@@ -40,9 +48,7 @@ def _same_run(one: Path, other: Path, steps: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_run_that_its_time_limit_stops_goes_on_as_if_nothing_had_been(
-    tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_its_time_limit_stops_goes_on_as_if_nothing_had_been(tmp_path: Path, cluster: Cluster) -> None:
     """SLURM's own warning of the shortest limit, a minute; it looks every 30 seconds whom to warn. A job that waits for the
     run is not released before its end.
     """
@@ -53,7 +59,7 @@ def test_a_run_that_its_time_limit_stops_goes_on_as_if_nothing_had_been(
         f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes", "--wrap", "cp run/status.json seen.json", cwd=tmp_path
     )
     log = tmp_path / f"train-{job}.log"
-    cluster.until(lambda: run.exists() and read_status(run)["outcome"] == "stopped", 120, "the limit did not stop the run")
+    cluster.until(lambda: _outcome(run) == "stopped", 150, "the limit did not stop the run")
     steps = read_status(run)["step"] + 5
     _config(tmp_path, "run", steps)
     cluster.until(lambda: cluster.states(job) == ["PENDING"], 60, "the job did not go back into the queue")
@@ -65,7 +71,6 @@ def test_a_run_that_its_time_limit_stops_goes_on_as_if_nothing_had_been(
     assert text.count("continuing from") == 1 and read_status(run) == {"outcome": "done", "step": steps}
     assert cluster.wait(after) == ["COMPLETED"] and json.loads((tmp_path / "seen.json").read_text())["outcome"] == "done"
 
-    monkeypatch.chdir(tmp_path)
     endings = launch(2, main, ["train", str(_config(tmp_path, "whole", steps))])
     assert [ending.code for ending in endings] == [0, 0], endings[0].log
     _same_run(run, tmp_path / "whole", steps)
@@ -73,16 +78,16 @@ def test_a_run_that_its_time_limit_stops_goes_on_as_if_nothing_had_been(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_plain_srun(tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_srun(tmp_path: Path, cluster: Cluster) -> None:
     """A process in the shell of sbatch is alone. The tasks of srun are ranks: the run they make, warned and gone on with, is
     that of a launcher's ranks.
     """
     run = tmp_path / _config(tmp_path, "run", 1_000_000).stem
     train = "$PYTHON -m megatron_llm train run.yaml"
-    shell = f"{train} logging.run_dir=shell training.steps=2 && {{ srun {train}; echo code $?; srun {train}; }}"
+    shell = f"{train} logging.run_dir=$PWD/shell training.steps=2 && {{ srun {train}; echo code $?; srun {train}; }}"
     job = cluster.submit("--nodes=2", "--ntasks=2", "--output=log", "--wrap", shell, cwd=tmp_path)
     log = tmp_path / "log"
-    cluster.until(lambda: len(_losses(run)) > 5 if (run / "metrics.jsonl").exists() else False, 120, "no steps of srun's")
+    cluster.until(lambda: _steps(run) > 5, 150, "srun's ranks took no steps")
     cluster.call("scancel", "--signal=USR1", str(job))
     cluster.until(lambda: "code 75" in log.read_text(), 60, "the ranks did not stop")
     steps = read_status(run)["step"] + 3
@@ -91,7 +96,6 @@ def test_plain_srun(tmp_path: Path, cluster: Cluster, monkeypatch: pytest.Monkey
     text = log.read_text()
     assert "1 ranks: tp 1" in text and text.count("2 ranks: tp 1") == 2 and "continuing from" in text, text
 
-    monkeypatch.chdir(tmp_path)
     endings = launch(2, main, ["train", str(_config(tmp_path, "whole", steps))])
     assert [ending.code for ending in endings] == [0, 0], endings[0].log
     _same_run(run, tmp_path / "whole", steps)
@@ -112,7 +116,7 @@ def test_a_run_that_fails_or_is_cancelled_is_not_put_back(tmp_path: Path, cluste
     }
     logs = {name: tmp_path / f"train-{jobs[name]}.log" for name in runs}
     for name in runs[1:]:
-        cluster.until((tmp_path / name / "metrics.jsonl").exists, 120, f"{name} did not begin")
+        cluster.until(lambda name=name: _steps(tmp_path / name) > 1, 150, f"{name} did not begin")
     cluster.call("scancel", str(jobs["cancelled"]))
     cluster.call("scancel", "--signal=USR1", "--batch", str(jobs["once"]))
     assert cluster.wait(jobs["failing"]) == ["FAILED"]
