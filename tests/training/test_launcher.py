@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import socket
+
 import pytest
+import torch
 
 from megatron_llm.cli.main import main
+from megatron_llm.training.distributed import pick_device, process_group
 from megatron_llm.training.launcher import Launch, first_host, launch_of, port_of
 
 # As SLURM 22.05 sets them.
@@ -87,3 +92,45 @@ def test_such_an_error_is_shown_by_every_process(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert main(["train", "missing.yaml"]) == 1
     assert "error: the launcher set RANK=3, but not WORLD_SIZE" in capsys.readouterr().err
+
+
+def _be(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
+    for name in [name for name in os.environ if name.startswith("SLURM") or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_a_task_that_sees_its_own_gpu_alone_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under srun, where it has the number 0; under torchrun a rank without a GPU is one too many."""
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for visible, environment, number in ((1, SRUN, 0), (2, SRUN, 1), (2, TORCHRUN, 1)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda visible=visible: visible)
+        _be(monkeypatch, environment)
+        assert pick_device("auto") == torch.device("cuda", number) and taken.pop() == number
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="local rank 1 has no GPU: 1 visible"):
+        pick_device("auto")
+
+
+def test_ranks_that_do_not_meet_say_where_they_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        _be(monkeypatch, SRUN | {"SLURM_PROCID": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+        with (
+            pytest.raises(ValueError, match=rf"step 7.2 of SLURM\) cannot listen at port {port}: set MASTER_PORT"),
+            process_group(torch.device("cpu"), 1.0),
+        ):
+            pytest.fail("a group was made")
+    _be(monkeypatch, SRUN | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})  # nobody listens there any more
+    with (
+        pytest.raises(
+            ValueError, match=rf"rank 3 of 4 .* did not reach rank 0 at 127.0.0.1:{port} within 1 s: (.|\n)*MASTER_ADDR"
+        ),
+        process_group(torch.device("cpu"), 1.0),
+    ):
+        pytest.fail("a group was made")
