@@ -1,7 +1,7 @@
 # What the batch scripts beside this file have in common; they source it, with $examples set to the folder above.
 #
-# SLURM runs a copy of a batch script, from a spool folder: nothing lies beside it, and the scripts look for this file where they were
-# submitted from.
+# SLURM runs a copy of a batch script, from a spool folder: nothing lies beside it, and the scripts look for this file where they
+# were submitted from.
 
 source "$examples/torchrun_common.sh" # find_python, run_dir_of, listens
 
@@ -14,8 +14,8 @@ fail() { # message [exit code]
     exit "${2:-1}"
 }
 
-# The line of a table that this task of an array is for, as the array `words`. Lines that are blank or begin with # do not count; quotes are
-# those of a shell, and nothing else is.
+# The line of a table that this task of an array is for, as the array `words`. Lines that are blank or begin with # do not count;
+# quotes are those of a shell, and nothing else is.
 words_of_line() { # FILE what-a-line-is
     local lines number=${SLURM_ARRAY_TASK_ID:-}
     [[ -f $1 ]] || fail "$1 is not a file in $PWD; name the table of $2s"
@@ -34,15 +34,15 @@ megatron_llm() {
 }
 
 status_of() { # RUN key: what its status.json says, or nothing
-    "$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1] + "/status.json")).get(sys.argv[2], ""))' "$@" 2>/dev/null || true
+    "$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1])).get(sys.argv[2], ""))' "$1/status.json" "$2" 2>/dev/null || true
 }
 
 state_of_job() { # RUNNING Reason=None, or what ends it: COMPLETING Reason=TimeLimit
     scontrol --oneliner show job "$job" | sed -n 's/.*JobState=\([A-Z_]*\) \(Reason=[^ ]*\).*/\1 \2/p'
 }
 
-# Train on all nodes of the job and exit: 0 done, 1 failed, 75 saved but not put back into the queue. A run that was stopped, by SLURM's
-# warning or by training.max_minutes, goes back into the queue as this job, and whoever waits for the job goes on waiting.
+# Train on all nodes of the job and exit: 0 done, 1 failed, 75 saved but not put back into the queue. A run that was stopped, by
+# SLURM's warning or by training.max_minutes, goes back into the queue as this job, and whoever waits for the job goes on waiting.
 train_until_done() { # CONFIG.yaml overrides, --allow-change
     local folder asked="" told="" step run before outcome code=0
     find_python
@@ -56,10 +56,11 @@ train_until_done() { # CONFIG.yaml overrides, --allow-change
     fi
 
     folder=$(mktemp -d)
-    # The one task of a node has all ranks of it. srun would give it one core, and takes no --cpus-per-task from the job, from 22.05 on.
+    # The one task of a node has all ranks of it. srun would give it one core, and takes no --cpus-per-task from the job, from
+    # 22.05 on.
     export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}
-    # A signal goes to the launch script of this node alone. srun would signal its ranks as well, seconds apart on a busy machine, and a
-    # second signal ends a rank at once.
+    # A signal goes to the launch script of this node alone. srun would signal its ranks as well, seconds apart on a busy machine,
+    # and a second signal ends a rank at once.
     srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 \
         bash -c 'if [[ $SLURM_NODEID == 0 ]]; then echo $$ >"$0"; fi; exec "$@"' \
         "$folder/pid" "$examples/torchrun_multi_node.sh" "$@" &
@@ -77,7 +78,7 @@ train_until_done() { # CONFIG.yaml overrides, --allow-change
 
     if [[ $(identity "$run/status.json") == "$before" ]]; then
         if [[ -n $asked ]]; then
-            fail "asked to stop before the run had begun: --time must be longer than the start of a run and the warning of --signal" 75
+            fail "asked to stop before the run had begun: --time must be longer than a run's start and the warning of --signal" 75
         fi
         fail "no run has begun in $run (srun ended with $code; see above); mend what it says and submit again"
     fi
@@ -86,10 +87,11 @@ train_until_done() { # CONFIG.yaml overrides, --allow-change
         done) exit 0 ;;
         stopped) put_back "$run" ;;
         failed) fail "the run failed: $(status_of "$run" reason)
-Nothing is lost but the steps since its last checkpoint, and it was not put back into the queue. Stacks, if any, are in $run/stacks.
-Mend what the reason says and submit the same command again: it goes on from there." ;;
-        *) fail "the ranks ended without a word (srun: $code; $run/status.json: '$outcome'): killed, perhaps for their memory, or a node was lost.
-Look at the log above and at: sacct -j $job --format=JobID,State,ExitCode,MaxRSS. The same command goes on from the last checkpoint." ;;
+Steps since its last checkpoint are lost, and it was not put back into the queue. Stacks, if any, are in $run/stacks.
+Mend what the reason says and submit the same command again: it goes on from that checkpoint." ;;
+        *) fail "the ranks ended without a word (srun: $code; $run/status.json: '$outcome'), killed, perhaps for their memory.
+Look at the log above and at: sacct -j $job --format=JobID,State,ExitCode,MaxRSS
+The same command goes on from the last checkpoint." ;;
     esac
 }
 
@@ -104,8 +106,8 @@ put_back() { # RUN
     esac
     said=$(scontrol requeue "$job" 2>&1) ||
         fail "step $step is saved, but SLURM does not put this job back into the queue: $said
-Jobs must be submitted with --requeue, and your site must allow it. The same command goes on from there; to wait in the queue already
-now: sbatch --dependency=afterany:$SLURM_JOB_ID and the same." 75
+Jobs must be submitted with --requeue, and your site must allow it. The same command goes on from there; where it is not allowed,
+queue the next one while a job runs: sbatch --dependency=afterany:$SLURM_JOB_ID ..." 75
     echo "step $step is saved; job $job is back in the queue and goes on from there (squeue -j $job)"
     trap 'exit 75' TERM
     sleep 60 & # SLURM ends this script

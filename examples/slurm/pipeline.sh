@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From an open model, your text and your conversations to a tuned, exported and evaluated model: submits all jobs at once, each waiting for
-# those that it needs. Run it where sbatch works; it ends when all are in the queue.
+# From an open model, your text and your conversations to a tuned, exported and evaluated model: submits all jobs at once, each
+# waiting for those that it needs. Run it where sbatch works; it ends when all are in the queue.
 #
 #     examples/slurm/pipeline.sh --hf DIR --text FILE --text-valid FILE --chat FILE --chat-valid FILE --out DIR
 #         [--template NAME] [--shards N] [--train-options OPTIONS] [--cpu-options OPTIONS] [--evaluate-options OPTIONS]
@@ -16,9 +16,9 @@
 #                 sbatch's options of the jobs that train, that need no GPU, and that evaluates: "--nodes=4 --partition=gpu"
 #   --evaluate    arguments of `megatron-llm evaluate`: "--tasks arc_challenge:25 --limit 100"; its own preset
 #
-# Settings go to both phases, or to one: training.steps=100, sft:data.overlong=drop, continue:parallel.tensor_parallel=4. The recipe is
-# examples/continue_then_sft. A job that fails takes those with it that wait for it; its log in OUT/logs says why. Mend that and run the same
-# command again: what is done is not done again.
+# Settings go to both phases, or to one: training.steps=100, sft:data.overlong=drop, continue:parallel.tensor_parallel=4. The
+# recipe is examples/continue_then_sft. A job that fails takes those with it that wait for it; its log in OUT/logs says why. Mend
+# that and run the same command again: what is done is not done again.
 set -euo pipefail
 
 slurm=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -48,7 +48,8 @@ for option in --hf --text --text-valid --chat --chat-valid --out; do
     [[ $option == --out || -e ${given[$option]} ]] || usage "$option: ${given[$option]} does not exist"
 done
 [[ ${given[--shards]} =~ ^[1-9][0-9]*$ ]] || usage "--shards: ${given[--shards]} is no number from 1"
-command -v sbatch >/dev/null || usage "sbatch is not found: run this where jobs are submitted; without SLURM: examples/continue_then_sft/run.sh"
+command -v sbatch >/dev/null ||
+    usage "sbatch is not found: run this where jobs are submitted; without SLURM: examples/continue_then_sft/run.sh"
 absolute() { cd "$(dirname "$1")" && echo "$PWD/$(basename "$1")"; }
 for option in --hf --text --text-valid --chat --chat-valid; do given[$option]=$(absolute "${given[$option]}"); done
 mkdir -p "${given[--out]}/data" "${given[--out]}/logs"
@@ -59,7 +60,8 @@ read -ra gpu <<<"${given[--evaluate-options]:-}"
 read -ra evaluation <<<"${given[--evaluate]:-}"
 
 if [[ -s jobs.txt ]]; then
-    still=$(squeue --noheader --format=%A --jobs="$(cut -d ' ' -f 1 jobs.txt | paste -sd ,)" 2>/dev/null | sort -u | paste -sd ' ') || true
+    mine=$(cut -d ' ' -f 1 jobs.txt | paste -sd ,)
+    still=$(squeue --noheader --format=%A --jobs="$mine" 2>/dev/null | sort -u | paste -sd ' ') || true # long ended ones are unknown
     if [[ -n $still ]]; then
         echo "jobs of an earlier start of this pipeline are in the queue, in $PWD: wait for them, or first: scancel $still" >&2
         exit 1
@@ -112,6 +114,7 @@ submit continue "$texts${base:+ $base}" "${train[@]}" "$slurm/train.sbatch" "$re
     "data.tokenizer=$tokenizer" "${continued[@]}"
 submit sft "$id $chats" "${train[@]}" "$slurm/train.sbatch" "$recipe/sft.yaml" "data.tokenizer=$tokenizer" "${tuned[@]}"
 command_job export "$id" export tuned hf --ema --overwrite
-submit evaluate "$id" --gpus-per-node=1 "${gpu[@]}" "$slurm/command.sbatch" evaluate --hf hf --output evaluation.json "${evaluation[@]}"
+submit evaluate "$id" --gpus-per-node=1 "${gpu[@]}" "$slurm/command.sbatch" evaluate --hf hf --output evaluation.json \
+    "${evaluation[@]}"
 
 echo "all are in the queue. Where they are: squeue -j $(cut -d ' ' -f 1 jobs.txt | paste -sd ,); what they say: $PWD/logs"
