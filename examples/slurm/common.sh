@@ -102,7 +102,7 @@ put_back() { # RUN
         RUNNING*) ;;
         *TimeLimit) echo "step $step was saved when the time was over already: warn earlier (--signal=B:USR1@600)" >&2 ;;
         # scontrol would take it back even from scancel.
-        *) fail "step $step is saved; the job was ended ($state) and stays so. The same command goes on from there." 75 ;;
+        *) fail "step $step is saved; the job was cancelled or ended from outside ($state) and stays so. The same command goes on from there." 75 ;;
     esac
     said=$(scontrol requeue "$job" 2>&1) ||
         fail "step $step is saved, but SLURM does not put this job back into the queue: $said
