@@ -23,10 +23,20 @@ find_python() {
     fi
 }
 
-default_ranks() { # as many as there are GPUs, or 1
-    local gpus
-    gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+default_ranks() { # as many as there are GPUs, or 1; within a SLURM job, those that it has of this machine
+    local gpus=${SLURM_GPUS_ON_NODE:-0}
+    if ((!gpus)); then gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true); fi
     echo $((gpus > 0 ? gpus : 1))
+}
+
+run_dir_of() { # CONFIG.yaml overrides: the folder of the run; fails, having said why, if the settings are wrong
+    local settings=() word
+    for word in "$@"; do # without --allow-change, which is for `train`
+        if [[ $word != --* ]]; then settings+=("$word"); fi
+    done
+    trap '' USR1 # a request to stop is the script's; in the subshell of $(...)
+    "$PYTHON" -m megatron_llm config show "${settings[@]}" |
+        "$PYTHON" -c 'import sys, yaml; print((yaml.safe_load(sys.stdin) or {"logging": {"run_dir": ""}})["logging"]["run_dir"])'
 }
 
 # The rules of the ranks themselves: what comes within a second is the same request, passed on twice; SIGTERM after SIGUSR1 is
@@ -83,20 +93,15 @@ identity() { # of a file: another one if it has been written anew
 
 # Run to the end and exit: 0 done, 75 stopped (saved: run the same command again), 1 failed.
 launch() { # torchrun's options -- CONFIG.yaml overrides
-    local options=() settings=() word status before outcome run_dir
+    local options=() status before outcome run_dir
     while [[ $1 != -- ]]; do options+=("$1") && shift; done
     shift
     trap 'on_signal TERM' TERM HUP
     trap 'on_signal INT' INT
     trap 'on_signal USR1' USR1
     find_python
-    for word in "$@"; do # without --allow-change, which is for `train`
-        if [[ $word != --* ]]; then settings+=("$word"); fi
-    done
-    # Wrong settings end here, once and not once a restart.
-    run_dir=$("$PYTHON" -m megatron_llm config show "${settings[@]}" |
-        "$PYTHON" -c 'import sys, yaml; print((yaml.safe_load(sys.stdin) or {"logging": {"run_dir": ""}})["logging"]["run_dir"])') || exit 1
-    if [[ -n $first ]]; then exit 75; fi
+    run_dir=$(run_dir_of "$@") || exit 1 # wrong settings end here, once and not once a restart
+    # Asked to stop by now: the ranks hear of it when they listen. To end here would leave other machines waiting for this one.
     status=$run_dir/status.json
     before=$(identity "$status")
     # In a session of its own no signal to this script's group or terminal reaches torchrun. Some batch systems signal every

@@ -10,7 +10,7 @@
 # Environment:
 #   HEAD_NODE         name or address of the machine where ranks meet, the same everywhere; within a SLURM job its first node
 #   NNODES            machines, or MIN:MAX: with fewer than MAX the run goes on if its layout allows it; SLURM's number of nodes
-#   HEAD_PORT         29400
+#   HEAD_PORT         29400; within a SLURM job a port of its own
 #   JOB_ID            a name for this run, the same everywhere; SLURM's job, or the name of the configuration
 #   NPROC_PER_NODE    ranks on this machine; as many as it has GPUs, or 1
 #   MAX_RESTARTS      how often the run goes on by itself from its last checkpoint when a rank or a machine was lost; 3
@@ -22,9 +22,17 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/torchrun_common.sh"
 
-NNODES=${NNODES:-${SLURM_JOB_NUM_NODES:-}}
-if [[ -z ${HEAD_NODE:-} && -n ${SLURM_JOB_NODELIST:-} ]]; then
-    HEAD_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+NNODES=${NNODES:-${SLURM_STEP_NUM_NODES:-${SLURM_JOB_NUM_NODES:-}}}
+nodes=${SLURM_STEP_NODELIST:-${SLURM_JOB_NODELIST:-}}
+if [[ -z ${HEAD_NODE:-} && -n $nodes ]]; then
+    HEAD_NODE=$(scontrol show hostnames "$nodes" | head -n 1)
+    # Who holds the rendezvous is otherwise told by comparing names, which fails where a node has several.
+    if [[ -n ${SLURM_STEP_ID:-} ]]; then
+        RDZV_CONF=is_host=$([[ $SLURM_NODEID == 0 ]] && echo true || echo false)${RDZV_CONF:+,$RDZV_CONF}
+    fi
+fi
+if [[ -n ${SLURM_JOB_ID:-} ]]; then # jobs may share a node; plain srun computes alike (megatron_llm/training/launcher.py)
+    HEAD_PORT=${HEAD_PORT:-$((20000 + (16 * SLURM_JOB_ID + ${SLURM_STEP_ID:-0}) % 12000))}
 fi
 if [[ $# -lt 1 || $1 == -* || -z ${HEAD_NODE:-} || -z $NNODES ]]; then
     echo "usage: HEAD_NODE=host NNODES=number $0 CONFIG.yaml [section.key=value ...]   (on each of the machines)" >&2

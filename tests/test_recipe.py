@@ -18,7 +18,7 @@ from tests.test_readme import prepare
 RECIPE = Path(__file__).resolve().parents[1] / "examples" / "continue_then_sft"
 
 
-def _base(folder: Path) -> None:
+def make_base(folder: Path) -> None:
     """A tiny Llama with a tokenizer that has no chat template."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -54,7 +54,7 @@ def test_from_a_base_model_to_one_that_chats(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     prepare(tmp_path)
-    _base(tmp_path)
+    make_base(tmp_path)
     _run(tmp_path, "out", "--template", "chatml")
     for phase in ("continued", "tuned"):
         assert json.loads((tmp_path / "out" / phase / "status.json").read_text())["outcome"] == "done"
@@ -75,7 +75,7 @@ def test_adapters_learn_the_tokens_of_a_new_template(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     prepare(tmp_path)
-    _base(tmp_path)
+    make_base(tmp_path)
     _run(tmp_path, "out", "--template", "chatml", "--lora", "sft:data.overlong=drop", "continue:optimizer.lr=1.0e-5")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "hf")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "hf")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import keyword
-import os
 import resource
 import sys
 import traceback
@@ -79,7 +78,12 @@ def _reports(error: ValueError) -> bool:
     Ranks check the same input and would print the same message, so rank 0 speaks for all; an error that carries a note
     (which rank, what it was doing) is that rank's own.
     """
-    return os.environ.get("RANK", "0") == "0" or bool(_notes(error))
+    from megatron_llm.training.launcher import launch_of
+
+    try:
+        return launch_of().rank == 0 or bool(_notes(error))
+    except ValueError:  # the launcher's variables are what is wrong
+        return True
 
 
 def _message(error: ValueError) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,17 +25,19 @@ def add_shard(parser: argparse.ArgumentParser) -> None:
         "--shard",
         type=parse_shard,
         metavar="I/N",
-        help="be task I of N (from 0) that write the folder together, in any order; default: as torchrun says",
+        help="be task I of N (from 0) that write the folder together, in any order; default: as torchrun or srun says",
     )
 
 
 def share_of(args: argparse.Namespace) -> Share:
     """Which task this process is: by `--shard`, else by the launcher. Raises ValueError if there is no such task."""
     from megatron_llm.hf.together import Share
+    from megatron_llm.training.launcher import launch_of
 
     if args.shard is not None:
         return Share(*args.shard)
-    return Share(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    launch = launch_of()
+    return Share(launch.rank, launch.world_size)
 
 
 def unfinished(output: str | Path, share: Share) -> str:

@@ -1,7 +1,7 @@
 """Ranks and devices: from the launcher's environment to a process group. Called by `training/loop.py`.
 
-The only environment variables read in the project are the launcher's: RANK, WORLD_SIZE, LOCAL_RANK, and TORCHELASTIC_* of a
-torchrun that restarts ranks.
+The only environment variables read in the project are the launcher's: those of `launcher.py`, and TORCHELASTIC_* of a torchrun
+that restarts ranks.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_llm.training.agreement import AgreedError
+from megatron_llm.training.launcher import Launch, launch_of
 from megatron_llm.training.roll_call import roll_call
 from megatron_llm.training.roster import roster_of
 from megatron_llm.training.signals import EXIT_STOPPED
@@ -25,12 +26,12 @@ from megatron_llm.training.signals import EXIT_STOPPED
 
 def launched_world_size() -> int:
     """How many ranks the launcher started; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return launch_of().world_size
 
 
 def launched_rank() -> int:
     """This process's rank; 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
+    return launch_of().rank
 
 
 def may_restart() -> bool:
@@ -68,12 +69,16 @@ def _age(process: int) -> float:
 
 
 def pick_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
-    """This rank's device: the GPU with the number of its local rank, or the CPU."""
+    """This rank's device: the GPU with the number of its local rank, or the CPU.
+
+    SLURM may show each task of srun its own GPU alone (`--gpus-per-task`, `--gpu-bind`): that has the number 0 everywhere.
+    """
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    if local >= torch.cuda.device_count():
-        raise ValueError(f"local rank {local} has no GPU: {torch.cuda.device_count()} visible; start fewer ranks per node")
+    launch, visible = launch_of(), torch.cuda.device_count()
+    local = 0 if launch.slurm and visible == 1 else launch.local_rank
+    if local >= visible:
+        raise ValueError(f"local rank {local} has no GPU: {visible} visible; start fewer ranks per node")
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
 
@@ -85,8 +90,8 @@ def process_group(device: torch.device, timeout_seconds: float) -> Iterator[None
         yield
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
-    _join(backend, timedelta(seconds=timeout_seconds))
     try:
+        _join(backend, timedelta(seconds=timeout_seconds))
         with roll_call(timeout_seconds):
             yield
             dist.barrier()  # torchrun ends all ranks when one exits with 75, and rank 0 may still have something to write
@@ -104,8 +109,31 @@ def _join(backend: str, timeout: timedelta) -> None:
 
     Its store may be that of torchrun's agents and survive the ranks; see `roster.py`.
     """
-    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+    launch = launch_of()
+    if launch.slurm:
+        store, rank, world = _store_of_step(launch, timeout), launch.rank, launch.world_size
+    else:
+        store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store = dist.PrefixStore(roster_of(store, rank, world, timeout), store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+
+
+def _store_of_step(launch: Launch, timeout: timedelta) -> dist.Store:
+    """The store of the tasks of a step of srun, which rank 0 holds. Raises ValueError if they do not find each other.
+
+    Another step's that has the same port is not taken for it: keys begin with the name of the step.
+    """
+    host, port = launch.head
+    try:
+        store = dist.TCPStore(host, port, launch.world_size, launch.rank == 0, timeout, wait_for_workers=False)
+    except dist.DistError as error:
+        where = f"rank {launch.rank} of {launch.world_size} (step {launch.slurm} of SLURM)"
+        if launch.rank == 0:
+            raise ValueError(f"{where} cannot listen at port {port}: set MASTER_PORT to a free one ({error})") from error
+        raise ValueError(
+            f"{where} did not reach rank 0 at {host}:{port} within {timeout.total_seconds():g} s: it has ended, and says why, or "
+            f"set MASTER_ADDR to an address of its host that all nodes reach ({error})"
+        ) from error
+    return dist.PrefixStore(f"step {launch.slurm}", store)

@@ -139,6 +139,7 @@ def test_a_rank_speaks_about_its_own_error(monkeypatch: pytest.MonkeyPatch, caps
 
     monkeypatch.setattr("megatron_llm.cli.config.run", broken)
     monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
     assert cli.main(["config", "schema"]) == 1
     assert capsys.readouterr().err == "megatron-llm config: error: planted\non rank 3, reading shard 7\n"
 

@@ -62,18 +62,8 @@ def test_a_harness_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
     assert "pip install 'megatron_llm[eval]'" in capsys.readouterr().err
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, its tokenizer, and a task with few-shot examples."""
-    path = tmp_path_factory.mktemp("harness")
-    prepare(path)
-    make_folder(Case("LlamaForCausalLM", {**LLAMA, "vocab_size": 400, "max_position_embeddings": 512}), path / "hf")
-    for file in (path / "tokenizer").iterdir():
-        (path / "hf" / file.name).write_bytes(file.read_bytes())
-    # What is right follows what the model prefers, so that acc is 3/4, and acc_norm another number, whatever the tokenizer
-    # learned from this machine's text and whatever the weights are.
-    likeliest = [pick for pick, _ in _picks(path, 0, len(QUESTIONS))]
-    answers = [pick if number % 4 else (pick + 1) % 4 for number, pick in enumerate(likeliest)]
+def write_task(path: Path, answers: list[int]) -> None:
+    """The task tiny_sums in `path`/tasks, with its questions and what is right."""
     for name, right in (("sums", answers), ("examples", [0, 1])):
         rows = [{"question": text, "choices": CHOICES, "answer": answer} for text, answer in zip(QUESTIONS, right, strict=False)]
         (path / f"{name}.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -87,6 +77,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")],
     }  # fmt: skip
     (path / "tasks/tiny_sums.yaml").write_text(yaml.safe_dump(task))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, its tokenizer, and a task with few-shot examples."""
+    path = tmp_path_factory.mktemp("harness")
+    prepare(path)
+    make_folder(Case("LlamaForCausalLM", {**LLAMA, "vocab_size": 400, "max_position_embeddings": 512}), path / "hf")
+    for file in (path / "tokenizer").iterdir():
+        (path / "hf" / file.name).write_bytes(file.read_bytes())
+    # What is right follows what the model prefers, so that acc is 3/4, and acc_norm another number, whatever the tokenizer
+    # learned from this machine's text and whatever the weights are.
+    likeliest = [pick for pick, _ in _picks(path, 0, len(QUESTIONS))]
+    write_task(path, [pick if number % 4 else (pick + 1) % 4 for number, pick in enumerate(likeliest)])
     return path
 
 
