@@ -90,8 +90,8 @@ end_if_stuck() {
     fi
 }
 
-identity() { # of a file: another one if it has been written anew
-    stat -c '%i %y' "$1" 2>/dev/null || true
+identity() { # of a file: another one if it has been written anew; its file system may be lost with the network
+    timeout -s KILL 30 stat -c '%i %y' "$1" 2>/dev/null || true
 }
 
 # Run to the end and exit: 0 done, 75 stopped (saved: run the same command again), 1 failed.
@@ -128,7 +128,7 @@ launch() { # torchrun's options -- CONFIG.yaml overrides
     done
     wait "$torchrun" 2>/dev/null || true
     if [[ $(identity "$status") == "$before" ]]; then exit 1; fi # no run of ours has begun
-    { read -r outcome && read -r reason; } < <("$PYTHON" -c '
+    { read -r outcome && read -r reason; } < <(timeout -s KILL 30 "$PYTHON" -c '
 import json, sys
 status = json.load(open(sys.argv[1]))
 print(status["outcome"], status.get("reason", "a rank or a machine was lost").replace("\n", " "), sep="\n")' "$status") || exit 1

@@ -6,11 +6,13 @@ Both see the same file system, as the nodes of a cluster see the folder of a run
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -21,10 +23,10 @@ ADDRESSES = ("10.77.0.1", "10.77.0.2")
 
 
 class TwoNodes:
-    """The namespaces of this process; node 0 holds the address at which ranks meet."""
+    """The namespaces of a process; node 0 holds the address at which ranks meet."""
 
-    def __init__(self) -> None:
-        self.names = [f"node{number}-{os.getpid()}" for number in (0, 1)]
+    def __init__(self, process: int) -> None:
+        self.names = [f"megatron-node{number}-{process}" for number in (0, 1)]
 
     def make(self) -> None:
         for name in self.names:
@@ -39,8 +41,12 @@ class TwoNodes:
             _ip("-n", name, "link", "set", "wire", "up")
 
     def remove(self) -> None:
-        """Whatever of it there is; the cable goes with its ends."""
+        """Whatever of it there is, with all processes in it; the cable goes with its ends."""
         for name in self.names:
+            inside = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout.split()
+            for process in map(int, inside):
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
             shutil.rmtree(self._names(name), ignore_errors=True)
 
@@ -71,8 +77,11 @@ class TwoNodes:
 
 @contextmanager
 def two_nodes() -> Iterator[TwoNodes]:
-    """Nothing of them is left."""
-    nodes = TwoNodes()
+    """Nothing of them is left, nor of those of a test process that was killed."""
+    for owner in re.findall(r"megatron-node0-(\d+)", _ip("netns", "list")):
+        if not Path(f"/proc/{owner}").exists():
+            TwoNodes(int(owner)).remove()
+    nodes = TwoNodes(os.getpid())
     try:
         nodes.make()
         yield nodes
@@ -90,9 +99,9 @@ def why_not() -> str:
     try:
         with two_nodes():
             return ""
-    except subprocess.CalledProcessError as error:
-        return f"no network namespaces here: {error.stderr.strip()}"
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"no network namespaces here: {getattr(error, 'stderr', error)}"
 
 
-def _ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+def _ip(*arguments: str) -> str:
+    return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True).stdout
