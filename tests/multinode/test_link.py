@@ -16,7 +16,7 @@ from megatron_llm.checkpoint.load import open_checkpoint
 from tests.multinode.nodes import TwoNodes, two_nodes, why_not
 from tests.runs import TINY
 from tests.training.commands import read_metrics, read_status, write_config
-from tests.training.processes import SECONDS, ended, started, wait_for_checkpoint, wait_for_steps
+from tests.training.processes import ended, started, wait_for_checkpoint, wait_for_steps
 from tests.training.test_runs import state_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -24,6 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 JOIN, ANSWER, LAST_CALL = 8, 3, 1  # seconds that torchrun waits: for machines that do not come, a store, more machines
 RENDEZVOUS = f"join_timeout={JOIN},read_timeout={ANSWER},last_call_timeout={LAST_CALL}"
 LOOK = 49.0  # that a rank takes at most to look for the others: 34 + 15, see docs/robustness.md
+LONG = 240.0  # for whole runs, seconds where nothing else is at work
 SLACK = 30.0  # for processes to end and scripts to see it, on a machine with other work to do
 
 
@@ -49,7 +50,7 @@ def _same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bo
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def _logs(*scripts: subprocess.Popen[str], seconds: float = 2 * SECONDS) -> list[str]:
+def _logs(*scripts: subprocess.Popen[str], seconds: float = LONG) -> list[str]:
     deadline = time.monotonic() + seconds
     return [script.communicate(timeout=max(0.1, deadline - time.monotonic()))[0] for script in scripts]
 
@@ -78,7 +79,7 @@ def test_two_nodes_are_as_one_and_a_slow_link_only_slows_down(nodes: TwoNodes, t
     """Stages on two nodes, each split over the two ranks of its node. In the middle the link is lost for a moment, and then slow."""
     parallel, steps = {"tensor_parallel": 2, "pipeline_parallel": 2}, 16
     with started(4, _config(tmp_path, "one", steps, parallel=parallel)) as ranks:
-        assert [code for code, _ in ended(ranks)] == [0] * 4
+        assert [code for code, _ in ended(ranks, LONG)] == [0] * 4
     config = str(_config(tmp_path, "two", steps, parallel=parallel))
     with nodes.launch(0, config, NPROC_PER_NODE="2") as first, nodes.launch(1, config, NPROC_PER_NODE="2") as second:
         wait_for_steps(tmp_path / "two", 3, first, second)
@@ -102,7 +103,7 @@ def test_two_nodes_are_as_one_and_a_slow_link_only_slows_down(nodes: TwoNodes, t
 def test_a_lost_link_ends_both_nodes_and_the_same_commands_go_on(nodes: TwoNodes, tmp_path: Path) -> None:
     steps, run = 60, tmp_path / "run"
     with started(2, _config(tmp_path, "whole", steps)) as ranks:
-        assert [code for code, _ in ended(ranks)] == [0, 0]
+        assert [code for code, _ in ended(ranks, LONG)] == [0, 0]
     config = _config(tmp_path, "run", steps, training={"hang_timeout": 6}, checkpoint={"every_steps": 5})
     _lose_the_link(nodes, config, run, 6, r"rank \d: no progress for \d+ s after step \d+ \(training.hang_timeout: 6\)")
     nodes.plug()
