@@ -76,7 +76,7 @@ def _lose_the_link(nodes: TwoNodes, config: Path, run: Path, found_after: float,
 
 
 def test_two_nodes_are_as_one_and_a_slow_link_only_slows_down(nodes: TwoNodes, tmp_path: Path) -> None:
-    """Stages on two nodes, each split over the two ranks of its node. In the middle the link is lost for a moment, and then slow."""
+    """Stages on two nodes, each split over the ranks of its node. In the middle the link is lost for a moment, and then slow."""
     parallel, steps = {"tensor_parallel": 2, "pipeline_parallel": 2}, 16
     with started(4, _config(tmp_path, "one", steps, parallel=parallel)) as ranks:
         assert [code for code, _ in ended(ranks, LONG)] == [0] * 4
