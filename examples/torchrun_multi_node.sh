@@ -43,6 +43,7 @@ if [[ $own != 127.* ]]; then
     if [[ $own == "$head" ]]; then HEAD_NODE=localhost; fi # so torchrun knows that it is the one that holds the store
 fi
 # torchrun gives up on machines that do not come, or do not answer; if it cannot, `launch` ends it.
+meeting=10 # to start
 for wait in join_timeout=600 last_call_timeout=30 read_timeout=60; do
     if [[ ,${RDZV_CONF:-}, =~ ,${wait%=*}=([0-9]+), ]]; then wait=${wait%=*}=${BASH_REMATCH[1]}; fi
     meeting=$((meeting + ${wait#*=}))
