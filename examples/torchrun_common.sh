@@ -10,6 +10,8 @@ latest=0          # when, in microseconds
 urgent=""         # when a second request came, in seconds since the start
 ending=""         # the ranks know of the second request
 torchrun=0        # its process
+meeting=0         # seconds that torchrun may be without ranks, as it waits for other machines; 0: any number
+alone=""          # since when it has none, in seconds since the start
 declare -A told=()  # ranks that have been asked to stop
 
 find_python() {
@@ -53,7 +55,7 @@ ranks() { # processes that torchrun has started
     for file in /proc/[0-9]*/stat; do
         { read -r line <"$file"; } 2>/dev/null || continue # it has ended
         read -ra fields <<<"${line##*) }"
-        if [[ ${fields[1]:-} == "$torchrun" ]]; then file=${file#/proc/} && echo "${file%/stat}"; fi
+        if [[ ${fields[1]:-} == "$torchrun" && ${fields[0]} != Z ]]; then file=${file#/proc/} && echo "${file%/stat}"; fi
     done
 }
 
@@ -76,7 +78,7 @@ pass_on() {
     elif [[ -n $urgent ]]; then
         if ((SECONDS - urgent < 5)); then return; fi # to end by themselves
         for rank in $(ranks); do kill -KILL "$rank" 2>/dev/null || true; done
-        kill -TERM "$torchrun" 2>/dev/null || true
+        if ((SECONDS - urgent < 10)); then kill -TERM "$torchrun" 2>/dev/null || true; else kill -KILL "$torchrun" 2>/dev/null || true; fi
     elif [[ -n $first ]]; then
         for rank in $(ranks); do
             if [[ -z ${told[$rank]:-} ]] && listens "$rank"; then
@@ -87,13 +89,24 @@ pass_on() {
     fi
 }
 
-identity() { # of a file: another one if it has been written anew
-    stat -c '%i %y' "$1" 2>/dev/null || true
+# A torchrun whose connection to the other machines is dead may wait for an answer for ever, and hears no signal meanwhile.
+end_if_stuck() {
+    if ((meeting == 0 || SECONDS % 5)); then return; fi # to look through all processes takes a while
+    if [[ -n $(ranks) ]]; then alone="" && return; fi
+    alone=${alone:-$SECONDS}
+    if ((SECONDS - alone > meeting)); then
+        echo "torchrun has had no ranks for $meeting seconds and is ended: it waits for other machines that it cannot reach" >&2
+        kill -KILL "$torchrun" 2>/dev/null || true
+    fi
+}
+
+identity() { # of a file: another one if it has been written anew; its file system may be lost with the network
+    timeout -s KILL 30 stat -c '%i %y' "$1" 2>/dev/null || true
 }
 
 # Run to the end and exit: 0 done, 75 stopped (saved: run the same command again), 1 failed.
 launch() { # torchrun's options -- CONFIG.yaml overrides
-    local options=() status before outcome run_dir
+    local options=() status before outcome reason run_dir
     while [[ $1 != -- ]]; do options+=("$1") && shift; done
     shift
     trap 'on_signal TERM' TERM HUP
@@ -114,15 +127,21 @@ launch() { # torchrun's options -- CONFIG.yaml overrides
     torchrun=$!
     while kill -0 "$torchrun" 2>/dev/null; do
         pass_on
+        end_if_stuck
         sleep 1 &
         wait $! || true # a signal ends the wait
     done
-    wait "$torchrun" || true
+    wait "$torchrun" 2>/dev/null || true
     if [[ $(identity "$status") == "$before" ]]; then exit 1; fi # no run of ours has begun
-    outcome=$("$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1]))["outcome"])' "$status") || exit 1
+    { read -r outcome && read -r reason; } < <(timeout -s KILL 30 "$PYTHON" -c '
+import json, sys
+status = json.load(open(sys.argv[1]))
+print(status["outcome"], status.get("reason", "a rank or a machine was lost").replace("\n", " "), sep="\n")' "$status") || exit 1
     case $outcome in
         done) exit 0 ;;
         stopped) exit 75 ;;
-        *) exit 1 ;;
     esac
+    echo "the run has failed: $reason" >&2
+    echo "When this is mended, the same command (on each machine) goes on from the last checkpoint of $run_dir." >&2
+    exit 1
 }

@@ -38,8 +38,26 @@ if [[ $# -lt 1 || $1 == -* || -z ${HEAD_NODE:-} || -z $NNODES ]]; then
     echo "usage: HEAD_NODE=host NNODES=number $0 CONFIG.yaml [section.key=value ...]   (on each of the machines)" >&2
     exit 2
 fi
+find_python
+# Ranks meet on the network on which HEAD_NODE is reached, whatever names mean and whichever other networks there are.
+read -r own head < <("$PYTHON" -c '
+import socket, sys
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
+    way.connect((sys.argv[1], 9))
+    print(way.getsockname()[0], way.getpeername()[0])' "$HEAD_NODE" 2>/dev/null) || own=127.0.0.1
+address=()
+if [[ $own != 127.* ]]; then
+    address=(--local-addr "$own")
+    if [[ $own == "$head" ]]; then HEAD_NODE=localhost; fi # so torchrun knows that it is the one that holds the store
+fi
+# torchrun gives up on machines that do not come, or do not answer; if it cannot, `launch` ends it.
+meeting=10 # to start
+for wait in join_timeout=600 last_call_timeout=30 read_timeout=60; do
+    if [[ ,${RDZV_CONF:-}, =~ ,${wait%=*}=([0-9]+), ]]; then wait=${wait%=*}=${BASH_REMATCH[1]}; fi
+    meeting=$((meeting + ${wait#*=}))
+done
 # A store of the ranks' own, made anew at each start: what the agents keep of a node that left does not matter to the ranks.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 launch --nnodes "$NNODES" --nproc-per-node "${NPROC_PER_NODE:-$(default_ranks)}" --max-restarts "${MAX_RESTARTS:-3}" \
-    --rdzv-backend c10d --rdzv-endpoint "$HEAD_NODE:${HEAD_PORT:-29400}" --rdzv-id "${JOB_ID:-${SLURM_JOB_ID:-$(basename "$1")}}" \
+    "${address[@]}" --rdzv-backend c10d --rdzv-endpoint "$HEAD_NODE:${HEAD_PORT:-29400}" --rdzv-id "${JOB_ID:-${SLURM_JOB_ID:-$(basename "$1")}}" \
     ${RDZV_CONF:+--rdzv-conf "$RDZV_CONF"} -- "$@"

@@ -18,13 +18,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 import torch.distributed as dist
 
 from megatron_llm.training.agreement import name_ranks
-from megatron_llm.training.roll_call import is_loss
+from megatron_llm.training.roll_call import SILENT, STORE_LOST, is_loss
 from megatron_llm.training.run_folder import RunFolder
 
 _LISTEN_SECONDS = 2.0  # between two looks into the store, which one process serves for all ranks
@@ -123,9 +124,8 @@ class HangWatch:
             if not _within(_FILE_SECONDS, lambda: self._write(what)):
                 print(f"rank {folder.rank}: the stack traces cannot be written to {stacks}:", file=sys.stderr, flush=True)
                 faulthandler.dump_traceback(sys.stderr, all_threads=True)
-            reported: list[bool] = []
-            _within(_FILE_SECONDS, lambda: reported.append(folder.fail(reason)))
-            self._wait_for_others(reason if any(reported) else "")
+            _within(_FILE_SECONDS, lambda: folder.fail(reason))
+            self._wait_for_others(reason)
         finally:
             os._exit(1)
 
@@ -146,12 +146,17 @@ class HangWatch:
     def _wait_for_others(self, reason: str) -> None:
         """Give other ranks the time to write, as they may be ended with this one.
 
-        reason: what this rank has written into the status, where it adds who wrote no stacks.
+        reason: why this rank ends, to which it adds who wrote no stacks; "" if another rank asked for the end and says it.
         """
         folder, store = self._folder, self._store
         if store is None or folder is None:
             return
         world = dist.get_world_size()
+
+        def add(text: str) -> None:
+            if reason:
+                print(f"rank {folder.rank}: {text}", file=sys.stderr, flush=True)
+                folder.fail(f"{reason}; {text}", replaces=reason)
 
         def meet() -> None:
             store.set(_ASKED, "end")
@@ -161,16 +166,19 @@ class HangWatch:
             while store.add(_WRITTEN, 0) < world:
                 if time.monotonic() > deadline:
                     silent = [rank for rank in range(world) if not store.check([f"{_WRITTEN} {rank}"])]
-                    if reason and silent:
-                        text = f"none of {name_ranks(silent)}: killed, stopped, or held in a call that keeps Python's lock"
-                        print(text, file=sys.stderr, flush=True)
-                        folder.fail(f"{reason}; {text}", replaces=reason)
+                    if silent:
+                        add(f"none of {name_ranks(silent)}: {SILENT}, or held in a call that keeps Python's lock")
                     return
                 time.sleep(0.2)
             if folder.rank == 0:
                 time.sleep(1.0)  # it may hold the store, in which the others are looking
 
-        _within(_GRACE_SECONDS + _STORE_SECONDS, meet)
+        def meet_if_there() -> None:
+            with suppress(RuntimeError):  # the store ended with the rank that held it
+                meet()
+
+        if not _within(_GRACE_SECONDS + _STORE_SECONDS, meet_if_there):
+            _within(_FILE_SECONDS, lambda: add(STORE_LOST))
 
 
 def _ask_for_stacks(store: dist.Store) -> None:

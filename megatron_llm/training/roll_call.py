@@ -26,6 +26,12 @@ _LOOK_SECONDS = 0.2
 _JUDGES = 4  # look at all ranks, the others wait for what they say: a store answers thousands of questions a second, not millions
 _STORE_SECONDS = 10.0  # that the store may take beyond all waiting, as it hangs or dies with the rank that holds it
 
+SILENT = "killed, stopped, or cut off from the network"
+STORE_LOST = (
+    "the store of the run, which its rank 0 or its launcher holds, does not answer: that process or its machine is lost, "
+    "or the network to it"
+)
+
 
 @contextmanager
 def roll_call(timeout_seconds: float) -> Iterator[None]:
@@ -85,7 +91,7 @@ class RollCall:
         thread.join(self._patience + 2 * _SILENCE_SECONDS + _STORE_SECONDS)
         if said or not is_loss(error):
             return said[0] if said else ""
-        return "nothing more is known: the store of the run is gone, which its rank 0 or its launcher holds"
+        return STORE_LOST
 
     def _beat(self, store: dist.Store) -> None:
         number = 0
@@ -122,7 +128,7 @@ class RollCall:
                 if rank not in heard or heard[rank][0] != beat:
                     heard[rank] = beat, now
             silent = [rank for rank in self._without_word() if now - heard[rank][1] > _SILENCE_SECONDS]
-            return f"{_ranks(silent)} gave no sign of life for {_SILENCE_SECONDS:g} s: killed, or stopped" if silent else ""
+            return f"{_ranks(silent)} gave no sign of life for {_SILENCE_SECONDS:g} s: {SILENT}" if silent else ""
 
         if verdict := self._wait_until(found, self._patience + _SILENCE_SECONDS):
             return str(verdict)

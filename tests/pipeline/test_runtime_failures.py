@@ -83,7 +83,10 @@ def test_all_ranks_name_the_one_that_died(name: str, rank: int, stage: int, how:
             rank_is = rf"pipeline rank {other} \(rank {other} of the run\)"
             here = rf"PeerLostError: {rank_is} failed (in [FBW]\(stage \d, micro-batch \d\)|with all actions done)"
             assert re.search(here, said[other])
-            assert f"\nrank {rank} of the run gave no sign of life for 4 s: killed, or stopped" in said[other]
+            assert (
+                f"\nrank {rank} of the run gave no sign of life for 4 s: killed, stopped, or cut off from the network"
+                in said[other]
+            )
 
 
 def test_all_ranks_name_the_one_that_hangs() -> None:

@@ -50,7 +50,7 @@ def test_a_pipeline_whose_rank_hangs_and_one_that_is_stopped(tmp_path: Path) -> 
         said = ended([ranks[0], ranks[2]])
     assert [code for code, _ in said] == [1, 1]
     assert {file.name for file in (tmp_path / "run/stacks").iterdir()} == {"rank-00000.txt", "rank-00002.txt"}
-    assert "none of rank 1: killed, stopped, or held" in read_status(tmp_path / "run")["reason"]
+    assert "none of rank 1: killed, stopped, or cut off" in read_status(tmp_path / "run")["reason"]
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import yaml
 
 from megatron_llm.pipeline.messages import PeerLostError
-from megatron_llm.training.roll_call import RollCall
+from megatron_llm.training.roll_call import STORE_LOST, RollCall
 from tests.runs import config_of
 
 SECONDS = 60  # in which all must have ended; the time limit of collectives is 5
@@ -75,7 +75,7 @@ def test_who_is_lost_is_named_by_all_others(tmp_path: Path, lost: int, how: sign
             process.kill()
     expected = f"rank {lost} of the run gave no sign of life"
     if lost == 0:  # and nobody can be asked
-        expected = "nothing more is known: the store of the run is gone, which its rank 0 or its launcher holds"
+        expected = STORE_LOST
     for rank, text in said.items():
         assert expected in text, f"rank {rank}:\n{text[-3000:]}"
 
@@ -97,7 +97,8 @@ def _verdicts(world: int, errors: dict[int, Exception], silent: Sequence[int] = 
 def test_more_ranks_than_judges_are_told_of_the_silent_one() -> None:
     lost = {rank: PeerLostError("receiving from somebody") for rank in (0, 1, 3, 4, 5, 6, 7)}
     said = _verdicts(8, lost, silent=[2])
-    assert set(said.values()) == {"rank 2 of the run gave no sign of life for 4 s: killed, or stopped"} and len(said) == 7
+    expected = "rank 2 of the run gave no sign of life for 4 s: killed, stopped, or cut off from the network"
+    assert set(said.values()) == {expected} and len(said) == 7
 
 
 def test_who_failed_by_itself_is_named_with_its_reason() -> None:
