@@ -82,7 +82,7 @@ identity() { # of a file: another one if it has been written anew
 }
 
 # Run to the end and exit: 0 done, 75 stopped (saved: run the same command again), 1 failed.
-launch() { # torchrun's options -- CONFIG.yaml overrides
+launch() { # torchrun's options -- CONFIG.yaml files and overrides
     local options=() settings=() word status before outcome run_dir
     while [[ $1 != -- ]]; do options+=("$1") && shift; done
     shift

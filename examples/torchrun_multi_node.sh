@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train on several machines. Run the same command on each of them; logging.run_dir must be a folder that all share.
 #
-#     HEAD_NODE=node1 NNODES=4 examples/torchrun_multi_node.sh CONFIG.yaml [section.key=value ...] [--allow-change]
+#     HEAD_NODE=node1 NNODES=4 examples/torchrun_multi_node.sh CONFIG.yaml [FILE.yaml|section.key=value ...] [--allow-change]
 #
 # SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 to this script on any machine end the step, save and stop the run on all; a second one, more
 # than a second later, ends this machine's ranks at once, and the others with them. Exit codes, on each machine: 0 done, 75 stopped
@@ -27,7 +27,7 @@ if [[ -z ${HEAD_NODE:-} && -n ${SLURM_JOB_NODELIST:-} ]]; then
     HEAD_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 fi
 if [[ $# -lt 1 || $1 == -* || -z ${HEAD_NODE:-} || -z $NNODES ]]; then
-    echo "usage: HEAD_NODE=host NNODES=number $0 CONFIG.yaml [section.key=value ...]   (on each of the machines)" >&2
+    echo "usage: HEAD_NODE=host NNODES=number $0 CONFIG.yaml [FILE.yaml|section.key=value ...]   (on each of the machines)" >&2
     exit 2
 fi
 # A store of the ranks' own, made anew at each start: what the agents keep of a node that left does not matter to the ranks.
