@@ -1,8 +1,8 @@
 """Plan the layouts of examples/recipes anew: `python tools/plan_recipes.py [MODEL ...]` (some minutes for all models).
 
-For every model and number of GPUs the layout that `megatron-llm plan --device h100` puts first becomes N-gpus.yaml, which goes over
-continue.yaml and sft.yaml, and a line of the table in examples/recipes/README.md. Where all weights do not fit as they are trained
-by default, cheaper ways are tried in the order of WAYS. `tests/test_recipes.py` holds files and table to this module.
+For every model and number of GPUs the layout that `megatron-llm plan --device h100` puts first becomes N-gpu(s).yaml, which goes
+over continue.yaml and sft.yaml, and a line of the table in examples/recipes/README.md. Where all weights do not fit as they are
+trained by default, cheaper ways are tried in the order of WAYS. `tests/test_recipes.py` holds files and table to this module.
 
 A plan needs a model's dimensions only: they are those of the published config.json, without weights.
 """
@@ -237,7 +237,8 @@ def line(name: str, gpus: int, way: str, row: Candidate) -> str:
     return f"| {MODELS[name].title} | {gpus} | {way} | {layout_name(row)} | {_memory(row)} | {_speed(row)} | {link} |\n"
 
 
-def _line(name: str, gpus: int, planned: Plan) -> str:
+def table_line(name: str, gpus: int, planned: Plan) -> str:
+    """Of the table, for a plan."""
     if planned.row is None or planned.way is None:
         return f"| {MODELS[name].title} | {gpus} | nothing fits: {'; '.join(_too_large(planned))} | | | | |\n"
     return line(name, gpus, planned.way.name, planned.row)
@@ -271,7 +272,7 @@ def main() -> None:
                 else:
                     file.write_text(layout_text(name, gpus, planned), encoding="utf-8")
                 text = page.read_text(encoding="utf-8")
-                rows = table_lines(text) | {(name, gpus): _line(name, gpus, planned)}
+                rows = table_lines(text) | {(name, gpus): table_line(name, gpus, planned)}
                 head = text.split(BEGIN)[1].splitlines(keepends=True)[:2]
                 ordered = [rows[key] for key in ((name, n) for name in MODELS for n in GPUS) if key in rows]
                 page.write_text(
