@@ -85,7 +85,7 @@ def _changed(before: Config, after: Config) -> set[str]:
 def test_every_model_has_a_line_for_every_number_of_gpus() -> None:
     assert list(TABLE) == [(name, gpus) for name in MODELS for gpus in GPUS]
     for key, text in TABLE.items():
-        assert (key in LAYOUTS) != ("nothing fits: all weights: " in text), key
+        assert (key in LAYOUTS) != ("nothing fits" in text), key
     found = {path.relative_to(RECIPES) for path in RECIPES.rglob("*.yaml")}
     expected = {Path(name) / f"{phase}.yaml" for name in MODELS for phase in PHASES}
     assert found == expected | {layout_file(*key).relative_to(RECIPES) for key in LAYOUTS}
@@ -93,12 +93,17 @@ def test_every_model_has_a_line_for_every_number_of_gpus() -> None:
 
 @pytest.mark.parametrize(("name", "gpus"), LAYOUTS, ids=str)
 def test_the_table_has_what_is_predicted_of_the_files(name: str, gpus: int, folders: dict[str, Path]) -> None:
-    """Of both phases, and it fits."""
+    """It fits, and the layout costs both phases the same."""
     (way,) = [way for way in plan_recipes.WAYS if f"| {way.name} |" in TABLE[name, gpus]]
-    for phase in PHASES:
-        row = figures(recipe(name, phase, folders[name], [str(layout_file(name, gpus))]), gpus)
-        assert row.peak <= (1 - SPARE) * DEVICE.memory * GIB
-        assert line(name, gpus, way.name, row) == TABLE[name, gpus], "run python tools/plan_recipes.py"
+    config, tuned = (recipe(name, phase, folders[name], [str(layout_file(name, gpus))]) for phase in PHASES)
+    row = figures(config, gpus)
+    assert row.peak <= (1 - SPARE) * DEVICE.memory * GIB
+    assert line(name, gpus, way.name, row) == TABLE[name, gpus], "run python tools/plan_recipes.py"
+    assert _changed(config, tuned) <= {
+        "data.kind", "data.train", "data.valid", "data.tokenizer", "data.overlong", "logging.run_dir", "logging.sample_every",
+        "logging.sample_tokens", "training.steps", "training.eval_every", "optimizer.lr", "optimizer.weight_decay",
+        "lr_schedule.kind", "lr_schedule.warmup_steps", "lr_schedule.min_lr_ratio",
+    }  # fmt: skip
     reasons = [text for text in layout_file(name, gpus).read_text(encoding="utf-8").splitlines() if "Does not fit" in text]
     assert len(reasons) == plan_recipes.WAYS.index(way)
 
@@ -228,7 +233,7 @@ def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
                 shutil.rmtree(tmp_path / f"runs/llama-3.1-8b-{phase}", ignore_errors=True)
         here = command.replace("HEAD_NODE=node1 NNODES=8", "HEAD_NODE=localhost NNODES=1")
         done = subprocess.run(
-            here, shell=True, cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=280
+            here, shell=True, cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600
         )
         assert done.returncode == 0, f"$ {command}\n{done.stdout}\n{done.stderr}"
     assert (tmp_path / "hf/llama-3.1-8b-tuned/model.safetensors").is_file() and (tmp_path / "layout.yaml").is_file()

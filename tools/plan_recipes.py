@@ -240,7 +240,7 @@ def line(name: str, gpus: int, way: str, row: Candidate) -> str:
 def table_line(name: str, gpus: int, planned: Plan) -> str:
     """Of the table, for a plan."""
     if planned.row is None or planned.way is None:
-        return f"| {MODELS[name].title} | {gpus} | nothing fits: {'; '.join(_too_large(planned))} | | | | |\n"
+        return f"| {MODELS[name].title} | {gpus} | nothing fits; {_too_large(planned)[-1]} | | | | |\n"
     return line(name, gpus, planned.way.name, planned.row)
 
 
