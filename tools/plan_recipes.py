@@ -117,7 +117,7 @@ class Way:
 
 WAYS = (
     Way("all weights"),
-    Way("all weights, bfloat16 moments and gradients", ("optimizer.state_dtype=bfloat16", "precision.gradients=bfloat16")),
+    Way("all weights, bfloat16 moments", ("optimizer.state_dtype=bfloat16",)),
     Way("LoRA", ("peft={{rank: 16, alpha: 32}}", "optimizer.lr={lora_rate}")),
 )
 
