@@ -31,7 +31,7 @@ default_ranks() { # as many as there are GPUs, or 1; within a SLURM job, those t
     echo $((gpus > 0 ? gpus : 1))
 }
 
-run_dir_of() { # CONFIG.yaml overrides: the folder of the run; fails, having said why, if the settings are wrong
+run_dir_of() { # CONFIG.yaml files and overrides: the folder of the run; fails, having said why, if the settings are wrong
     local settings=() word
     for word in "$@"; do # without --allow-change, which is for `train`
         if [[ $word != --* ]]; then settings+=("$word"); fi
@@ -105,7 +105,7 @@ identity() { # of a file: another one if it has been written anew; its file syst
 }
 
 # Run to the end and exit: 0 done, 75 stopped (saved: run the same command again), 1 failed.
-launch() { # torchrun's options -- CONFIG.yaml overrides
+launch() { # torchrun's options -- CONFIG.yaml files and overrides
     local options=() status before outcome reason run_dir
     while [[ $1 != -- ]]; do options+=("$1") && shift; done
     shift

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train on several machines. Run the same command on each of them; logging.run_dir must be a folder that all share.
 #
-#     HEAD_NODE=node1 NNODES=4 examples/torchrun_multi_node.sh CONFIG.yaml [section.key=value ...] [--allow-change]
+#     HEAD_NODE=node1 NNODES=4 examples/torchrun_multi_node.sh CONFIG.yaml [FILE.yaml|section.key=value ...] [--allow-change]
 #
 # SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 to this script on any machine end the step, save and stop the run on all; a second one, more
 # than a second later, ends this machine's ranks at once, and the others with them. Exit codes, on each machine: 0 done, 75 stopped
@@ -35,7 +35,7 @@ if [[ -n ${SLURM_JOB_ID:-} ]]; then # jobs may share a node; plain srun computes
     HEAD_PORT=${HEAD_PORT:-$((20000 + (16 * SLURM_JOB_ID + ${SLURM_STEP_ID:-0}) % 12000))}
 fi
 if [[ $# -lt 1 || $1 == -* || -z ${HEAD_NODE:-} || -z $NNODES ]]; then
-    echo "usage: HEAD_NODE=host NNODES=number $0 CONFIG.yaml [section.key=value ...]   (on each of the machines)" >&2
+    echo "usage: HEAD_NODE=host NNODES=number $0 CONFIG.yaml [FILE.yaml|section.key=value ...]   (on each of the machines)" >&2
     exit 2
 fi
 find_python

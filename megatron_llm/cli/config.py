@@ -7,6 +7,8 @@ import json
 
 import yaml
 
+from megatron_llm.cli.settings import add_config
+
 HELP = "show a configuration with everything filled in, or its JSON schema"
 
 
@@ -14,8 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Two sub-commands: show and schema."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     show = actions.add_parser("show", help="print the checked configuration with all defaults as YAML")
-    show.add_argument("config", metavar="CONFIG.yaml")
-    show.add_argument("overrides", nargs="*", metavar="section.key=value")
+    add_config(show)
     actions.add_parser("schema", help="print the JSON schema of a configuration")
 
 

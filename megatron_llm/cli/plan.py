@@ -7,6 +7,8 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_llm.cli.settings import add_config
+
 if TYPE_CHECKING:
     from megatron_llm.config import Config
     from megatron_llm.planning.compare import Candidate
@@ -18,8 +20,7 @@ HELP = "simulate the step of a configuration (time, bubble, memory, a picture), 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A configuration as `train` takes it, and what it does not say: GPUs, their speed, their network."""
-    parser.add_argument("config", metavar="CONFIG.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file")
+    add_config(parser)
     parser.add_argument("--gpus", type=int, metavar="N", help="world size (default: the least that the layout needs)")
     parser.add_argument(
         "--memory", type=_positive, metavar="X", help="GiB of a device (default: parallel.device_memory_gib): what fits into it"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 
+from megatron_llm.cli.settings import add_config
+
 HELP = "train, or continue to train, as a configuration says"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """A YAML file and overrides."""
-    parser.add_argument("config", metavar="CONFIG.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file")
+    """YAML files and overrides."""
+    add_config(parser)
     parser.add_argument(
         "--allow-change",
         action="store_true",

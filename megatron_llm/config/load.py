@@ -1,4 +1,4 @@
-"""From a YAML file and dotted overrides to a validated `Config`, with every mistake reported at once.
+"""From YAML files and dotted overrides to a validated `Config`, with every mistake reported at once.
 
 `training/resolve.py` calls `read_raw_config`, has `training/completion.py` complete the mapping, then calls `parse_config`.
 """
@@ -62,12 +62,30 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_raw_config(path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
-    """The mapping in a YAML file, with `section.key=value` overrides applied (values are YAML).
+def read_raw_config(path: str | Path, settings: list[str] | None = None) -> dict[str, Any]:
+    """The mapping in a YAML file, with what `settings` say put over it from left to right.
 
-    Raises ConfigError naming the file or the override when either cannot be read.
+    settings: each `section.key=value` (values are YAML), or another file, whose mappings are merged key by key while its
+        lists and plain values, null too, take the place of what was there.
+
+    Raises ConfigError naming the file or the override when one cannot be read.
     """
-    path = Path(path)
+    raw = _read_mapping(Path(path))
+    problems = []
+    for setting in settings or []:
+        if "=" not in setting and setting.endswith((".yaml", ".yml")):
+            try:
+                _merge(raw, _read_mapping(Path(setting)))
+            except ConfigError as error:
+                problems += error.problems
+        elif problem := _apply_override(raw, setting):
+            problems.append(problem)
+    if problems:
+        raise ConfigError(problems)
+    return raw
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError([f"config file {path} {'is not a file' if path.exists() else 'does not exist'}"])
     try:
@@ -76,17 +94,23 @@ def read_raw_config(path: str | Path, overrides: list[str] | None = None) -> dic
         raise ConfigError([f"{path} is not valid YAML: {' '.join(str(error).split())}"]) from error
     if not isinstance(raw, dict):
         raise ConfigError([f"{path} must hold a mapping of sections, got {type(raw).__name__}"])
-    problems = [problem for override in overrides or [] if (problem := _apply_override(raw, override))]
-    if problems:
-        raise ConfigError(problems)
     return raw
+
+
+def _merge(raw: dict[str, Any], over: dict[str, Any]) -> None:
+    """Put `over` over `raw`, in place."""
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(raw.get(key), dict):
+            _merge(raw[key], value)
+        else:
+            raw[key] = value
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> str | None:
     """Set one `a.b.0.c=value` in `raw` in place; numeric components index lists. Returns the problem, if any."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        return f"override {override!r} is not of the form section.key=value"
+        return f"override {override!r} is neither of the form section.key=value nor a file FILE.yaml"
     try:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError:

@@ -169,7 +169,7 @@ class IndexedDataset:
         for suffix in (".bin", ".idx"):
             if self.prefix.endswith(suffix):
                 return f"give the path without {suffix}"
-        return "a data set is PREFIX.bin and PREFIX.idx, made by `megatron-llm preprocess`"
+        return "a data set is PREFIX.bin and PREFIX.idx, made by `megatron-llm preprocess`, of conversations by `preprocess-chat`"
 
     def _read_index(self, path: Path) -> None:
         size = path.stat().st_size

@@ -1,4 +1,4 @@
-"""From a YAML file to a complete, checked configuration, without touching a GPU or a process group.
+"""From YAML files to a complete, checked configuration, without touching a GPU or a process group.
 
 Called by `cli/train.py` on every rank before anything is launched, and by `cli/config.py`. Everything that can be found
 wrong from the config, the world size and the headers of files is found here, and reported at once.
@@ -99,7 +99,10 @@ class ResolvedRun:
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> ResolvedRun:
-    """The configuration with architecture filled in from its source. Raises ConfigError; looks at no data and no world."""
+    """The configuration with architecture filled in from its source; overrides may be files (`read_raw_config`).
+
+    Raises ConfigError; looks at no data and no world.
+    """
     raw = read_raw_config(path, overrides)
     source = complete_model(raw)
     complete_peft(raw, source)

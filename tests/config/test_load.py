@@ -167,10 +167,26 @@ def test_overrides_replace_add_and_index_lists(tmp_path: Path) -> None:
     }
 
 
+def test_files_and_overrides_apply_from_left_to_right(tmp_path: Path) -> None:
+    over, last = tmp_path / "over.yaml", tmp_path / "last.yml"
+    over.write_text("training: {steps: 2}\ndata: {train: [{path: c}]}\noptimizer: {betas: [0.9, 0.99], eps: 1e-6}\nparallel:\n")
+    last.write_text("optimizer: {eps: null}\npeft: {rank: 8}\ndata: {order: file}\nparallel: {tensor_parallel: 2}\n")
+    text = "training: {steps: 1, seed: 3}\ndata: {train: [{path: a}, {path: b}]}\nparallel: {tensor_parallel: 4, zero_stage: 0}\n"
+    raw = _read(tmp_path, text, str(over), "training.steps=5", "optimizer.eps=1e-3", str(last), "peft.alpha=1")
+    assert raw == {
+        "training": {"steps": 5, "seed": 3},
+        "data": {"train": [{"path": "c"}], "order": "file"},
+        "optimizer": {"betas": [0.9, 0.99], "eps": None},
+        "parallel": {"tensor_parallel": 2},
+        "peft": {"rank": 8, "alpha": 1},
+    }
+    assert over.read_text().startswith("training: {steps: 2}")
+
+
 def test_bad_overrides_are_reported_together(tmp_path: Path) -> None:
     overrides = {
-        "steps": "'steps' is not of the form section.key=value",
-        "=3": "'=3' is not of the form section.key=value",
+        "steps": "'steps' is neither of the form section.key=value nor a file",
+        "=3": "'=3' is neither of the form section.key=value nor a file",
         "training.steps=[1": "'[1' is not a YAML value",
         "training.steps.more=1": "cannot set 'more' there",
         "training.steps.more.still=1": "'more' lies below a plain value",
@@ -178,6 +194,7 @@ def test_bad_overrides_are_reported_together(tmp_path: Path) -> None:
         "data.train.first.path=c": "'first' is not an index into a list of 2",
         "data.train.2=c": "cannot set '2' there",
         "model={{ template }}": "is not a YAML value",
+        "nowhere.yaml": "config file nowhere.yaml does not exist",
     }
     with pytest.raises(ConfigError) as caught:
         _read(tmp_path, "training: {steps: 1}\ndata: {train: [{path: a}, {path: b}]}", *overrides)
