@@ -13,13 +13,19 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTED_ELSEWHERE = ("make ", "pip install")  # the Makefile's targets are what runs this test, or have tests of their own
+FROM_FILES = "From your files to a tuned model"  # tests/test_recipe.py and tests/slurm/test_pipeline.py run this section
 
 
-def blocks(language: str, page: str = "README.md") -> list[str]:
-    """The contents of the fenced blocks of a page that are in a language."""
+def blocks(language: str, page: str = "README.md", section: str | None = None) -> list[str]:
+    """The contents of the fenced blocks of a page, or of one of its sections, that are in a language."""
     found: list[str] = []
     inside: str | None = None
-    for line in (ROOT / page).read_text(encoding="utf-8").splitlines(keepends=True):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    if section is not None:
+        _, title, rest = text.partition(f"\n## {section}\n")
+        assert title, f"{page} has no section {section!r}"
+        text = rest.partition("\n## ")[0]
+    for line in text.splitlines(keepends=True):
         if not line.startswith("```"):
             if inside == language:
                 found[-1] += line
@@ -31,9 +37,14 @@ def blocks(language: str, page: str = "README.md") -> list[str]:
     return found
 
 
-def run_commands(page: str, folder: Path, at_least: int) -> None:
-    """Run every command of a page in `folder`, in order; each must succeed."""
-    commands = [line.split("  #")[0].strip() for block in blocks("", page) for line in block.splitlines() if line.strip()]
+def commands_of(page: str, section: str | None = None) -> list[str]:
+    """Every command of a page, or of one of its sections, as written."""
+    return [line.split("  #")[0].strip() for block in blocks("", page, section) for line in block.splitlines() if line.strip()]
+
+
+def run_commands(page: str, folder: Path, at_least: int, section: str | None = None) -> None:
+    """Run every command of a page, or of one of its sections, in `folder`, in order; each must succeed."""
+    commands = commands_of(page, section)
     mine = [command for command in commands if not command.startswith(TESTED_ELSEWHERE)]
     assert len(mine) >= at_least and all(command.startswith(("megatron-llm ", "torchrun ")) for command in mine)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -57,9 +68,11 @@ def prepare(folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     sources = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "megatron_llm").rglob("*.py"))]
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in sources))
+    for name, texts in (("text", sources), ("text_valid", sources[:20])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     chat = [{"role": "user", "content": "What is 1 + 1?"}, {"role": "assistant", "content": "2"}]
-    (folder / "chat.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 20)
+    for name in ("chat", "chat_valid"):
+        (folder / f"{name}.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 20)
     (folder / "faq.csv").write_text("question,answer,context\nWhat is 1 + 1?,2,\nAnd 1 + 2?,3,Of numbers.\n")
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -87,7 +100,16 @@ def prepare(folder: Path) -> None:
 @pytest.mark.slow
 def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
     prepare(tmp_path)
-    run_commands("README.md", tmp_path, at_least=10)  # the runs share a folder: each continues the one before in another layout
+    (shown,) = blocks("yaml")
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    config["data"]["valid"] = yaml.safe_load(shown)["data"]["valid"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    # The runs share a folder: each continues the one before in another layout.
+    run_commands("README.md", tmp_path, at_least=20, section="Step by step")
+    assert {*commands_of("README.md")} == {
+        "make quickstart", "make venv && . .venv/bin/activate",
+        *commands_of("README.md", "Step by step"), *commands_of("README.md", FROM_FILES),
+    }, "commands that no test runs"  # fmt: skip
     status = json.loads((tmp_path / "runs/demo/status.json").read_text())
     assert status == {"outcome": "done", "step": 12}
     assert (tmp_path / "hf/demo/tokenizer.json").is_file()

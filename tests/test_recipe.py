@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,13 @@ import yaml
 
 from megatron_llm.config import parse_config
 from tests.runs import TINY
-from tests.test_readme import prepare
+from tests.test_readme import FROM_FILES, ROOT, commands_of, prepare
 
-RECIPE = Path(__file__).resolve().parents[1] / "examples" / "continue_then_sft"
+RECIPE = ROOT / "examples" / "continue_then_sft"
+SMALL = {
+    "training": {"sequence_length": 64, "global_batch_size": 4, "steps": 4, "eval_every": 2},
+    "checkpoint": {"every_steps": 2}, "lr_schedule": {"warmup_steps": 1},
+}  # fmt: skip
 
 
 def make_base(folder: Path) -> None:
@@ -34,17 +39,48 @@ def make_base(folder: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(folder / "base")
 
 
+def small_checkout(folder: Path) -> None:
+    """The examples, with a recipe of a few steps; and what the README says that one needs."""
+    prepare(folder)
+    make_base(folder)
+    shutil.copytree(ROOT / "examples", folder / "examples")
+    for name in ("continue.yaml", "sft.yaml"):
+        path = folder / "examples" / "continue_then_sft" / name
+        raw = yaml.safe_load(path.read_text())
+        path.write_text(yaml.safe_dump(raw | {section: raw[section] | settings for section, settings in SMALL.items()}))
+
+
+def run_as_written(folder: Path, starts: tuple[str, ...], environment: dict[str, str]) -> None:
+    """The README's commands from files to a model that start so, in a small checkout."""
+    mine = [command for command in commands_of("README.md", FROM_FILES) if command.startswith(starts)]
+    assert len(mine) == len(starts)
+    for command in mine:
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=folder, env=environment, input="", capture_output=True, text=True, timeout=280
+        )
+        assert done.returncode == 0, f"$ {command}\n{done.stdout}{done.stderr}"
+
+
+def environment() -> dict[str, str]:
+    """Of a user whose virtual environment is active."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "NPROC_PER_NODE": "2",
+        "PYTHON": sys.executable,
+        "PATH": path,
+        "PYTHONPATH": str(ROOT),
+    }
+
+
 def _run(folder: Path, out: str, *more: str) -> str:
     """What the script prints, when it ends well."""
     files = {"hf": "base", "text": "text.jsonl", "text-valid": "text.jsonl", "chat": "chat.jsonl", "chat-valid": "chat.jsonl"}
     options = [word for name, file in files.items() for word in (f"--{name}", file)]
-    settings = [
-        "training.sequence_length=64", "training.global_batch_size=4", "training.steps=4", "training.eval_every=2",
-        "checkpoint.every_steps=2", "lr_schedule.warmup_steps=1",
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NPROC_PER_NODE": "2", "PYTHON": sys.executable}
+    settings = [f"{section}.{key}={value}" for section, values in SMALL.items() for key, value in values.items()]
     command = [str(RECIPE / "run.sh"), *options, "--out", out, *more, *settings]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -53,9 +89,9 @@ def _run(folder: Path, out: str, *more: str) -> str:
 def test_from_a_base_model_to_one_that_chats(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    prepare(tmp_path)
-    make_base(tmp_path)
-    _run(tmp_path, "out", "--template", "chatml")
+    small_checkout(tmp_path)
+    run_as_written(tmp_path, ("examples/continue_then_sft/", "megatron-llm report", "megatron-llm chat"), environment())
+    assert (tmp_path / "out" / "report.html").is_file()
     for phase in ("continued", "tuned"):
         assert json.loads((tmp_path / "out" / phase / "status.json").read_text())["outcome"] == "done"
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "hf")
@@ -66,7 +102,7 @@ def test_from_a_base_model_to_one_that_chats(tmp_path: Path) -> None:
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in (ends if isinstance(ends, list) else [ends])
     lines = (tmp_path / "out" / "tuned" / "metrics.jsonl").read_text().splitlines()
     assert len((tmp_path / "out" / "tuned" / "samples.jsonl").read_text().splitlines()) > 0
-    _run(tmp_path, "out", "--template", "chatml")
+    run_as_written(tmp_path, ("examples/continue_then_sft/",), environment())
     assert (tmp_path / "out" / "tuned" / "metrics.jsonl").read_text().splitlines() == lines, "what is done is not done again"
 
 

@@ -1,7 +1,8 @@
 """A SLURM of two nodes on this machine: munged, slurmctld and two slurmd with everything in one folder. Used by `conftest.py`.
 
-The nodes are called 127.0.0.1 and 127.0.0.2, so a node's name is an address at which it is found, as on a real cluster. Eight
-nodes with GPUs exist on paper, in the partitions gpu and cpu: what is submitted there is checked by SLURM and waits.
+The nodes are called 127.0.0.1 and 127.0.0.2, so a node's name is an address at which it is found, as on a real cluster; each says
+that it has eight GPUs, which are empty files, so that scripts are taken as written. Eight nodes exist on paper, in the partitions
+gpu and cpu: what is submitted there is checked by SLURM and waits.
 """
 
 from __future__ import annotations
@@ -55,6 +56,9 @@ class Cluster:
         (self.folder / "munge.key").write_bytes(os.urandom(128))
         (self.folder / "munge.key").chmod(0o600)
         (self.folder / "slurm.conf").write_text(self._configuration())
+        for number in range(8):
+            (self.folder / f"gpu{number}").touch()
+        (self.folder / "gres.conf").write_text(f"NodeName=127.0.0.[1-2] Name=gpu File={self.folder}/gpu[0-7]\n")
         place = self.folder / "munge"
         files = [f"--{name}-file={place}.{name}" for name in ("key", "pid", "log", "seed")]
         self._daemon("munged", "--force", f"--socket={place}.socket", *files)
@@ -162,7 +166,7 @@ class Cluster:
                 f"SlurmdPidFile={self.folder}/slurmd-%n.pid",
                 f"SlurmdLogFile={self.folder}/slurmd-%n.log",
                 *(
-                    f"NodeName={node} NodeHostname={host} NodeAddr={node} Port={free_port()} CPUs=4 State=UNKNOWN"
+                    f"NodeName={node} NodeHostname={host} NodeAddr={node} Port={free_port()} CPUs=16 Gres=gpu:8 State=UNKNOWN"
                     for node in ("127.0.0.1", "127.0.0.2")
                 ),
                 "GresTypes=gpu",

@@ -1,4 +1,4 @@
-"""pipeline.sh: from files and a folder to a tuned, exported and evaluated model, as one command and a queue."""
+"""pipeline.sh as the README has it: from files and a folder to a tuned, exported and evaluated model, by one command."""
 
 from __future__ import annotations
 
@@ -10,17 +10,11 @@ import pytest
 
 from tests.hf.test_harness import write_task
 from tests.slurm.cluster import SCRIPTS, Cluster
-from tests.test_readme import prepare
-from tests.test_recipe import make_base
+from tests.test_readme import FROM_FILES, commands_of
+from tests.test_recipe import environment, run_as_written, small_checkout
 from tests.training.commands import read_status
 
-FILES = {"hf": "base", "text": "text.jsonl", "text-valid": "text.jsonl", "chat": "chat.jsonl", "chat-valid": "chat.jsonl"}
 NAMES = ["chat", "import", "chat-valid", "text", "merge", "text-valid", "continue", "sft", "export", "evaluate"]
-SMALL = [
-    "training.sequence_length=64", "training.global_batch_size=4", "continue:training.steps=4", "sft:training.steps=2",
-    "training.eval_every=2", "checkpoint.every_steps=2", "lr_schedule.warmup_steps=1", "sft:logging.sample_every=0",
-]  # fmt: skip
-FEW = "--cpus-per-task=1 --time=10"
 
 
 @pytest.mark.slow
@@ -28,36 +22,35 @@ FEW = "--cpus-per-task=1 --time=10"
 def test_from_files_to_an_evaluated_model(tmp_path: Path, cluster: Cluster) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    prepare(tmp_path)
-    make_base(tmp_path)
+    small_checkout(tmp_path)
     write_task(tmp_path, [number % 4 for number in range(40)])
-    options = [word for name, file in FILES.items() for word in (f"--{name}", file)]
-    options += ["--template", "chatml", "--shards", "2", "--out", "out", "--cpu-options", FEW]
-    options += ["--train-options", "--nodes=2 --gpus-per-node=0 --time=10", "--evaluate-options", f"--gpus-per-node=0 {FEW}"]
-    options += ["--evaluate", f"--tasks tiny_sums --include-path {tmp_path}/tasks --device cpu --limit 8", *SMALL]
-    script = str(SCRIPTS / "pipeline.sh")
+    task = (tmp_path / "tasks/tiny_sums.yaml").read_text()
+    (tmp_path / "tasks/mine.yaml").write_text(task.replace("tiny_sums", "mine"))
+    (command,) = [line for line in commands_of("README.md", FROM_FILES) if line.startswith("examples/slurm/")]
+    few = {"NPROC_PER_NODE": "1", "SBATCH_TIMELIMIT": "10"}  # ranks a node, of eight that the GPUs stand for; minutes
     # Nothing stays in the queue of a pipeline that could not be submitted whole.
-    done = cluster.attempt(script, *options, "--evaluate-options", "--partition=none", cwd=tmp_path)
+    done = cluster.attempt("bash", "-c", f"{command} --evaluate-options --partition=none", cwd=tmp_path, **few)
     assert done.returncode == 1 and "sbatch refused job 'evaluate'" in done.stderr and "cancelled" in done.stderr, done.stderr
     cluster.until(lambda: not cluster.call("squeue", "--noheader"), 60, "jobs were not cancelled")
 
-    done = cluster.attempt(script, *options, cwd=tmp_path)
+    done = cluster.attempt("bash", "-c", command, cwd=tmp_path, **few)
     assert done.returncode == 0, done.stderr
     jobs = [line.split() for line in (tmp_path / "out/jobs.txt").read_text().splitlines()]
     assert [name for _, name, *_ in jobs] == NAMES
-    again = cluster.attempt(script, *options, cwd=tmp_path)
+    again = cluster.attempt("bash", "-c", command, cwd=tmp_path, **few)
     assert again.returncode == 1 and f"first: scancel {jobs[0][0]} " in again.stderr, again.stderr
     for job, name, *_ in jobs:
         states = cluster.wait(int(job))
         logs = "\n".join(path.read_text() for path in (tmp_path / "out/logs").glob(f"{name}-{job}*.log"))
         assert set(states) == {"COMPLETED"}, f"{name}: {states}\n{logs}"
-    for phase, steps in (("continued", 4), ("tuned", 2)):
-        assert read_status(tmp_path / "out" / phase) == {"outcome": "done", "step": steps}
+    for phase in ("continued", "tuned"):
+        assert read_status(tmp_path / "out" / phase) == {"outcome": "done", "step": 4}
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out/hf")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out/hf")
     assert "<|im_start|>" in tokenizer.chat_template and model.config.vocab_size == len(tokenizer) > 400
-    (task,) = json.loads((tmp_path / "out/evaluation.json").read_text())["tasks"]
-    assert task["task"] == "tiny_sums" and 0 <= task["value"] <= 1
+    (result,) = json.loads((tmp_path / "out/evaluation.json").read_text())["tasks"]
+    assert result["task"] == "mine" and 0 <= result["value"] <= 1
+    run_as_written(tmp_path, ("megatron-llm report", "megatron-llm chat"), environment())
 
 
 @pytest.mark.parametrize(
