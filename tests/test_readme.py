@@ -39,7 +39,8 @@ def blocks(language: str, page: str = "README.md", section: str | None = None) -
 
 def commands_of(page: str, section: str | None = None) -> list[str]:
     """Every command of a page, or of one of its sections, as written."""
-    return [line.split("  #")[0].strip() for block in blocks("", page, section) for line in block.splitlines() if line.strip()]
+    text = "".join(blocks("", page, section)).replace("\\\n", " ")
+    return [" ".join(line.split("  #")[0].split()) for line in text.splitlines() if line.strip()]
 
 
 def run_commands(page: str, folder: Path, at_least: int, section: str | None = None) -> None:
