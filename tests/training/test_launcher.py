@@ -39,6 +39,17 @@ def test_a_shell_with_the_variables_of_slurm_is_one_process() -> None:
         assert launch_of(SBATCH | {"SLURM_STEP_ID": str(step)}) == alone
 
 
+@pytest.mark.parametrize("mpi", [{"OMPI_COMM_WORLD_SIZE": "4"}, {"PMI_SIZE": "4", "MPI_LOCALRANKID": "0"}])
+def test_mpirun_is_refused_unless_it_says_what_torchrun_would(mpi: dict[str, str]) -> None:
+    """Its processes inherit SLURM's variables of the daemons that started them, a task a node."""
+    for environment in (mpi, SBATCH | mpi, SRUN | mpi):
+        with pytest.raises(ValueError, match="mpirun started this process as one of 4, but ranks are told by torchrun or srun"):
+            launch_of(environment)
+        assert launch_of(environment | TORCHRUN) == Launch(5, 8, 1)
+    assert launch_of({name: "1" for name in mpi}) == Launch()
+    assert launch_of(SRUN | {"PMI_SIZE": "4"}) == launch_of(SRUN), "srun --mpi=pmi2"
+
+
 def test_where_ranks_meet_can_be_said() -> None:
     assert launch_of(SRUN | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "12345"}).head == ("10.0.0.1", 12345)
     assert launch_of(SRUN | {"MASTER_PORT": "12345"}).head == ("gpu08", 12345)
