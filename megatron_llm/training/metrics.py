@@ -22,7 +22,7 @@ import torch
 from megatron_llm.config import Config
 from megatron_llm.parallel.traffic import Traffic
 from megatron_llm.planning.flops import model_flops_per_token, peak_flops
-from megatron_llm.training.sinks import make_feeds, step_of
+from megatron_llm.training.sinks import close_all, make_feeds, step_of
 from megatron_llm.training.step import RunState, StepResult
 
 logger = logging.getLogger("megatron_llm")
@@ -102,8 +102,7 @@ class Metrics:
 
     def close(self, failed: bool) -> None:
         """Let the sinks finish, for a limited time."""
-        for feed in self.feeds:
-            feed.close(failed)
+        close_all(self.feeds, failed)
 
     def step(
         self, state: RunState, result: StepResult, seconds: float, traffic: dict[str, Traffic], stall: float = 0.0
