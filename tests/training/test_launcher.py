@@ -122,7 +122,11 @@ def test_a_task_that_sees_its_own_gpu_alone_takes_it(monkeypatch: pytest.MonkeyP
         _be(monkeypatch, environment)
         assert pick_device("auto") == torch.device("cuda", number) and taken.pop() == number
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(ValueError, match="local rank 1 has no GPU: 1 visible"):
+    with pytest.raises(ValueError, match="local rank 1 has no GPU: 1 visible; start fewer ranks per node$"):
+        pick_device("auto")
+    _be(monkeypatch, SRUN | {"SLURM_LOCALID": "2"})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)  # those near its cores, by --gpu-bind=closest
+    with pytest.raises(ValueError, match="local rank 2 has no GPU: 2 visible; .* or --gpu-bind=none"):
         pick_device("auto")
 
 
