@@ -25,6 +25,7 @@ from megatron_llm.cli.main import main
 from megatron_llm.config import ConfigError
 from megatron_llm.training import loop, metrics, sinks
 from megatron_llm.training.resolve import resolve
+from megatron_llm.training.run_folder import RunFolder
 from megatron_llm.training.sinks import Feed, close_all, step_of
 from megatron_llm.training.wandb_store import records, rows_of
 from tests.launch import KILLED, launch
@@ -219,6 +220,7 @@ class _Fake:
     def __init__(self, hangs_in: str = "") -> None:
         self.mark: dict[str, Any] = {}
         self.lines: list[Any] = []
+        self.closed: bool | None = None  # with what
         self.hangs_in, self.release, self.abandoned = hangs_in, threading.Event(), False
 
     def begin(self, step: int, undone: Any) -> int:
@@ -230,6 +232,7 @@ class _Fake:
         self.lines.append(line)
 
     def close(self, failed: bool) -> None:
+        self.closed = failed
         self._maybe("close")
 
     def abandon(self) -> None:
@@ -271,6 +274,19 @@ def test_sinks_that_hang_are_waited_for_together_and_less_after_a_failure(
         assert least <= time.monotonic() - start < most
         for sink in hanging:
             sink.release.set()
+
+
+def test_sinks_are_closed_when_a_run_fails_before_its_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sink = _Fake()
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(metrics, "make_feeds", lambda *_: [Feed(sink, tmp_path)])
+    monkeypatch.setattr(RunFolder, "record_start", full)
+    with pytest.raises(OSError, match="No space left"):
+        _train(_config(tmp_path / "run"))
+    assert sink.closed is True
 
 
 _TRAIN = """
