@@ -17,6 +17,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0  # and above: SLURM's numbers of the shells of sbatch and salloc, where they have one
 _PORTS = range(20000, 32000)  # below those that Linux gives to connections
@@ -53,11 +54,19 @@ def launch_of(environment: Mapping[str, str] | None = None) -> Launch:
 
 def _in_step(given: Mapping[str, str]) -> bool:
     """Whether srun has started this process, rather than a shell that has SLURM's variables."""
-    if "SLURM_PTY_PORT" in given and os.isatty(0):
-        return False  # the shell of `srun --pty`: its other tasks ended at once, having no terminal
+    if "SLURM_PTY_PORT" in given and os.isatty(0) and _parent() != "slurmstepd":
+        return False  # typed into the shell of `srun --pty bash`: its other tasks ended at once, having no terminal
     if "SLURM_STEP_ID" in given:
         return _number(given, "SLURM_STEP_ID") < _FIRST_SPECIAL_STEP
     return "SLURM_PROCID" in given and _number(given, "SLURM_PROCID") > 0  # the shell of sbatch is 0
+
+
+def _parent() -> str:
+    """The name of the program that started this process; "" where the system does not say."""
+    try:
+        return Path(f"/proc/{os.getppid()}/comm").read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
 
 
 def _refuse_mpirun(given: Mapping[str, str]) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_llm.cli.main import main
+from megatron_llm.training import launcher
 from megatron_llm.training.distributed import pick_device, process_group
 from megatron_llm.training.launcher import Launch, first_host, launch_of, port_of
 
@@ -37,6 +38,19 @@ def test_a_shell_with_the_variables_of_slurm_is_one_process() -> None:
     assert launch_of(SBATCH) == alone
     for step in (0xFFFFFFFB, 0xFFFFFFFA):
         assert launch_of(SBATCH | {"SLURM_STEP_ID": str(step)}) == alone
+
+
+def test_the_task_with_the_terminal_of_srun_is_a_rank_and_what_is_typed_into_its_shell_is_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`srun --pty -n 4 python ...`, to debug rank 0: its other ranks wait for it."""
+    first = SRUN | {"SLURM_PTY_PORT": "4711", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    monkeypatch.setattr(os, "isatty", lambda number: number == 0)
+    for parent, size in (("slurmstepd", 4), ("bash", 1), ("", 1)):
+        monkeypatch.setattr(launcher, "_parent", lambda parent=parent: parent)
+        assert launch_of(first).world_size == size
+    monkeypatch.setattr(os, "isatty", lambda _: False)
+    assert launch_of(first).world_size == 4
 
 
 @pytest.mark.parametrize("mpi", [{"OMPI_COMM_WORLD_SIZE": "4"}, {"PMI_SIZE": "4", "MPI_LOCALRANKID": "0"}])
