@@ -41,6 +41,12 @@ state_of_job() { # RUNNING Reason=None, or what ends it: COMPLETING Reason=TimeL
     scontrol --oneliner show job "$job" | sed -n 's/.*JobState=\([A-Z_]*\) \(Reason=[^ ]*\).*/\1 \2/p'
 }
 
+time_is_over() { # before the run has ended; SLURM kills what is left after its KillWait
+    [[ $(state_of_job) == *TimeLimit ]] || return 0
+    echo "the time of job $job is over, and the run has not saved yet. What it does not save within KillWait (30 seconds on most" >&2
+    echo "clusters) is lost, and the job is not put back: warn earlier (--signal=B:USR1@600). The same command goes on." >&2
+}
+
 # Train on all nodes of the job and exit: 0 done, 1 failed, 75 saved but not put back into the queue. A run that was stopped, by
 # SLURM's warning or by training.max_minutes, goes back into the queue as this job, and whoever waits for the job goes on waiting.
 train_until_done() { # CONFIG.yaml overrides, --allow-change
@@ -48,7 +54,7 @@ train_until_done() { # CONFIG.yaml overrides, --allow-change
     find_python
     [[ -f $1 ]] || fail "$1 is not a file in $PWD, the folder that the job was submitted from"
     trap 'asked=yes' USR1
-    trap 'true' TERM # SLURM tells the ranks as well; what they say in the end counts
+    trap 'time_is_over' TERM # SLURM tells the ranks as well; what they say in the end counts
     run=$(run_dir_of "$@") || fail "the settings are wrong (see above), nothing was started; mend them and submit again"
     before=$(identity "$run/status.json")
     if [[ -n $before && $(status_of "$run" outcome) != done ]]; then

@@ -94,7 +94,14 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         raise ConfigError([f"{path} is not valid YAML: {' '.join(str(error).split())}"]) from error
     if not isinstance(raw, dict):
         raise ConfigError([f"{path} must hold a mapping of sections, got {type(raw).__name__}"])
-    return raw
+    return {key: _unshared(value) for key, value in raw.items()}
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which an alias (`*anchor`) has a value of its own: what is put over one place must not change another."""
+    if isinstance(value, dict):
+        return {key: _unshared(inner) for key, inner in value.items()}
+    return [_unshared(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _merge(raw: dict[str, Any], over: dict[str, Any]) -> None:

@@ -78,7 +78,8 @@ def pick_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
     launch, visible = launch_of(), torch.cuda.device_count()
     local = 0 if launch.slurm and visible == 1 else launch.local_rank
     if local >= visible:
-        raise ValueError(f"local rank {local} has no GPU: {visible} visible; start fewer ranks per node")
+        bound = ", or give each task its own (srun --gpus-per-task=1 or --gpu-bind=none)" if launch.slurm else ""
+        raise ValueError(f"local rank {local} has no GPU: {visible} visible; start fewer ranks per node{bound}")
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
 

@@ -8,7 +8,7 @@ reads the launcher's environment:
 
 torchrun's count where both are there: SLURM has then started torchrun. The shells of `sbatch` and `salloc` have variables of
 SLURM too, for all tasks of the job, but what is started in them without `srun` is one process. So is what is typed into the shell
-of `srun --pty bash`.
+of `srun --pty bash`. mpirun is refused.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0  # and above: SLURM's numbers of the shells of sbatch and salloc, where they have one
 _PORTS = range(20000, 32000)  # below those that Linux gives to connections
@@ -47,16 +48,36 @@ def launch_of(environment: Mapping[str, str] | None = None) -> Launch:
         way_out = "unset both for a single process, or use torchrun"
         numbers = _numbers(given, "RANK", "WORLD_SIZE", who="the launcher", way_out=way_out)
         return Launch(*_checked("RANK", "WORLD_SIZE", *numbers), _number(given, "LOCAL_RANK", "0"))
+    _refuse_mpirun(given)
     return _of_srun(given) if _in_step(given) else Launch()
 
 
 def _in_step(given: Mapping[str, str]) -> bool:
     """Whether srun has started this process, rather than a shell that has SLURM's variables."""
-    if "SLURM_PTY_PORT" in given and os.isatty(0):
-        return False  # the shell of `srun --pty`: its other tasks ended at once, having no terminal
+    if "SLURM_PTY_PORT" in given and os.isatty(0) and _parent() != "slurmstepd":
+        return False  # typed into the shell of `srun --pty bash`: its other tasks ended at once, having no terminal
     if "SLURM_STEP_ID" in given:
         return _number(given, "SLURM_STEP_ID") < _FIRST_SPECIAL_STEP
     return "SLURM_PROCID" in given and _number(given, "SLURM_PROCID") > 0  # the shell of sbatch is 0
+
+
+def _parent() -> str:
+    """The name of the program that started this process; "" where the system does not say."""
+    try:
+        return Path(f"/proc/{os.getppid()}/comm").read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
+def _refuse_mpirun(given: Mapping[str, str]) -> None:
+    """Its processes would each take themselves for the only one, or within SLURM for the daemon of Open MPI that started them."""
+    hydra = given.get("PMI_SIZE") if "MPI_LOCALRANKID" in given else None  # srun sets PMI_SIZE, too
+    size = given.get("OMPI_COMM_WORLD_SIZE") or hydra or "1"
+    if size != "1":
+        raise ValueError(
+            f"mpirun started this process as one of {size}, but ranks are told by torchrun or srun: use one of them, or have "
+            "each process set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
+        )
 
 
 def _of_srun(given: Mapping[str, str]) -> Launch:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -187,16 +187,20 @@ def _begin(
         changes=changes.decides_numbers,
         stragglers=Stragglers(grid, device, config.logging),
     )
-    if config.logging.sample_every:
-        run.samples = make_samples(engine, run.assets, state.step, lambda: run.watch.progress())
-    if grid.world.first:
-        folder.write_config(config)
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        folder.record_start(state.step, grid.world.size, name)
-        if checkpoint:
-            prune(checkpoint.folder)  # what was interrupted
-    _announce(run, resolved, checkpoint, changes.free)
-    run.report("running")
+    with ExitStack() as failure:
+        if run.metrics:
+            failure.callback(run.metrics.close, True)  # a sink may be what keeps a process from ending
+        if config.logging.sample_every:
+            run.samples = make_samples(engine, run.assets, state.step, lambda: run.watch.progress())
+        if grid.world.first:
+            folder.write_config(config)
+            name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+            folder.record_start(state.step, grid.world.size, name)
+            if checkpoint:
+                prune(checkpoint.folder)  # what was interrupted
+        _announce(run, resolved, checkpoint, changes.free)
+        run.report("running")
+        failure.pop_all()
     return run
 
 

@@ -13,6 +13,7 @@ import math
 import os
 import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from megatron_llm.config import Config
 from megatron_llm.parallel.traffic import Traffic
 from megatron_llm.planning.flops import model_flops_per_token, peak_flops
-from megatron_llm.training.sinks import make_feeds, step_of
+from megatron_llm.training.sinks import close_all, make_feeds, step_of
 from megatron_llm.training.step import RunState, StepResult
 
 logger = logging.getLogger("megatron_llm")
@@ -63,41 +64,45 @@ class Metrics:
             undone = [line for line in lines if step_of(line) > step]
             for feed in self.feeds:
                 feed.begin(step, kept, undone)
-        forget_lines_after(self.path, step)
+        self._change_file(lambda: forget_lines_after(self.path, step))
 
     def add(self, state: RunState, values: dict[str, Any]) -> None:
         """Add values to the line of the last step, or write them as a line if it has none."""
-        line: dict[str, Any] = {}
-        lines = _lines(self.path)
+        lines, line = _lines(self.path), dict[str, Any]()
         if lines and "back_to_step" not in lines[-1] and _step_of(lines[-1]) == state.step:
             line = json.loads(lines.pop())
-            _replace(self.path, lines)
         clean = _clean({"step": state.step, "tokens": state.tokens} | values)
         new = {name: value for name, value in clean.items() if name not in line or line[name] != value}
-        self._write(line | clean, {"step": state.step} | new)
+        if line:  # in one piece: whoever is killed meanwhile has one or the other
+            self._change_file(lambda: _replace(self.path, [*lines, json.dumps(line | clean)]))
+        else:
+            self._change_file(lambda: append_line(self.path, clean))
+        self._show({"step": state.step} | new)
 
     def write(self, values: dict[str, Any]) -> None:
         """Append a line. Numbers that are not finite become null: JSON has no nan."""
         clean = _clean(values)
-        self._write(clean, clean)
+        self._change_file(lambda: append_line(self.path, clean))
+        self._show(clean)
 
-    def _write(self, line: dict[str, Any], shown: dict[str, Any]) -> None:
-        """Append a line to the file, and give the sinks what is new of it."""
+    def _change_file(self, change: Callable[[], None]) -> None:
+        """Do that; if it cannot be done, say so once."""
         try:
-            append_line(self.path, line)
+            change()
         except OSError as error:
             if not self._complained:
                 logger.warning("%s cannot be written, lines are missing from now on: %s", self.path, error)
             self._complained = True
         else:
             self._complained = False
+
+    def _show(self, line: dict[str, Any]) -> None:
         for feed in self.feeds:
-            feed.write(shown)
+            feed.write(line)
 
     def close(self, failed: bool) -> None:
         """Let the sinks finish, for a limited time."""
-        for feed in self.feeds:
-            feed.close(failed)
+        close_all(self.feeds, failed)
 
     def step(
         self, state: RunState, result: StepResult, seconds: float, traffic: dict[str, Traffic], stall: float = 0.0

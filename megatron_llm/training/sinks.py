@@ -15,17 +15,19 @@ import logging
 import queue
 import secrets
 import threading
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_llm.config import Config, LoggingConfig
-from megatron_llm.training.wandb_store import last_row
+from megatron_llm.training.wandb_store import end_service, last_row
 
 logger = logging.getLogger("megatron_llm")
 
 Line = Mapping[str, Any]
-FINISH_SECONDS = 30.0  # that the end of a run waits for a sink
+FINISH_SECONDS = 30.0  # that the end of a run waits for its sinks
+_FAILED_SECONDS = 15.0  # that its failure does: other ranks wait for the reason
 _WAITING_LINES = 100_000  # of a sink that is slower than training, before it is given up
 
 
@@ -66,6 +68,9 @@ class Sink(Protocol):
     def close(self, failed: bool) -> None:
         """Bring everything to where it belongs."""
 
+    def abandon(self) -> None:
+        """Leave nothing that would keep the process from ending. Called from another thread, whatever the sink is doing."""
+
 
 def make_feeds(config: Config, describe: Mapping[str, Any]) -> list[Feed]:
     """A feed for every sink that is asked for. describe: what there is to say of a run besides its config."""
@@ -76,6 +81,15 @@ def make_feeds(config: Config, describe: Mapping[str, Any]) -> list[Feed]:
     if config.logging.wandb is not None:
         sinks.append(Wandb(config, describe))
     return [Feed(sink, run_dir / "sinks") for sink in sinks]
+
+
+def close_all(feeds: Sequence[Feed], failed: bool) -> None:
+    """Let all sinks finish side by side, but wait no longer than FINISH_SECONDS, or less after a failure."""
+    deadline = time.monotonic() + (_FAILED_SECONDS if failed else FINISH_SECONDS)
+    for feed in feeds:
+        feed.finish(failed)
+    for feed in feeds:
+        feed.wait(deadline)
 
 
 class Feed:
@@ -97,14 +111,19 @@ class Feed:
     def write(self, line: Line) -> None:
         self._put(lambda: self._write(line))
 
-    def close(self, failed: bool) -> None:
-        """Let the sink finish, but wait no longer than FINISH_SECONDS."""
+    def finish(self, failed: bool) -> None:
+        """Nothing more comes: let the sink finish."""
         self._failed = failed
         with contextlib.suppress(queue.Full):
             self._calls.put_nowait(None)
-            self._thread.join(FINISH_SECONDS)
+
+    def wait(self, deadline: float) -> None:
+        """Wait until the sink has finished, or until `deadline` (`time.monotonic()`)."""
+        self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
-            self._give_up(f"it did not finish within {FINISH_SECONDS:g} s")
+            self._give_up("it did not finish in time")
+        if self._broken:
+            self._sink.abandon()
 
     def _put(self, call: Callable[[], None]) -> None:
         if self._broken:
@@ -121,8 +140,10 @@ class Feed:
                     call()
             except BaseException as error:  # whatever a package may raise, SystemExit too
                 self._give_up(f"{type(error).__name__}: {error}")
-        with contextlib.suppress(BaseException):
+        try:
             self._sink.close(self._failed)
+        except BaseException as error:
+            self._give_up(f"{type(error).__name__}: {error}")
 
     def _give_up(self, why: str) -> None:
         """Say so, once."""
@@ -192,6 +213,9 @@ class TensorBoard:
         if self._writer is not None:
             self._writer.close()
 
+    def abandon(self) -> None:
+        """Its threads end with the process."""
+
 
 class Wandb:
     """One run of Weights & Biases, whose id stays the same over all starts, online and offline.
@@ -234,7 +258,7 @@ class Wandb:
             resume="allow",
             dir=str(run_dir),
             # The console is the log's, not wandb's; and its own limits are a little shorter than ours.
-            settings=wandb.Settings(console="off", silent=True, finish_timeout=FINISH_SECONDS * 0.8),
+            settings=wandb.Settings(console="off", silent=True, finish_timeout=FINISH_SECONDS * 0.8, finish_timeout_raises=True),
         )
         self._run.config.update({**self._config.model_dump(mode="json"), **self._describe}, allow_val_change=True)
         self._run.define_metric("*", step_metric="step")
@@ -256,6 +280,9 @@ class Wandb:
     def close(self, failed: bool) -> None:
         if self._run is not None:
             self._run.finish(exit_code=int(failed))
+
+    def abandon(self) -> None:
+        end_service()
 
 
 def _is_result(name: str) -> bool:

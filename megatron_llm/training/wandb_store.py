@@ -6,9 +6,13 @@ description: leveldb/doc/log_format.md), after 7 bytes of its own. Called by `tr
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
+import os
+import signal
 import struct
+import threading
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +20,7 @@ from typing import Any
 
 _BLOCK, _HEADER = 32768, 7
 _WHOLE, _LAST = 1, 4
+_TEARDOWN_SECONDS = 5.0
 
 
 def rows_of(file: Path) -> Iterator[dict[str, Any]]:
@@ -53,3 +58,21 @@ def last_row(folder: Path, run_id: str) -> dict[str, Any] | None:
         if rows := deque(rows_of(file), maxlen=1):
             return rows[0]
     return {"step": -1, "_step": -1} if files else None
+
+
+def end_service() -> None:
+    """End W&B's service, a child of this process: when Python ends, W&B waits for it, and it for the network, without a limit."""
+    for children in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # the thread, or the child, has ended
+            for child in children.read_text().split():
+                if Path(f"/proc/{child}/comm").read_text().startswith("wandb-core"):
+                    os.kill(int(child), signal.SIGKILL)
+    # Takes back what W&B would do when Python ends, and fail in.
+    last = threading.Thread(target=_teardown, daemon=True)
+    last.start()
+    last.join(_TEARDOWN_SECONDS)
+
+
+def _teardown() -> None:
+    with contextlib.suppress(BaseException):
+        importlib.import_module("wandb").teardown()

@@ -183,6 +183,16 @@ def test_files_and_overrides_apply_from_left_to_right(tmp_path: Path) -> None:
     assert over.read_text().startswith("training: {steps: 2}")
 
 
+def test_what_is_put_over_an_alias_leaves_its_anchor_alone(tmp_path: Path) -> None:
+    """YAML's aliases are one object in memory: training would read the validation set that an override names."""
+    over = tmp_path / "over.yaml"
+    over.write_text("b: {x: {y: 2}}\n")
+    text = "data: {train: &files [{path: a}], valid: *files}\na: &a {x: {y: 1}}\nb: *a\n"
+    raw = _read(tmp_path, text, "data.valid.0.path=v", str(over))
+    assert raw["data"] == {"train": [{"path": "a"}], "valid": [{"path": "v"}]}
+    assert (raw["a"], raw["b"]) == ({"x": {"y": 1}}, {"x": {"y": 2}})
+
+
 def test_bad_overrides_are_reported_together(tmp_path: Path) -> None:
     overrides = {
         "steps": "'steps' is neither of the form section.key=value nor a file",

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_llm.cli.main import main
+from megatron_llm.training import launcher
 from megatron_llm.training.distributed import pick_device, process_group
 from megatron_llm.training.launcher import Launch, first_host, launch_of, port_of
 
@@ -37,6 +38,30 @@ def test_a_shell_with_the_variables_of_slurm_is_one_process() -> None:
     assert launch_of(SBATCH) == alone
     for step in (0xFFFFFFFB, 0xFFFFFFFA):
         assert launch_of(SBATCH | {"SLURM_STEP_ID": str(step)}) == alone
+
+
+def test_the_task_with_the_terminal_of_srun_is_a_rank_and_what_is_typed_into_its_shell_is_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`srun --pty -n 4 python ...`, to debug rank 0: its other ranks wait for it."""
+    first = SRUN | {"SLURM_PTY_PORT": "4711", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    monkeypatch.setattr(os, "isatty", lambda number: number == 0)
+    for parent, size in (("slurmstepd", 4), ("bash", 1), ("", 1)):
+        monkeypatch.setattr(launcher, "_parent", lambda parent=parent: parent)
+        assert launch_of(first).world_size == size
+    monkeypatch.setattr(os, "isatty", lambda _: False)
+    assert launch_of(first).world_size == 4
+
+
+@pytest.mark.parametrize("mpi", [{"OMPI_COMM_WORLD_SIZE": "4"}, {"PMI_SIZE": "4", "MPI_LOCALRANKID": "0"}])
+def test_mpirun_is_refused_unless_it_says_what_torchrun_would(mpi: dict[str, str]) -> None:
+    """Its processes inherit SLURM's variables of the daemons that started them, a task a node."""
+    for environment in (mpi, SBATCH | mpi, SRUN | mpi):
+        with pytest.raises(ValueError, match="mpirun started this process as one of 4, but ranks are told by torchrun or srun"):
+            launch_of(environment)
+        assert launch_of(environment | TORCHRUN) == Launch(5, 8, 1)
+    assert launch_of({name: "1" for name in mpi}) == Launch()
+    assert launch_of(SRUN | {"PMI_SIZE": "4"}) == launch_of(SRUN), "srun --mpi=pmi2"
 
 
 def test_where_ranks_meet_can_be_said() -> None:
@@ -111,7 +136,11 @@ def test_a_task_that_sees_its_own_gpu_alone_takes_it(monkeypatch: pytest.MonkeyP
         _be(monkeypatch, environment)
         assert pick_device("auto") == torch.device("cuda", number) and taken.pop() == number
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(ValueError, match="local rank 1 has no GPU: 1 visible"):
+    with pytest.raises(ValueError, match="local rank 1 has no GPU: 1 visible; start fewer ranks per node$"):
+        pick_device("auto")
+    _be(monkeypatch, SRUN | {"SLURM_LOCALID": "2"})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)  # those near its cores, by --gpu-bind=closest
+    with pytest.raises(ValueError, match="local rank 2 has no GPU: 2 visible; .* or --gpu-bind=none"):
         pick_device("auto")
 
 

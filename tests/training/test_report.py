@@ -196,7 +196,11 @@ def test_the_outcome_and_its_reason(tmp_path: Path, status: dict[str, Any], expe
 def test_a_run_that_says_running_and_has_long_been_silent(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", [line(1)], status={"outcome": "running"})
     os.utime(run / "metrics.jsonl", (time.time() - 7200,) * 2)
+    assert "no sign of life" not in report(tmp_path, run).text, "it has just been started again, and loads its weights"
+    os.utime(run / "status.json", (time.time() - 7200,) * 2)
     assert "no sign of life" in report(tmp_path, run).text
+    (run / "metrics.jsonl").unlink()
+    assert "no sign of life" in report(tmp_path, run).text, "killed before its first step"
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ import errno
 import json
 import os
 import signal
+import socket
+import subprocess
 import sys
 import threading
 import time
@@ -23,7 +25,8 @@ from megatron_llm.cli.main import main
 from megatron_llm.config import ConfigError
 from megatron_llm.training import loop, metrics, sinks
 from megatron_llm.training.resolve import resolve
-from megatron_llm.training.sinks import Feed, step_of
+from megatron_llm.training.run_folder import RunFolder
+from megatron_llm.training.sinks import Feed, close_all, step_of
 from megatron_llm.training.wandb_store import records, rows_of
 from tests.launch import KILLED, launch
 from tests.runs import TINY
@@ -217,7 +220,8 @@ class _Fake:
     def __init__(self, hangs_in: str = "") -> None:
         self.mark: dict[str, Any] = {}
         self.lines: list[Any] = []
-        self.hangs_in, self.release = hangs_in, threading.Event()
+        self.closed: bool | None = None  # with what
+        self.hangs_in, self.release, self.abandoned = hangs_in, threading.Event(), False
 
     def begin(self, step: int, undone: Any) -> int:
         self._maybe("begin")
@@ -228,7 +232,11 @@ class _Fake:
         self.lines.append(line)
 
     def close(self, failed: bool) -> None:
+        self.closed = failed
         self._maybe("close")
+
+    def abandon(self) -> None:
+        self.abandoned = True
 
     def _maybe(self, where: str) -> None:
         if self.hangs_in == where:
@@ -247,10 +255,62 @@ def test_a_sink_that_hangs_makes_nobody_wait(tmp_path: Path, where: str, monkeyp
     feed.begin(-1, [], [])
     for step in range(100 if where != "close" else 20):
         feed.write({"step": step})
-    feed.close(False)
+    close_all([feed], False)
     assert time.monotonic() - start < 5
-    assert len(said) == 1 and "logging.fake gets nothing more" in said[0]
+    assert len(said) == 1 and "logging.fake gets nothing more" in said[0] and sink.abandoned
     sink.release.set()
+
+
+def test_sinks_that_hang_are_waited_for_together_and_less_after_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other ranks of a run that failed wait for the reason, which rank 0 says when its sinks are closed."""
+    monkeypatch.setattr(sinks, "FINISH_SECONDS", 1.0)
+    monkeypatch.setattr(sinks, "_FAILED_SECONDS", 0.1)
+    for failed, least, most in ((False, 1.0, 1.9), (True, 0.1, 0.9)):
+        hanging = [_Fake("close") for _ in range(2)]
+        start = time.monotonic()
+        close_all([Feed(sink, tmp_path) for sink in hanging], failed)
+        assert least <= time.monotonic() - start < most
+        for sink in hanging:
+            sink.release.set()
+
+
+def test_sinks_are_closed_when_a_run_fails_before_its_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sink = _Fake()
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(metrics, "make_feeds", lambda *_: [Feed(sink, tmp_path)])
+    monkeypatch.setattr(RunFolder, "record_start", full)
+    with pytest.raises(OSError, match="No space left"):
+        _train(_config(tmp_path / "run"))
+    assert sink.closed is True
+
+
+_TRAIN = """
+import sys
+from megatron_llm.cli.main import main
+from megatron_llm.training import sinks
+sinks.FINISH_SECONDS = 2.0
+sys.exit(main(["train", sys.argv[1]]))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_ends_although_the_server_of_wandb_does_not_answer(tmp_path: Path) -> None:
+    """W&B itself would wait for it when Python ends."""
+    pytest.importorskip("wandb")
+    config = _config(tmp_path / "run", steps=1, wandb={"project": "tests", "mode": "online"})
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        server = {"WANDB_BASE_URL": f"http://127.0.0.1:{silent.getsockname()[1]}", "WANDB_API_KEY": "a" * 40}
+        command = [sys.executable, "-c", _TRAIN, str(config)]
+        ended = subprocess.run(command, env={**os.environ, **server}, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    assert "logging.wandb gets nothing more in this start: it did not finish in time" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert json.loads((tmp_path / "run/status.json").read_text())["outcome"] == "done"
 
 
 def test_only_what_a_sink_has_not_got_is_handed_over(tmp_path: Path) -> None:
@@ -259,7 +319,7 @@ def test_only_what_a_sink_has_not_got_is_handed_over(tmp_path: Path) -> None:
         sink = _Fake()
         feed = Feed(sink, tmp_path)
         feed.begin(kept[-1]["step"], kept, [])
-        feed.close(False)
+        close_all([feed], False)
         assert sink.lines == [{name: value for name, value in line.items() if value is not None} for line in kept[has + 1 :]]
 
 

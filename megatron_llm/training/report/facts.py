@@ -47,7 +47,7 @@ def outcome(run: RunData, now: float) -> Outcome:
         if now - run.written > quiet:
             written = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(run.written))
             return Outcome(
-                "silent", "no sign of life", f"The status is “running”, but the last line was written {written}: killed?"
+                "silent", "no sign of life", f"The status is “running”, but the run last wrote something {written}: killed?"
             )
         return Outcome("running", "running", _left(run))
     known = {"done": "done", "stopped": "stopped", "failed": "failed", "running": "running"}

@@ -78,7 +78,7 @@ class RunData:
             step in which ranks were compared.
         status, config: as the files have them; empty if there are none.
         starts: of this run, in order of time. trace: the newest picture of a pipeline.
-        written: time of the last line of metrics, in Unix seconds.
+        written: when the run last wrote a line of metrics or its status, in Unix seconds.
         notes: what could not be read.
     """
 
@@ -133,7 +133,7 @@ def read_run(folder: Path, name: str, progress: Callable[[int], object] = lambda
     notes: list[str] = []
     steps, valid, busy, rollbacks = _read_metrics(folder / "metrics.jsonl", notes, progress)
     traces = sorted(folder.glob("traces/step-*.png"), key=lambda path: (len(path.stem), path.stem))
-    metrics = folder / "metrics.jsonl"
+    told = [path.stat().st_mtime for name in ("metrics.jsonl", "status.json") if (path := folder / name).exists()]
     return RunData(
         folder=folder,
         name=name,
@@ -146,7 +146,7 @@ def read_run(folder: Path, name: str, progress: Callable[[int], object] = lambda
         status=_read_mapping(folder / "status.json", json.loads, notes),
         config=_read_mapping(folder / "config.yaml", yaml.safe_load, notes),
         trace=traces[-1] if traces else None,
-        written=metrics.stat().st_mtime if metrics.exists() else None,
+        written=max(told, default=None),
         notes=notes,
     )
 
