@@ -55,7 +55,7 @@ class Waits:
 
     @contextmanager
     def measured(self, device: torch.device, into: list[float]) -> Iterator[None]:
-        """Add to `into` the seconds of what is done inside, without its waits. On a GPU the device is waited for in the end."""
+        """Add to `into` the seconds of what is done inside, without its waits. On a GPU the stream is waited for in the end."""
         spans: list[tuple[Mark, Mark]] = []
         self.spans = spans
         start = mark(device)
@@ -64,6 +64,6 @@ class Waits:
             end = mark(device)
         finally:
             self.spans = None
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if isinstance(end, torch.cuda.Event):
+            end.synchronize()
         into.append(seconds_between(start, end) - sum(seconds_between(*span) for span in spans))
