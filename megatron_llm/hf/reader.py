@@ -66,7 +66,8 @@ class HFFolder:
         file = self.path / "config.json"
         if not file.is_file():
             what = "has no config.json" if self.path.is_dir() else "is not a folder"
-            raise ValueError(f"{self.path} {what}; expected a Hugging Face model folder")
+            way = f"from the hub: hf download OWNER/NAME --local-dir {self.path}"
+            raise ValueError(f"{self.path} {what}; expected a Hugging Face model folder ({way})")
         try:
             config = json.loads(file.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
