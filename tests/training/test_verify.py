@@ -408,6 +408,7 @@ def test_transformers_may_fail_to_load(folder: Path, monkeypatch: pytest.MonkeyP
 def test_torchrun_needs_layouts_of_its_size(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["verify", str(folder)]) == 1
     assert "start it without torchrun" in capsys.readouterr().err
