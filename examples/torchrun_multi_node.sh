@@ -25,7 +25,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/torchrun_common.sh"
 NNODES=${NNODES:-${SLURM_STEP_NUM_NODES:-${SLURM_JOB_NUM_NODES:-}}}
 nodes=${SLURM_STEP_NODELIST:-${SLURM_JOB_NODELIST:-}}
 if [[ -z ${HEAD_NODE:-} && -n $nodes ]]; then
-    HEAD_NODE=$(scontrol show hostnames "$nodes" | head -n 1)
+    HEAD_NODE=$(scontrol show hostnames "$nodes" | sed -n 1p)
     # Who holds the rendezvous is otherwise told by comparing names, which fails where a node has several.
     if [[ -n ${SLURM_STEP_ID:-} ]]; then
         RDZV_CONF=is_host=$([[ $SLURM_NODEID == 0 ]] && echo true || echo false)${RDZV_CONF:+,$RDZV_CONF}

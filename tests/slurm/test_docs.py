@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -33,3 +35,16 @@ def test_the_page_names_every_script() -> None:
     page = (ROOT / "docs/slurm.md").read_text(encoding="utf-8")
     names = [path.name for path in SCRIPTS.iterdir() if path.suffix in (".sbatch", ".sh") and path.name != "common.sh"]
     assert len(names) == 6 and all(f"| `{name}` |" in page for name in names)
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in SCRIPTS.glob("*.sbatch")))
+def test_a_script_of_a_large_array_finds_what_lies_beside_it(script: str, tmp_path: Path) -> None:
+    """SLURM shows all tasks of an array to its last one, in several writes, and runs a copy of the script that lies elsewhere."""
+    shown = f"JobId=7 Command={SCRIPTS}/{script} --input text.jsonl WorkDir={tmp_path}"
+    (tmp_path / "scontrol").write_text(f"#!/bin/bash\nfor n in {{1..30}}; do echo '{shown}' || exit 141; sleep 0.01; done\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    (tmp_path / "slurm_script").write_bytes((SCRIPTS / script).read_bytes())
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    command = ["bash", str(tmp_path / "slurm_script")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "slurm: job 7: " in done.stderr, (done.returncode, done.stderr)
