@@ -112,9 +112,3 @@ def test_a_lost_link_ends_both_nodes_and_the_same_commands_go_on(nodes: TwoNodes
     assert (first.returncode, second.returncode) == (0, 0) and "continuing from" in logs[0] + logs[1], logs
     assert [line["step"] for line in read_metrics(run)] == list(range(steps + 1))
     assert _same(_weights(tmp_path, "whole", steps), _weights(tmp_path, "run", steps))
-
-
-def test_a_lost_link_is_found_by_the_time_limit_of_a_message_too(nodes: TwoNodes, tmp_path: Path) -> None:
-    parallel = {"pipeline_parallel": 2, "timeout_seconds": 8.0}
-    config = _config(tmp_path, "run", 100_000, parallel=parallel, checkpoint={"every_steps": 5})
-    _lose_the_link(nodes, config, tmp_path / "run", 8, "8000ms|no message for 8 s")
