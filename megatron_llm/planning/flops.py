@@ -33,36 +33,36 @@ def model_flops_per_token(model: ModelConfig, sequence_length: int, peft: PeftCo
 
 
 # Dense bfloat16 peaks in FLOP/s with sums in float32, from the vendor's data sheets and white papers (which give some
-# with sparsity: twice these), by whole words of the device's name: the first that is in it. `hardware.py` has the same.
-_PEAKS = (
-    ("GB300", 2500e12),
-    ("GB200", 2500e12),
-    ("B300", 2250e12),
-    ("B200", 2250e12),
-    ("GH200", 989e12),
-    ("H200 NVL", 836e12),
-    ("H200", 989e12),
-    ("H100 NVL", 836e12),
-    ("H100 PCIe", 756e12),
-    ("H100", 989e12),
-    ("H800 PCIe", 756e12),
-    ("H800", 989e12),
-    ("H20", 148e12),
-    ("A100", 312e12),
-    ("A800", 312e12),
-    ("A30", 165e12),
-    ("A40", 149.7e12),
-    ("A10", 125e12),
-    ("A10G", 70e12),
-    ("L40S", 362e12),
-    ("L40", 181e12),
-    ("L4", 121e12),
-    ("RTX 6000 Ada", 364e12),
-    ("RTX A6000", 154.8e12),
-    ("RTX 5090", 209.5e12),
-    ("RTX 4090", 165.2e12),
-    ("RTX 3090", 71e12),
-)
+# with sparsity: twice these), by whole words of the device's name: the first that is in it. `hardware.py` takes its own here.
+PEAKS = {
+    "GB300": 2500e12,
+    "GB200": 2500e12,
+    "B300": 2250e12,
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200 NVL": 836e12,
+    "H200": 989e12,
+    "H100 NVL": 836e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H800 PCIe": 756e12,
+    "H800": 989e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "A30": 165e12,
+    "A40": 149.7e12,
+    "A10": 125e12,
+    "A10G": 70e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX 6000 Ada": 364e12,
+    "RTX A6000": 154.8e12,
+    "RTX 5090": 209.5e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+}
 
 
 def peak_flops(device_name: str) -> float | None:
@@ -70,4 +70,4 @@ def peak_flops(device_name: str) -> float | None:
     words = re.split(r"[\s_-]+", device_name)
     if "MIG" in words or "Laptop" in words:
         return None
-    return next((peak for name, peak in _PEAKS if f" {name} " in f" {' '.join(words)} "), None)
+    return next((peak for name, peak in PEAKS.items() if f" {name} " in f" {' '.join(words)} "), None)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_llm.planning.flops import PEAKS
+
 
 @dataclass(frozen=True)
 class Device:
@@ -32,10 +34,10 @@ class Device:
 DEVICES = {
     device.name: device
     for device in (
-        Device("a100-80", 312e12, 79.1, 2.04e12, 300e9, 25e9),
-        Device("h100", 989e12, 79.1, 3.35e12, 450e9, 50e9),
-        Device("h200", 989e12, 139.8, 4.8e12, 450e9, 50e9),
-        Device("b200", 2250e12, 178.0, 7.7e12, 900e9, 50e9),
+        Device("a100-80", PEAKS["A100"], 79.1, 2.04e12, 300e9, 25e9),
+        Device("h100", PEAKS["H100"], 79.1, 3.35e12, 450e9, 50e9),
+        Device("h200", PEAKS["H200"], 139.8, 4.8e12, 450e9, 50e9),
+        Device("b200", PEAKS["B200"], 178.0, 7.7e12, 900e9, 50e9),
     )
 }
 """By the name that `plan --device` takes; as in HGX boards of eight, with one 200 Gbit/s (A100) or 400 Gbit/s adapter a GPU."""
