@@ -1,6 +1,6 @@
 # Every target sets up what it needs in .venv first. Needs Python >= 3.11 and a package index, nothing else.
 
-.PHONY: venv lint format test test-slow quickstart bench docs clean
+.PHONY: venv lint format test test-slow test-exhaustive quickstart bench docs clean
 .DEFAULT_GOAL := venv
 .DELETE_ON_ERROR:
 
@@ -40,11 +40,19 @@ format: $(STAMP)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
+# Processes that tests run in, each with up to 8 ranks of its own: `make JOBS=8 test` on a large machine.
+JOBS ?= 2
+PYTEST := $(PY) -m pytest --numprocesses $(JOBS) --durations 30 --durations-min 10
+
 test: $(STAMP)
-	$(PY) -m pytest -m "not slow"
+	$(PYTEST) -m "not slow and not exhaustive"
 
 test-slow: $(STAMP)
-	$(PY) -m pytest -m slow
+	$(PYTEST) -m slow
+
+# Every combination of which the slow tests take some. Hours; before a release, or after a change to what is combined.
+test-exhaustive: $(STAMP)
+	$(PYTEST) -m exhaustive
 
 quickstart: $(STAMP)
 	$(PY) examples/quickstart/run.py

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gc
 import os
+from typing import Any
 
 # Before anything imports a Hugging Face library: a test that would reach for the hub fails at once instead of waiting.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,6 +18,8 @@ import torch  # noqa: E402
 if not torch.cuda.is_available():  # before anything imports triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import pytest  # noqa: E402
+
 from tests import ranks  # noqa: E402
 
 torch.set_num_threads(1)
@@ -25,6 +28,18 @@ torch.set_num_threads(1)
 def pytest_collection_finish() -> None:
     """The test modules are imported and no test has run: the moment to fork the template of the rank pool."""
     ranks.start_template()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests share what they have made, so they stay together; those on a SLURM share its two nodes and their ports."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return "tests/slurm" if nodeid.startswith("tests/slurm/") else nodeid.partition("::")[0]
+
+    return ByFile(config, log)
 
 
 def pytest_unconfigure() -> None:

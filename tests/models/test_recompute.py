@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections import Counter
+from itertools import product
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from megatron_llm.training.step import _run_microbatches
 from tests.decoders import DECODERS, AllRandom
 from tests.ranks import run_ranks
 from tests.runs import RECOMPUTE, config_of, stage_of, train
+from tests.tiers import slow_one_in
 
 # One primitive
 
@@ -258,7 +260,6 @@ def test_not_one_bit_of_other_decoders_changes(decoder: str) -> None:
     [
         ("falcon", "tp2 pp2 zb_v", "float32"),
         ("gemma2", "tp2", "bfloat16"),
-        pytest.param("olmo2", "tp2 pp2 zb_v", "float32", marks=pytest.mark.slow),
     ],
 )
 def test_not_one_bit_of_other_decoders_changes_on_many_ranks(decoder: str, layout: str, compute: str) -> None:
@@ -271,8 +272,8 @@ def test_not_one_bit_of_other_decoders_changes_on_many_ranks(decoder: str, layou
     [
         (None, "tp2", "bfloat16", "full"),
         pytest.param("neox", "tp2 pp2 zb_v", "float32", "selective", marks=pytest.mark.slow),
-        pytest.param(None, "tp2", "bfloat16", "selective", marks=pytest.mark.slow),
-        pytest.param("neox", "tp2 pp2 zb_v", "float32", "full", marks=pytest.mark.slow),
+        pytest.param(None, "tp2", "bfloat16", "selective", marks=pytest.mark.exhaustive),
+        pytest.param("neox", "tp2 pp2 zb_v", "float32", "full", marks=pytest.mark.exhaustive),
         pytest.param("gemma2", "pp2 zb_h1", "float64", "full", marks=pytest.mark.slow),
     ],
 )
@@ -282,18 +283,13 @@ def test_not_one_bit_of_noise_changes(decoder: str | None, layout: str, compute:
     assert run_ranks(world, _differences, compute, parallel, [setting], decoder, True) == [[]] * world
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("compute", ["bfloat16", "float64"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize(("decoder", "layout", "compute"), slow_one_in(7, product(DECODERS, LAYOUTS, ["bfloat16", "float64"])))
 def test_not_one_bit_of_other_decoders_changes_in_any_layout_and_setting(decoder: str, layout: str, compute: str) -> None:
     world, parallel = LAYOUTS[layout]
     assert run_ranks(world, _differences, compute, parallel, list(RECOMPUTE), decoder) == [[]] * world
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("compute", ["bfloat16", "float32", "float64"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("compute", "layout"), slow_one_in(3, product(["bfloat16", "float32", "float64"], LAYOUTS)))
 def test_not_one_bit_changes_in_any_layout_and_setting(layout: str, compute: str) -> None:
     world, parallel = LAYOUTS[layout]
     assert run_ranks(world, _differences, compute, parallel, list(RECOMPUTE)) == [[]] * world

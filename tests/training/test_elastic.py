@@ -176,7 +176,7 @@ def _launch(nodes: int, name: str, *arguments: str, **variables: str) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_the_launch_script_of_one_node(tmp_path: Path, number: signal.Signals) -> None:
     config, run = str(_config(tmp_path, "run", 100_000)), tmp_path / "run"
     with _launch(1, "single", config)(0) as script:

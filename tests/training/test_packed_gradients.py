@@ -5,6 +5,7 @@ The oracle takes each conversation alone, without rows, padding or pipelines, wi
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tests.decoders import DECODERS, AllRandom
 from tests.families.models import gradients_of_stage
 from tests.ranks import run_ranks
 from tests.runs import Pieces, assemble, config_of, owned_weights
+from tests.tiers import slow_one_in
 
 LENGTH = 16
 # Rows as packing in order fills them, each with some room; best-fit packing needs as many.
@@ -138,9 +140,7 @@ def test_layouts_of_packed_rows_do_not_change_gradients(conversations: Any, layo
     _check(conversations, "best_fit", **LAYOUTS[layout])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("packing", ["in_order", "none"])
+@pytest.mark.parametrize(("packing", "layout"), slow_one_in(2, product(["in_order", "none"], LAYOUTS)))
 def test_layouts_of_other_rows_do_not_change_gradients(conversations: Any, packing: str, layout: str) -> None:
     _check(conversations, packing, **LAYOUTS[layout])
 

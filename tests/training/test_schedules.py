@@ -6,6 +6,7 @@ The rows are packed documents in file order: shorter and longer than a row, so t
 from __future__ import annotations
 
 import dataclasses
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from megatron_llm.pipeline.schedules import NAMES
 from megatron_llm.training.build import build_engine
 from tests.ranks import run_ranks
 from tests.runs import Pieces, assemble
+from tests.tiers import slow_one_in
 from tests.training.small import FOLDED, LOOPED, run, schedule, small
 from tests.training.test_recovery import continue_run
 
@@ -105,10 +107,7 @@ def test_layouts_of_schedules_do_not_change_training(data: Path, oracle: Any, ca
     assert_same(oracle(tied), run_ranks(world, _train, small(data, size, tied, parallel=parallel)))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(("ranks", "size"), [(2, 1), (2, 3), (2, 6), (4, 2), (4, 3), (4, 6)])
+@pytest.mark.parametrize(("ranks", "name", "size", "tied"), slow_one_in(7, product([2, 4], NAMES, [1, 2, 3, 6], [False, True])))
 def test_every_schedule_and_number_of_micro_batches(
     data: Path, oracle: Any, name: str, ranks: int, size: int, tied: bool
 ) -> None:
@@ -117,30 +116,23 @@ def test_every_schedule_and_number_of_micro_batches(
         assert_same(oracle(tied), run_ranks(ranks, _train, small(data, size, tied, parallel=parallel)))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(
-    ("world", "ranks", "size", "more"),
-    [
-        (8, 2, 1, {"tensor_parallel": 2}),  # and dp2
-        (8, 2, 3, {"tensor_parallel": 2, "sequence_parallel": False, "bucket_size": 500}),
-        (8, 4, 2, {"tensor_parallel": 2}),
-        (8, 4, 1, {"bucket_size": 500}),  # dp2
-        (8, 2, 1, {"tensor_parallel": 4}),
-    ],
-    ids=["tp2 pp2 dp2", "tp2 pp2 dp2 without sp", "tp2 pp4", "pp4 dp2", "tp4 pp2"],
-)
-def test_every_schedule_with_other_parallelism(
-    data: Path, oracle: Any, name: str, tied: bool, world: int, ranks: int, size: int, more: dict[str, Any]
-) -> None:
+ON_EIGHT_RANKS: dict[str, tuple[int, int, dict[str, Any]]] = {  # stages, micro-batch size, parallel
+    "tp2 pp2 dp2": (2, 1, {"tensor_parallel": 2}),
+    "tp2 pp2 dp2 without sp": (2, 3, {"tensor_parallel": 2, "sequence_parallel": False, "bucket_size": 500}),
+    "tp2 pp4": (4, 2, {"tensor_parallel": 2}),
+    "pp4 dp2": (4, 1, {"bucket_size": 500}),
+    "tp4 pp2": (2, 1, {"tensor_parallel": 4}),
+}
+
+
+@pytest.mark.parametrize(("layout", "name", "tied"), slow_one_in(7, product(ON_EIGHT_RANKS, NAMES, [False, True])))
+def test_every_schedule_with_other_parallelism(data: Path, oracle: Any, layout: str, name: str, tied: bool) -> None:
+    ranks, size, more = ON_EIGHT_RANKS[layout]
     parallel = schedule(name, ranks) | more
-    assert_same(oracle(tied), run_ranks(world, _train, small(data, size, tied, parallel=parallel)))
+    assert_same(oracle(tied), run_ranks(8, _train, small(data, size, tied, parallel=parallel)))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layers", [1, 2, 7])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "layers"), slow_one_in(2, product(NAMES, [1, 2, 7])))
 def test_every_schedule_with_any_number_of_layers(data: Path, oracle: Any, name: str, layers: int) -> None:
     """One or two layers leave stages without any parameter: on eight stages of four ranks most are."""
     model, parallel = {"num_hidden_layers": layers}, schedule(name, 4)

@@ -94,7 +94,7 @@ def test_code_points_that_may_be_new_and_thinly_all_others(family: str, template
     scan(family, template, sorted((unknown | guarded | set(range(0, 0x110000, 89))) - set(range(0xD800, 0xE000))))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("family", "template"), ALL)
 def test_all_code_points(family: str, template: str) -> None:
     scan(family, template, [*range(0xD800), *range(0xE000, 0x110000)])

@@ -93,7 +93,7 @@ def outputs(folder: Path, name: str) -> dict[str, bytes]:
     [{}, {"split": [0.6, 0.4]}, {"shuffle_seed": 5}, {"split": [0.6, 0.3, 0.1], "shuffle_seed": 5}, {"shard": [1, 3]}],
     ids=["plain", "split", "shuffle", "both", "shard"],
 )
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.exhaustive) for seed in range(1, 5))])
 def test_killed_again_and_again(tmp_path: Path, tokenizer_folder: Path, options: dict[str, Any], seed: int) -> None:
     source = write_source(tmp_path)
     given = {name: tuple(value) if name == "shard" else value for name, value in options.items()}
