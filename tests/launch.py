@@ -17,7 +17,6 @@ import os
 import pickle
 import select
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -28,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tests.ports import free_port
 from tests.ranks import MAX_RANKS, RankFailure, _Worker, fork_worker
 
 GRACE_SECONDS = 1.0  # that ranks live on after one was killed
@@ -72,9 +72,7 @@ def launch(
     """
     if not 1 <= world <= MAX_RANKS:
         raise ValueError(f"world {world} is not in 1..{MAX_RANKS}")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     shared |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     workers: list[_Worker] = []
     with tempfile.TemporaryDirectory(prefix="launch-") as folder:

@@ -8,11 +8,12 @@ The ranks are new processes: where the parent has looked for a GPU, one that is 
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,10 +23,13 @@ def run_ranks_on_one_gpu(world: int, *arguments: str, log: Path, timeout: float 
 
     Fails with what the ranks wrote unless all end with 0 in time.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {**os.environ, "WORLD_SIZE": str(world), "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared = {
+        **os.environ,
+        "WORLD_SIZE": str(world),
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
     shared |= {"NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo", "NCCL_MAX_NCHANNELS": "1", "OMP_NUM_THREADS": "1"}
     logs = [log.with_name(f"{log.name}.{rank}") for rank in range(world)]
     ranks: list[subprocess.Popen[bytes]] = []

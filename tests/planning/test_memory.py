@@ -27,7 +27,7 @@ MODEL = {"vocab_size": 999, "hidden_size": 128, "intermediate_size": 352, "num_h
 
 def _config(**sections: dict[str, Any]) -> Config:
     sections["model"] = MODEL | sections.get("model", {})
-    training = {"sequence_length": 256, "micro_batch_size": 2, "global_batch_size": 16, "steps": 2}
+    training = {"sequence_length": 256, "micro_batch_size": 2, "global_batch_size": 8, "steps": 2}
     sections["training"] = training | sections.get("training", {})
     sections["precision"] = {"compute": "float32"} | sections.get("precision", {})
     return config_of(TINY, **sections)

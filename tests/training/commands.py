@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from megatron_llm.cli.main import main
+from tests.launch import launch
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
@@ -29,11 +31,9 @@ def environment() -> dict[str, str]:
 
 
 def run_train(world: int, config: Path, *overrides: str) -> None:
-    """Train to the end; the log is the failure's message."""
-    done = subprocess.run(
-        train_command(world, config, *overrides), env=environment(), capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    """Train to the end; the logs are the failure's message."""
+    endings = launch(world, main, ["train", str(config), *overrides], timeout=100)
+    assert [ending.code for ending in endings] == [0] * world, "\n".join(ending.log for ending in endings)
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,15 +14,10 @@ from typing import Any
 
 import psutil
 
+from tests.ports import free_port
 from tests.training.commands import read_metrics
 
 SECONDS = 120.0  # in which whatever a test waits for must have happened, on a machine with other work to do too
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def planted(folder: Path, body: str) -> Path:

@@ -17,13 +17,13 @@ import torch
 from megatron_llm.checkpoint.load import open_checkpoint
 from megatron_llm.cli.main import main
 from megatron_llm.training.run_folder import RunFolder
+from tests.ports import free_port
 from tests.runs import TINY, config_of
 from tests.training.commands import read_metrics, read_status, write_config
 from tests.training.processes import (
     SECONDS,
     descendants,
     ended,
-    free_port,
     kill_tree,
     launched,
     planted,

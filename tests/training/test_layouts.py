@@ -12,18 +12,20 @@ from tests.ranks import run_ranks
 from tests.runs import assemble, config_of, train
 
 History = list[tuple[float, float, bool]]
+STEPS = 4
 
 
 @functools.cache
 def single_process(tied: bool, theta: float = 10000.0) -> tuple[History, dict[str, torch.Tensor]]:
     """The oracle: one process, one micro-batch a step."""
-    config = config_of(model={"tie_word_embeddings": tied}, training={"micro_batch_size": 8})
+    config = config_of(model={"tie_word_embeddings": tied}, training={"micro_batch_size": 8, "steps": STEPS})
     ((history, pieces),) = run_ranks(1, train, config)
     return history, assemble([pieces])
 
 
 def assert_same_training(world: int, tied: bool = False, **sections: dict[str, Any]) -> None:
     expected_history, expected = single_process(tied)
+    sections["training"] = {"steps": STEPS} | sections.get("training", {})
     config = config_of(model={"tie_word_embeddings": tied}, **sections)
     results = run_ranks(world, train, config)
     for history, _ in results:
@@ -37,7 +39,7 @@ def assert_same_training(world: int, tied: bool = False, **sections: dict[str, A
 
 def test_the_oracle_clips_and_learns() -> None:
     history, _ = single_process(False)
-    assert sum(norm > 0.7 for _, norm, _ in history) >= 5, "clipping must be active in at least half of the steps"
+    assert sum(norm > 0.7 for _, norm, _ in history) >= STEPS / 2, "clipping must be active in at least half of the steps"
     assert any(norm < 0.7 for _, norm, _ in history) or history[-1][0] < history[0][0]
     assert not any(skipped for *_, skipped in history)
 

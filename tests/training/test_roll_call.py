@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import yaml
 
 from megatron_llm.pipeline.messages import PeerLostError
 from megatron_llm.training.roll_call import STORE_LOST, RollCall
+from tests.ports import free_port
 from tests.runs import config_of
 
 SECONDS = 60  # in which all must have ended; the time limit of collectives is 5
@@ -31,9 +31,7 @@ def _start(folder: Path, world: int, **parallel: object) -> list[subprocess.Pope
     )
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     shared = {
         **os.environ,
         "WORLD_SIZE": str(world),
