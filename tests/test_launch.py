@@ -66,10 +66,10 @@ def test_every_way_to_end_is_told() -> None:
 
 def test_ranks_are_killed_at_their_time_and_the_others_soon_after() -> None:
     start = time.monotonic()
-    endings = launch(3, _sleep, 1000.0, kill_after={1: 0.3}, grace=0.5)
-    assert time.monotonic() - start < 5
+    endings = launch(3, _sleep, 1000.0, kill_after={1: 0.3}, grace=3.0)
+    assert time.monotonic() - start < 40
     assert [(ending.code, ending.put_down) for ending in endings] == [(KILLED, True), (KILLED, False), (KILLED, True)]
-    assert 0.3 <= endings[1].seconds < 0.8 <= endings[0].seconds and endings[1].log == "going to sleep\n"
+    assert 0.3 <= endings[1].seconds < 2.5 < endings[0].seconds and endings[1].log == "going to sleep\n"
 
 
 def test_who_ends_by_itself_in_time_is_not_put_down() -> None:
@@ -81,7 +81,7 @@ def test_a_rank_that_hangs_is_a_failure_with_its_stack() -> None:
     start = time.monotonic()
     with pytest.raises(RankFailure, match="rank 0 took longer than 0.7 s(.|\n)*going to sleep(.|\n)*in _sleep"):
         launch(2, _sleep, 1000.0, timeout=0.7)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 40
 
 
 def test_nothing_of_it_stays() -> None:

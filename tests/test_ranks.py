@@ -79,7 +79,7 @@ def test_failing_rank_is_named_with_its_traceback_and_the_next_job_works() -> No
     start = time.monotonic()
     with pytest.raises(RankFailure, match="rank 2 of 4") as caught:
         run_ranks(4, _fail_on, 2)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 40
     message = str(caught.value)
     assert "ZeroDivisionError: planted on rank 2" in message and "in _fail_on" in message
     assert run_ranks(4, _sum_of_ranks, 1)[0][2].item() == 6.0
@@ -89,7 +89,7 @@ def test_hanging_rank_is_ended_with_its_stack_and_the_next_job_works() -> None:
     start = time.monotonic()
     with pytest.raises(RankFailure, match="_sleep_on_rank_1"):
         run_ranks(2, _sleep_on_rank_1, timeout=1.5)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 40
     assert run_ranks(2, _sum_of_ranks, 1)[0][2].item() == 1.0
 
 

