@@ -17,14 +17,18 @@ from megatron_llm.ops.kernels import FUSED
 from megatron_llm.training.build import build_model
 from tests.families.cases import cases, make_folder
 from tests.families.models import gradients_of_stage, logical_gradients, packed_batch, reference
+from tests.tiers import slow_among
 
 pytest.importorskip("triton")
 importlib.import_module("tests.ops.triton.interpreter").repair()  # now, before the rank pool is forked
 
 FEW = ("llama", "gemma2")
 """Between them: grouped queries, norms on both sides, soft caps, windows, weights counted from 1, gated GELU."""
+OTHERS = (
+    "llama-biases", "qwen3", "gemma3", "olmo2", "glm4", "cohere", "stablelm-parallel", "gpt-bigcode-multi-query", "gptj",
+    "gpt-neox", "mpt", "falcon-7b", "falcon-rw", "opt-post-norm",
+)  # fmt: skip
 SLOW = ("gemma3", "olmo2", "gpt-bigcode-multi-query", "gptj", "mpt", "falcon-7b")
-EXHAUSTIVE = ("llama-biases", "qwen3", "glm4", "cohere", "stablelm-parallel", "gpt-neox", "falcon-rw", "opt-post-norm")
 """And: norms of heads and of all of them, interleaved and partial rotation, LayerNorm, attention beside the MLP, one key head,
 ALiBi, also in bfloat16, learned positions, plain MLPs."""
 
@@ -32,14 +36,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TRITON = KernelsConfig(attention="triton", **dict.fromkeys(FUSED, "triton"))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *FEW,
-        *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
-        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in EXHAUSTIVE),
-    ],
-)
+@pytest.mark.parametrize("name", [*FEW, *slow_among(SLOW, OTHERS)])
 def test_all_in_triton_equals_transformers(tmp_path: Path, name: str) -> None:
     hf = make_folder(cases()[name], tmp_path)
     folder = HFFolder(tmp_path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 from unittest.mock import patch
 
@@ -25,6 +26,7 @@ from megatron_llm.training.step import _run_microbatches
 from tests.decoders import DECODERS, AllRandom
 from tests.ranks import run_ranks
 from tests.runs import TINY, config_of
+from tests.tiers import slow_among, slow_one_in
 
 CONVERSATIONS = (3, 1, 6, 6, 4, 4)  # neighbours of equal length, which attention computes together; two rows of 12
 LENGTH = 12
@@ -165,15 +167,15 @@ def test_no_bit_of_a_conversation_depends_on_another(layout: str) -> None:
     _check("", *LAYOUTS[layout])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout not in FAST])
+OTHERS = [layout for layout in LAYOUTS if layout not in FAST]
+
+
+@pytest.mark.parametrize("layout", slow_among([layout for layout in OTHERS if layout not in ("tp2", "tp2 pp4")], OTHERS))
 def test_in_other_layouts(layout: str) -> None:
     _check("", *LAYOUTS[layout])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("compute", ["bfloat16", "float64"])
-@pytest.mark.parametrize("layout", ["pp4 zb_h1", "tp2 pp2"])
+@pytest.mark.parametrize(("layout", "compute"), slow_one_in(3, product(["pp4 zb_h1", "tp2 pp2"], ["float64", "bfloat16"])))
 def test_in_other_precisions(layout: str, compute: str) -> None:
     _check("", *LAYOUTS[layout], compute=compute)
 
@@ -181,10 +183,14 @@ def test_in_other_precisions(layout: str, compute: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_of_any_decoder(decoder: str) -> None:
+    _check(decoder, *LAYOUTS["one process"])
+
+
+@pytest.mark.parametrize("decoder", slow_among(("falcon", "gemma2"), DECODERS))
+def test_of_any_decoder_on_many_ranks(decoder: str) -> None:
     _check(decoder, *LAYOUTS["tp2 pp2"])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("recompute", ["full", "selective"])
+@pytest.mark.parametrize("recompute", slow_among(("full",), ["full", "selective"]))
 def test_with_recomputation(recompute: str) -> None:
     _check("", *LAYOUTS["tp2 pp2"], recompute=recompute)

@@ -140,7 +140,7 @@ def test_every_schedule_with_any_number_of_layers(data: Path, oracle: Any, name:
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     name=st.sampled_from(NAMES),
     ranks=st.integers(1, 6),
