@@ -9,6 +9,7 @@ import gc
 import re
 import sys
 import time
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -36,6 +37,7 @@ from megatron_llm.planning.stages import Speed, stage_costs
 from tests.decoders import DECODERS
 from tests.ranks import run_ranks
 from tests.runs import RECOMPUTE, config_of
+from tests.tiers import slow_among, slow_one_in
 
 MEMORY = Path(__file__).parents[2] / "docs/memory.md"
 LENGTH = 24
@@ -344,7 +346,7 @@ def test_bytes_of_explicit_attention(fields: dict[str, Any], rows: int, setting:
 
 @pytest.mark.parametrize(("tp", "sequence_parallel"), [(2, True), (2, False), (3, True)])
 @pytest.mark.parametrize(
-    "decoder", [pytest.param(name, marks=() if name in ("falcon", "olmo2") else pytest.mark.slow) for name in DECODERS]
+    "decoder", ["falcon", "olmo2", *slow_among(("gemma2", "bloom"), sorted(DECODERS.keys() - {"falcon", "olmo2"}))]
 )
 def test_bytes_of_other_decoders_on_uneven_ranks(decoder: str, tp: int, sequence_parallel: bool) -> None:
     config = _config(tp, "float32", False, sequence_parallel, VARIANTS[decoder])
@@ -352,10 +354,13 @@ def test_bytes_of_other_decoders_on_uneven_ranks(decoder: str, tp: int, sequence
         _assert_bytes(tp, config, ["embedding and layers", "layers and head"])
 
 
+FAST = ("full", "selective")
+
+
 @pytest.mark.parametrize(
-    "setting", [pytest.param(name, marks=() if name in ("full", "selective") else pytest.mark.slow) for name in RECOMPUTE]
+    ("variant", "setting"),
+    [*product(VARIANTS, FAST), *slow_one_in(4, product(VARIANTS, [name for name in RECOMPUTE if name not in FAST]))],
 )
-@pytest.mark.parametrize("variant", VARIANTS)
 def test_bytes_of_other_decoders_with_recomputation(variant: str, setting: str) -> None:
     config = _config(1, "float32", False, True, VARIANTS[variant], **RECOMPUTE[setting])
     _assert_bytes(1, config, ["one layer", "three layers"])

@@ -158,16 +158,15 @@ def _chosen(calls: list[str]) -> list[int]:
     return chosen
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     "layout, rank, how, saving",
     [
-        ("dp2", 0, "before", "in the background"),
-        ("dp2", 1, "torn", "in the background"),
-        ("pp2", 1, "before", "in the background"),
-        ("dp2", 0, "torn", "at once"),
-        ("pp2", 1, "torn", "at once"),
+        pytest.param("dp2", 0, "before", "in the background", marks=pytest.mark.slow),
+        pytest.param("dp2", 1, "torn", "in the background", marks=pytest.mark.slow),
+        pytest.param("pp2", 1, "before", "in the background", marks=pytest.mark.exhaustive),
+        pytest.param("dp2", 0, "torn", "at once", marks=pytest.mark.exhaustive),
+        pytest.param("pp2", 1, "torn", "at once", marks=pytest.mark.slow),
     ],
 )
 def test_killed_at_every_call_of_a_save(copied: Any, undisturbed: Any, layout: str, rank: int, how: str, saving: str) -> None:
