@@ -42,7 +42,7 @@ format: $(STAMP)
 
 # Processes that tests run in, each with up to 8 ranks of its own: `make JOBS=8 test` on a large machine.
 JOBS ?= 2
-PYTEST := $(PY) -m pytest --numprocesses $(JOBS) --durations 30 --durations-min 10
+PYTEST := $(PY) -m pytest --numprocesses $(JOBS) --no-loadscope-reorder --durations 30 --durations-min 10
 
 test: $(STAMP)
 	$(PYTEST) -m "not slow and not exhaustive"

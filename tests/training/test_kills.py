@@ -194,7 +194,11 @@ def test_all_others_end_by_themselves_in_bounded_time(copied: Any, undisturbed: 
     endings = disturbed(job := copied("dp2", saving), Fault(rank, SAVED, 0), "parallel.timeout_seconds=5", grace=60)
     other = endings[1 - rank]
     assert endings[rank].code == KILLED and other.code == 1 and other.seconds < 40, logs(endings)
-    said = "rank 1 of the run gave no sign of life" if rank == 1 else "the store of the run is gone, which its rank 0"
+    said = (
+        "rank 1 of the run gave no sign of life"
+        if rank == 1
+        else "the store of the run, which its rank 0 or its launcher holds, does not answer"
+    )
     assert said in other.log, logs(endings)
     assert_goes_on(job, undisturbed("dp2"))
 
@@ -248,9 +252,13 @@ def test_killed_at_a_few_random_moments(make: Make, tmp_path: Path) -> None:
     _killed_at_random(make, tmp_path, "dp2", "in the background", seed=1, kills=6)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    "layout, saving, seed", [("dp2", "in the background", 2), ("dp2", "at once", 3), ("pp2", "in the background", 4)]
+    ("layout", "saving", "seed"),
+    [
+        pytest.param("dp2", "in the background", 2, marks=pytest.mark.exhaustive),
+        pytest.param("dp2", "at once", 3, marks=pytest.mark.slow),
+        pytest.param("pp2", "in the background", 4, marks=pytest.mark.slow),
+    ],
 )
 def test_killed_at_many_random_moments(make: Make, tmp_path: Path, layout: str, saving: str, seed: int) -> None:
     _killed_at_random(make, tmp_path, layout, saving, seed, kills=20)

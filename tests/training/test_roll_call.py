@@ -19,6 +19,7 @@ from megatron_llm.pipeline.messages import PeerLostError
 from megatron_llm.training.roll_call import STORE_LOST, RollCall
 from tests.ports import free_port
 from tests.runs import config_of
+from tests.tiers import slow_among
 
 SECONDS = 60  # in which all must have ended; the time limit of collectives is 5
 
@@ -46,19 +47,21 @@ def _start(folder: Path, world: int, **parallel: object) -> list[subprocess.Pope
     ]
 
 
-@pytest.mark.slow
+LOSSES: dict[str, tuple[int, signal.Signals, dict[str, object]]] = {  # rank, how, parallel
+    "killed, of the last stage": (2, signal.SIGKILL, {"pipeline_parallel": 3}),
+    "stopped, of the middle stage": (1, signal.SIGSTOP, {"pipeline_parallel": 3}),
+    "stopped, with the store": (0, signal.SIGSTOP, {"pipeline_parallel": 3}),
+    "killed, with the store": (0, signal.SIGKILL, {"pipeline_parallel": 3}),
+    "killed, of pp2 dp2": (3, signal.SIGKILL, {"pipeline_parallel": 2}),
+    "stopped, of dp4": (3, signal.SIGSTOP, {}),
+}
+
+
 @pytest.mark.parametrize(
-    ("lost", "how", "parallel"),
-    [
-        (2, signal.SIGKILL, {"pipeline_parallel": 3}),
-        (1, signal.SIGSTOP, {"pipeline_parallel": 3}),
-        (0, signal.SIGSTOP, {"pipeline_parallel": 3}),
-        (0, signal.SIGKILL, {"pipeline_parallel": 3}),
-        (3, signal.SIGKILL, {"pipeline_parallel": 2}),
-        (3, signal.SIGSTOP, {}),
-    ],
+    "loss", slow_among(("stopped, of the middle stage", "stopped, with the store", "killed, of pp2 dp2"), LOSSES)
 )
-def test_who_is_lost_is_named_by_all_others(tmp_path: Path, lost: int, how: signal.Signals, parallel: dict[str, object]) -> None:
+def test_who_is_lost_is_named_by_all_others(tmp_path: Path, loss: str) -> None:
+    lost, how, parallel = LOSSES[loss]
     world = 3 if parallel == {"pipeline_parallel": 3} else 4
     ranks = _start(tmp_path, world, **parallel)
     try:
