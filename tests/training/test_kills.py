@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from megatron_llm.training.roll_call import STORE_LOST
 from tests.launch import KILLED, Ending, launch
 from tests.training import faults
 from tests.training.blends import (
@@ -194,11 +195,7 @@ def test_all_others_end_by_themselves_in_bounded_time(copied: Any, undisturbed: 
     endings = disturbed(job := copied("dp2", saving), Fault(rank, SAVED, 0), "parallel.timeout_seconds=5", grace=60)
     other = endings[1 - rank]
     assert endings[rank].code == KILLED and other.code == 1 and other.seconds < 40, logs(endings)
-    said = (
-        "rank 1 of the run gave no sign of life"
-        if rank == 1
-        else "the store of the run, which its rank 0 or its launcher holds, does not answer"
-    )
+    said = "rank 1 of the run gave no sign of life" if rank == 1 else STORE_LOST
     assert said in other.log, logs(endings)
     assert_goes_on(job, undisturbed("dp2"))
 
