@@ -65,9 +65,14 @@ def test_logits_and_gradients_equal_transformers(tmp_path: Path, name: str) -> N
     _assert_close(gradients_of_stage(stage), logical_gradients(hf, folder, stage.model))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", IN_LAYOUTS)
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        pytest.param(name, layout, marks=pytest.mark.exhaustive if (number + place) % 2 else pytest.mark.slow)
+        for number, name in enumerate(IN_LAYOUTS)
+        for place, layout in enumerate(LAYOUTS)
+    ],
+)
 def test_layouts_equal_transformers(tmp_path: Path, name: str, layout: str) -> None:
     hf = make_folder(CASES[name], tmp_path)
     folder = HFFolder(tmp_path)

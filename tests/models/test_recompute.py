@@ -259,7 +259,7 @@ def test_not_one_bit_of_other_decoders_changes(decoder: str) -> None:
     ("decoder", "layout", "compute"),
     [
         ("falcon", "tp2 pp2 zb_v", "float32"),
-        ("gemma2", "tp2", "bfloat16"),
+        pytest.param("gemma2", "tp2", "bfloat16", marks=pytest.mark.exhaustive),
     ],
 )
 def test_not_one_bit_of_other_decoders_changes_on_many_ranks(decoder: str, layout: str, compute: str) -> None:

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from megatron_llm.data.indexed import IndexedDataset
 from tests.data.prepare.test_preprocess import run, write_jsonl
+from tests.tiers import slow_among
 
 UNCUT = "over 8,388,608 bytes without a place where they may be cut for this tokenizer"
 TOO_LARGE = "more than 67,108,864 bytes of text, the most that is tokenized"
@@ -60,8 +61,9 @@ HOSTILE = {  # large documents: how each begins, what it repeats and how often, 
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize(
+    "kind", slow_among(("more than 64 MiB", "a token a byte", "ideographs without punctuation", "escaped"), HOSTILE)
+)
 def test_a_document_of_any_kind_takes_less_than_1500_mb(kind: str, tmp_path: Path, tokenizer_folder: Path) -> None:
     """Three of them in a row, so that one is read and one written while the next is tokenized."""
     start, unit, count, reason = HOSTILE[kind]
