@@ -1,7 +1,7 @@
 """Which combinations of a large product are run how often.
 
 A layout, a schedule and a decoder meet in hundreds of ways, and a bug seldom needs one exact way of them. `make test-slow`
-takes a fixed part in which each value is met, `make test-exhaustive` the rest.
+takes a fixed part, `make test-exhaustive` the rest.
 """
 
 from __future__ import annotations

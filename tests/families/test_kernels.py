@@ -28,9 +28,9 @@ OTHERS = (
     "llama-biases", "qwen3", "gemma3", "olmo2", "glm4", "cohere", "stablelm-parallel", "gpt-bigcode-multi-query", "gptj",
     "gpt-neox", "mpt", "falcon-7b", "falcon-rw", "opt-post-norm",
 )  # fmt: skip
-SLOW = ("gemma3", "olmo2", "gpt-bigcode-multi-query", "gptj", "mpt", "falcon-7b")
 """And: norms of heads and of all of them, interleaved and partial rotation, LayerNorm, attention beside the MLP, one key head,
 ALiBi, also in bfloat16, learned positions, plain MLPs."""
+SLOW = ("gemma3", "olmo2", "gpt-bigcode-multi-query", "gptj", "mpt", "falcon-7b")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TRITON = KernelsConfig(attention="triton", **dict.fromkeys(FUSED, "triton"))

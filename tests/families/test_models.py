@@ -67,7 +67,7 @@ def test_logits_and_gradients_equal_transformers(tmp_path: Path, name: str) -> N
 
 @pytest.mark.parametrize(
     ("name", "layout"),
-    [
+    [  # each slowly in one of the layouts, by turns
         pytest.param(name, layout, marks=pytest.mark.exhaustive if (number + place) % 2 else pytest.mark.slow)
         for number, name in enumerate(IN_LAYOUTS)
         for place, layout in enumerate(LAYOUTS)

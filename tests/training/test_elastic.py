@@ -19,6 +19,7 @@ from megatron_llm.cli.main import main
 from megatron_llm.training.run_folder import RunFolder
 from tests.ports import free_port
 from tests.runs import TINY, config_of
+from tests.tiers import slow_among
 from tests.training.commands import read_metrics, read_status, write_config
 from tests.training.processes import (
     SECONDS,
@@ -175,8 +176,7 @@ def _launch(nodes: int, name: str, *arguments: str, **variables: str) -> Any:
     return lambda port: launched(str(script), *arguments, HEAD_PORT=str(port), **settings)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("number", slow_among((signal.SIGUSR1, signal.SIGTERM), (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)))
 def test_the_launch_script_of_one_node(tmp_path: Path, number: signal.Signals) -> None:
     config, run = str(_config(tmp_path, "run", 100_000)), tmp_path / "run"
     with _launch(1, "single", config)(0) as script:

@@ -51,7 +51,7 @@ def test_a_second_signal_ends_a_run_at_once_that_hangs(tmp_path: Path, number: s
         ranks[0].send_signal(number)
         start = time.monotonic()
         assert ended(ranks)[0][0] == 128 + number
-        assert time.monotonic() - start < 30, "not the thousand that it hangs for"
+        assert time.monotonic() - start < 10, "not the thousand that it hangs for"
     assert read_status(tmp_path / "run") == {
         "outcome": "failed",
         "reason": f"rank 0: ended at once by a second signal ({number.name})",
