@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,3 +123,12 @@ def test_killed_workers_leave_no_process() -> None:
 def test_impossible_world_is_refused(world: int) -> None:
     with pytest.raises(ValueError, match=f"world {world}"):
         run_ranks(world, _alone)
+
+
+def _priorities_of_gloo() -> set[int]:
+    tasks = [task for task in Path("/proc/self/task").iterdir() if (task / "comm").read_text() == "gloo_tcp_loop\n"]
+    return {os.getpriority(os.PRIO_PROCESS, int(task.name)) for task in tasks}
+
+
+def test_threads_of_gloo_that_spin_yield() -> None:
+    assert run_ranks(2, _priorities_of_gloo) == [{19}] * 2
