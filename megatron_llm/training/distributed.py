@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +19,8 @@ import torch.distributed as dist
 
 from megatron_llm.training.agreement import AgreedError
 from megatron_llm.training.launcher import Launch, launch_of
-from megatron_llm.training.roll_call import roll_call
+from megatron_llm.training.limits import at_most, end_process
+from megatron_llm.training.roll_call import STORE_GRACE_SECONDS, STORE_LOST, roll_call
 from megatron_llm.training.roster import roster_of
 from megatron_llm.training.signals import EXIT_STOPPED
 
@@ -85,15 +86,23 @@ def pick_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
 
 
 @contextmanager
-def process_group(device: torch.device, timeout_seconds: float) -> Iterator[None]:
-    """The default process group for the duration of a run: NCCL on GPUs, gloo on CPUs; none for a single process."""
+def process_group(
+    device: torch.device, timeout_seconds: float, report: Callable[[str], object] = lambda reason: None
+) -> Iterator[None]:
+    """The default process group for the duration of a run: NCCL on GPUs, gloo on CPUs; none for a single process.
+
+    report: called with the reason before the process is ended because it has lost the others.
+    """
     if launched_world_size() == 1:
         yield
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
+    limit = 3 * timeout_seconds + STORE_GRACE_SECONDS  # three meetings of all ranks, none of which may take longer by itself
+    late = f"the ranks did not meet within {limit:g} s: {STORE_LOST}"
     try:
-        _join(backend, timedelta(seconds=timeout_seconds))
-        with roll_call(timeout_seconds):
+        with at_most(limit, lambda: end_process(launched_rank(), late, report)):
+            _join(backend, timedelta(seconds=timeout_seconds))
+        with roll_call(timeout_seconds, report):
             yield
             dist.barrier()  # torchrun ends all ranks when one exits with 75, and rank 0 may still have something to write
     except AgreedError:

@@ -25,6 +25,7 @@ from types import TracebackType
 import torch.distributed as dist
 
 from megatron_llm.training.agreement import name_ranks
+from megatron_llm.training.limits import Standstill, within
 from megatron_llm.training.roll_call import SILENT, STORE_LOST, is_loss
 from megatron_llm.training.run_folder import RunFolder
 
@@ -47,7 +48,6 @@ class HangWatch:
     def __init__(self, timeout_seconds: float = 0.0, folder: RunFolder | None = None, step: Callable[[], int] = lambda: 0):
         self._timeout, self._folder, self._step = timeout_seconds, folder, step
         self._latest = 0.0
-        self._idle = 0.0
         self._ended = threading.Event()
         self._told_to_end = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -74,23 +74,18 @@ class HangWatch:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if error is not None and is_loss(error) and (store := self._store):
-            _within(_STORE_SECONDS, lambda: _ask_for_stacks(store))
+            within(_STORE_SECONDS, lambda: _ask_for_stacks(store))
         self._ended.set()
         for thread, seconds in zip(self._threads, (None, _STORE_SECONDS), strict=False):
             thread.join(seconds)  # the first ends the process if it has begun to; the second may wait for a dead store
 
     def _watch(self) -> None:
         tick = min(1.0, self._timeout / 10)
-        seen, before = self._latest, time.monotonic()
+        standstill = Standstill(tick, self._latest)
         while not self._ended.wait(tick):
-            now, latest = time.monotonic(), self._latest
-            if self._told_to_end.is_set():
-                self._end(asked=True)
-            # Time in which this thread did not run either, as the process was stopped and continued, does not count.
-            self._idle = self._idle + min(now - before, 5 * tick) if latest == seen else 0.0
-            seen, before = latest, now
-            if self._idle >= self._timeout:
-                self._end(asked=False)
+            idle = standstill.look(self._latest)
+            if self._told_to_end.is_set() or idle >= self._timeout:
+                self._end(idle, asked=self._told_to_end.is_set())
 
     def _listen(self, store: dist.Store) -> None:
         """Write stacks when another rank asks for them, and have the run ended if it says so."""
@@ -106,25 +101,25 @@ class HangWatch:
                 return  # the store has gone
             if not written:
                 written = True
-                _within(_FILE_SECONDS, lambda: self._write("another rank has lost one that it waited for"))
+                within(_FILE_SECONDS, lambda: self._write("another rank has lost one that it waited for"))
 
-    def _end(self, asked: bool) -> None:
+    def _end(self, idle: float, asked: bool) -> None:
         """Write everything and end the process. Never returns."""
         folder = self._folder
         assert folder is not None
-        what = f"no progress for {self._idle:.0f} s after step {self._step()}"
+        what = f"no progress for {idle:.0f} s after step {self._step()}"
         stacks = folder.path / "stacks"
         try:
             if asked:
-                _within(_FILE_SECONDS, lambda: self._write(f"another rank found no progress; here none for {self._idle:.0f} s"))
+                within(_FILE_SECONDS, lambda: self._write(f"another rank found no progress; here none for {idle:.0f} s"))
                 self._wait_for_others("")
                 return
             reason = f"{what} (training.hang_timeout: {self._timeout:g}); stack traces of the ranks are in {stacks}"
             print(f"rank {folder.rank}: {reason}", file=sys.stderr, flush=True)
-            if not _within(_FILE_SECONDS, lambda: self._write(what)):
+            if not within(_FILE_SECONDS, lambda: self._write(what)):
                 print(f"rank {folder.rank}: the stack traces cannot be written to {stacks}:", file=sys.stderr, flush=True)
                 faulthandler.dump_traceback(sys.stderr, all_threads=True)
-            _within(_FILE_SECONDS, lambda: folder.fail(reason))
+            within(_FILE_SECONDS, lambda: folder.fail(reason))
             self._wait_for_others(reason)
         finally:
             os._exit(1)
@@ -177,25 +172,10 @@ class HangWatch:
             with suppress(RuntimeError):  # the store ended with the rank that held it
                 meet()
 
-        if not _within(_GRACE_SECONDS + _STORE_SECONDS, meet_if_there):
-            _within(_FILE_SECONDS, lambda: add(STORE_LOST))
+        if not within(_GRACE_SECONDS + _STORE_SECONDS, meet_if_there):
+            within(_FILE_SECONDS, lambda: add(STORE_LOST))
 
 
 def _ask_for_stacks(store: dist.Store) -> None:
     if not store.check([_ASKED]):  # a rank may have asked for more already
         store.set(_ASKED, "write")
-
-
-def _within(seconds: float, action: Callable[[], object]) -> bool:
-    """Whether an action that may hang or fail was done in time. It goes on in a thread that ends with the process."""
-    done = threading.Event()
-
-    def act() -> None:
-        try:
-            action()
-        except (OSError, RuntimeError):  # a full disk, a store that has gone
-            return
-        done.set()
-
-    threading.Thread(target=act, daemon=True).start()
-    return done.wait(seconds)

@@ -117,7 +117,7 @@ def train(resolved: ResolvedRun, allow_change: bool = False) -> int:
         fresh_assets = {} if find_resume(config, allow_change) else resolved.assets()
         probe_checkpoints(config)
         with (
-            process_group(device, config.parallel.timeout_seconds),
+            process_group(device, config.parallel.timeout_seconds, folder.fail),
             # Not earlier: a rank that waits for one that failed must end when the launcher says so.
             StopRequest(*time_limit(config.training.max_minutes, launched_at()), folder.fail) as stop,
         ):

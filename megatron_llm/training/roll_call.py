@@ -6,6 +6,10 @@ failed by itself, and who has fallen silent without a word. Killed and stopped p
 not go on is found because all others leave word.
 
 With NCCL a lost message does not surface in Python: torch's watchdog thread ends the process when `timeout_seconds` are over.
+
+torch does not limit the wait for an answer of a store that cannot be reached: its calls return when the kernel gives up on the
+connection, after a quarter of an hour or never, and no signal handler runs before. So a rank whose signs of life are not
+confirmed for longer than an exchange may take ends its process.
 """
 
 from __future__ import annotations
@@ -19,12 +23,14 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_llm.pipeline.messages import PeerLostError
+from megatron_llm.training.limits import Standstill, end_process
 
 _BEAT_SECONDS = 1.0
 _SILENCE_SECONDS = 4.0  # without a beat
 _LOOK_SECONDS = 0.2
 _JUDGES = 4  # look at all ranks, the others wait for what they say: a store answers thousands of questions a second, not millions
 _STORE_SECONDS = 10.0  # that the store may take beyond all waiting, as it hangs or dies with the rank that holds it
+STORE_GRACE_SECONDS = 60.0  # without an answer from the store beyond what a collective may wait, whose error says more
 
 SILENT = "killed, stopped, or cut off from the network"
 STORE_LOST = (
@@ -34,13 +40,14 @@ STORE_LOST = (
 
 
 @contextmanager
-def roll_call(timeout_seconds: float) -> Iterator[None]:
+def roll_call(timeout_seconds: float, report: Callable[[str], object] = lambda reason: None) -> Iterator[None]:
     """What all ranks do inside, they do together: an error gets a note that says who failed first. Needs a process group.
 
     timeout_seconds: what collectives wait.
+    report: called with the reason before the process is ended because its store does not answer.
     """
     store = dist.distributed_c10d._get_default_store()
-    call = RollCall(store, dist.get_rank(), dist.get_world_size(), timeout_seconds)
+    call = RollCall(store, dist.get_rank(), dist.get_world_size(), timeout_seconds, report)
     try:
         yield
     except Exception as error:
@@ -54,13 +61,23 @@ def roll_call(timeout_seconds: float) -> Iterator[None]:
 class RollCall:
     """The beats and words of a run's ranks. Every rank makes one."""
 
-    def __init__(self, store: dist.Store, rank: int, world: int, timeout_seconds: float):
-        self._store, self._rank, self._world = store, rank, world
+    def __init__(
+        self,
+        store: dist.Store,
+        rank: int,
+        world: int,
+        timeout_seconds: float,
+        report: Callable[[str], object] = lambda reason: None,
+    ):
+        self._store, self._rank, self._world, self._report = store, rank, world, report
         self._patience = min(timeout_seconds, 60.0)  # others' time limits end up to an action later than this rank's
-        self._ended = threading.Event()
+        self._store_limit = timeout_seconds + STORE_GRACE_SECONDS
+        self._answers = 0
+        self._ended, self._failing = threading.Event(), threading.Event()
         beating = (store.clone(),)  # type: ignore[attr-defined]
         self._beats = threading.Thread(target=self._beat, args=beating, daemon=True)
         self._beats.start()
+        threading.Thread(target=self._watch_store, daemon=True).start()
 
     def end(self) -> None:
         """Stop saying that this rank lives.
@@ -75,6 +92,7 @@ class RollCall:
 
         Leaves word for the others.
         """
+        self._failing.set()
         said: list[str] = []
 
         def ask() -> None:
@@ -94,14 +112,19 @@ class RollCall:
         return STORE_LOST
 
     def _beat(self, store: dist.Store) -> None:
-        number = 0
         while not self._ended.is_set():
             try:
-                store.set(self._key("beat", self._rank), str(number))
+                self._answers = store.add(self._key("beat", self._rank), 1)  # which is answered, as `set` is not
             except RuntimeError:
                 return  # the store has gone
-            number += 1
             self._ended.wait(_BEAT_SECONDS)
+
+    def _watch_store(self) -> None:
+        """End the process when the store does not answer, unless it is failing already and says why."""
+        standstill = Standstill(_BEAT_SECONDS, self._answers)
+        while not self._ended.wait(_BEAT_SECONDS) and not self._failing.is_set():
+            if standstill.look(self._answers) >= self._store_limit:
+                end_process(self._rank, f"no answer for {standstill.seconds:.0f} s: {STORE_LOST}", self._report)
 
     def _leave_word_and_ask(self, error: Exception) -> str:
         self._store.set(self._key("word", self._rank), "")

@@ -71,8 +71,16 @@ class TwoNodes:
 
     def launch(self, node: int, *arguments: str, **variables: str) -> AbstractContextManager[subprocess.Popen[str]]:
         """The launch script for several nodes as a user starts it on one of them."""
-        settings = {"PYTHON": sys.executable, "HEAD_NODE": ADDRESSES[0], "NNODES": "2", "GLOO_SOCKET_IFNAME": "wire"}
-        return launched("ip", "netns", "exec", self.names[node], str(SCRIPT), *arguments, **settings | variables)
+        settings = {"PYTHON": sys.executable, "HEAD_NODE": ADDRESSES[0], "NNODES": "2"}
+        return self._launched(node, str(SCRIPT), *arguments, **settings | variables)
+
+    def rank(self, node: int, script: Path, *arguments: str) -> AbstractContextManager[subprocess.Popen[str]]:
+        """One of two ranks without a launcher, as plain srun starts them: the exit code is its own."""
+        settings = {"RANK": str(node), "WORLD_SIZE": "2", "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": "29500"}
+        return self._launched(node, sys.executable, str(script), *arguments, **settings)
+
+    def _launched(self, node: int, *command: str, **variables: str) -> AbstractContextManager[subprocess.Popen[str]]:
+        return launched("ip", "netns", "exec", self.names[node], *command, GLOO_SOCKET_IFNAME="wire", **variables)
 
 
 @contextmanager

@@ -24,6 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 JOIN, ANSWER, LAST_CALL = 8, 3, 1  # seconds that torchrun waits: for machines that do not come, a store, more machines
 RENDEZVOUS = f"join_timeout={JOIN},read_timeout={ANSWER},last_call_timeout={LAST_CALL}"
 HANG, LOOK = 6, 18  # training.hang_timeout; that the ranks look for the others: docs/robustness.md
+START_LOOK = 60  # beyond parallel.timeout_seconds, for a store that does not answer
 LONG = 240.0  # for whole runs, seconds where nothing else is at work
 SLACK = 30.0  # for processes to end and scripts to see it, on a machine with other work to do
 
@@ -112,3 +113,41 @@ def test_a_lost_link_ends_both_nodes_and_the_same_commands_go_on(nodes: TwoNodes
     assert (first.returncode, second.returncode) == (0, 0) and "continuing from" in logs[0] + logs[1], logs
     assert [line["step"] for line in read_metrics(run)] == list(range(steps + 1))
     assert _same(_weights(tmp_path, "whole", steps), _weights(tmp_path, "run", steps))
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "said", "limit"),
+    [
+        ("torch.distributed", "init_process_group", "the ranks did not meet within 75 s", 3 * 5 + START_LOOK),
+        ("megatron_llm.training.loop", "_begin", r"no answer for 6\d s", 5 + START_LOOK),
+    ],
+)
+def test_a_link_that_is_lost_during_the_start_ends_both_ranks(
+    nodes: TwoNodes, tmp_path: Path, module: str, function: str, said: str, limit: int
+) -> None:
+    """Before a function in which one of them waits for an answer from the store of the other."""
+    script, pulled = tmp_path / "planted.py", tmp_path / "pulled"
+    script.write_text(
+        f"import os, pathlib, sys, time, {module} as module\n"
+        "from megatron_llm.cli.main import main\n"
+        f"function = module.{function}\n"
+        "def wait(*args, **kwargs):\n"
+        f"    pathlib.Path('{tmp_path}/here-' + os.environ['RANK']).touch()\n"
+        f"    while not os.path.exists('{pulled}'): time.sleep(0.05)\n"
+        "    return function(*args, **kwargs)\n"
+        f"module.{function} = wait\n"
+        "sys.exit(main())\n",
+        encoding="utf-8",
+    )
+    config = str(_config(tmp_path, "run", 3, parallel={"timeout_seconds": 5.0}))
+    with nodes.rank(0, script, "train", config) as first, nodes.rank(1, script, "train", config) as second:
+        deadline = time.monotonic() + LONG
+        while not all((tmp_path / f"here-{rank}").exists() for rank in (0, 1)):
+            assert time.monotonic() < deadline and first.poll() is None and second.poll() is None
+            time.sleep(0.1)
+        nodes.pull()
+        pulled.touch()
+        logs = _logs(first, second, seconds=limit + SLACK)
+    assert (first.returncode, second.returncode) == (1, 1), logs
+    assert re.search(f"rank 1: {said}: the store of the run, which .* or the network to it", logs[1]), logs[1]
+    assert read_status(tmp_path / "run")["outcome"] == "failed"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +18,9 @@ import torch.distributed as dist
 import yaml
 
 from megatron_llm.pipeline.messages import PeerLostError
+from megatron_llm.training import roll_call
 from megatron_llm.training.roll_call import STORE_LOST, RollCall
+from tests.launch import launch
 from tests.ports import free_port
 from tests.runs import config_of
 from tests.tiers import slow_among
@@ -112,3 +116,34 @@ def test_who_failed_by_itself_is_named_with_its_reason() -> None:
 def test_a_rank_that_lives_and_does_not_go_on_is_named() -> None:
     said = _verdicts(3, {rank: PeerLostError("timed out") for rank in (0, 2)}, timeout_seconds=1)
     assert set(said.values()) == {"only rank 1 of the run left no word: alive, and not going on"}
+
+
+class _DeadStore:
+    """One whose machine is lost: calls never return."""
+
+    def clone(self) -> _DeadStore:
+        return self
+
+    def add(self, key: str, amount: int) -> int:
+        threading.Event().wait()
+        return amount
+
+
+def _wait_with_a_dead_store(folder: Path, failing: bool) -> None:
+    roll_call.STORE_GRACE_SECONDS, roll_call._STORE_SECONDS, roll_call._BEAT_SECONDS = 1.0, 0.1, 0.1
+    call = RollCall(_DeadStore(), 3, 4, timeout_seconds=1.0, report=(folder / "reason").write_text)  # type: ignore[arg-type]
+    if failing:  # it says why itself, in limited time
+        call._failing.set()
+    time.sleep(5.0)
+    call.end()
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_a_rank_whose_store_does_not_answer_ends_its_process(tmp_path: Path, failing: bool) -> None:
+    ended = launch(1, _wait_with_a_dead_store, tmp_path, failing)[0]
+    if failing:
+        assert ended.code == 0 and not (tmp_path / "reason").exists() and not ended.log
+        return
+    assert ended.code == 1 and ended.seconds > 2.0, "the limit of an exchange, and a second"
+    assert re.fullmatch(rf"no answer for \d s: {STORE_LOST}", (tmp_path / "reason").read_text())
+    assert f"rank 3: {(tmp_path / 'reason').read_text()}" in ended.log
