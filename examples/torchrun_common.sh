@@ -13,6 +13,7 @@ torchrun=0        # its process
 meeting=0         # seconds that torchrun may be without ranks, as it waits for other machines; 0: any number
 alone=""          # since when it has none, in seconds since the start
 declare -A told=()  # ranks that have been asked to stop
+told_at=0         # when the last of them was, in microseconds
 
 find_python() {
     if [[ -z ${PYTHON:-} ]]; then
@@ -71,21 +72,25 @@ listens() { # whether a process has a handler of SIGUSR1, as ranks have that are
 
 pass_on() {
     local rank
-    if [[ -n $urgent && -z $ending ]]; then
-        ending=yes
-        for rank in "${!told[@]}"; do kill -USR1 "$rank" 2>/dev/null || true; done
-        kill -TERM "$torchrun" 2>/dev/null || true
-    elif [[ -n $urgent ]]; then
-        if ((SECONDS - urgent < 5)); then return; fi # to end by themselves
-        for rank in $(ranks); do kill -KILL "$rank" 2>/dev/null || true; done
-        if ((SECONDS - urgent < 10)); then kill -TERM "$torchrun" 2>/dev/null || true; else kill -KILL "$torchrun" 2>/dev/null || true; fi
-    elif [[ -n $first ]]; then
+    if [[ -n $first && -z $ending ]]; then
         for rank in $(ranks); do
             if [[ -z ${told[$rank]:-} ]] && listens "$rank"; then
                 told[$rank]=yes
                 kill -USR1 "$rank" 2>/dev/null || true
+                told_at=${EPOCHREALTIME/[.,]/}
             fi
         done
+    fi
+    if [[ -n $urgent && -z $ending ]]; then
+        if ((${EPOCHREALTIME/[.,]/} - told_at < 2000000)); then return; fi # or they would take it for the same request
+        ending=yes
+        urgent=$SECONDS
+        for rank in "${!told[@]}"; do kill -USR1 "$rank" 2>/dev/null || true; done
+        kill -TERM "$torchrun" 2>/dev/null || true
+    elif [[ -n $ending ]]; then
+        if ((SECONDS - urgent < 5)); then return; fi # to end by themselves
+        for rank in $(ranks); do kill -KILL "$rank" 2>/dev/null || true; done
+        if ((SECONDS - urgent < 10)); then kill -TERM "$torchrun" 2>/dev/null || true; else kill -KILL "$torchrun" 2>/dev/null || true; fi
     fi
 }
 

@@ -69,7 +69,7 @@ def test_ranks_are_killed_at_their_time_and_the_others_soon_after() -> None:
     endings = launch(3, _sleep, 1000.0, kill_after={1: 0.3}, grace=3.0)
     assert time.monotonic() - start < 40
     assert [(ending.code, ending.put_down) for ending in endings] == [(KILLED, True), (KILLED, False), (KILLED, True)]
-    assert 0.3 <= endings[1].seconds < 2.5 < endings[0].seconds and endings[1].log == "going to sleep\n"
+    assert endings[1].seconds >= 0.3 and endings[0].seconds - endings[1].seconds > 2.0 and endings[1].log == "going to sleep\n"
 
 
 def test_who_ends_by_itself_in_time_is_not_put_down() -> None:

