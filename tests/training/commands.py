@@ -32,7 +32,7 @@ def environment() -> dict[str, str]:
 
 def run_train(world: int, config: Path, *overrides: str) -> None:
     """Train to the end; the logs are the failure's message."""
-    endings = launch(world, main, ["train", str(config), *overrides], timeout=100)
+    endings = launch(world, main, ["train", str(config), *overrides])
     assert [ending.code for ending in endings] == [0] * world, "\n".join(ending.log for ending in endings)
 
 
