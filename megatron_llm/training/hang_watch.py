@@ -25,13 +25,12 @@ from types import TracebackType
 import torch.distributed as dist
 
 from megatron_llm.training.agreement import name_ranks
-from megatron_llm.training.limits import Standstill, within
+from megatron_llm.training.limits import FILE_SECONDS, Standstill, within
 from megatron_llm.training.roll_call import SILENT, STORE_LOST, is_loss
 from megatron_llm.training.run_folder import RunFolder
 
 _LISTEN_SECONDS = 2.0  # between two looks into the store, which one process serves for all ranks
 _GRACE_SECONDS = 15.0  # for all ranks to write their stacks
-_FILE_SECONDS = 10.0  # for this rank's, as a file system may be what hangs
 _STORE_SECONDS = 3.0
 _ASKED, _WRITTEN = "hang watch, asked", "hang watch, written"
 
@@ -101,7 +100,7 @@ class HangWatch:
                 return  # the store has gone
             if not written:
                 written = True
-                within(_FILE_SECONDS, lambda: self._write("another rank has lost one that it waited for"))
+                within(FILE_SECONDS, lambda: self._write("another rank has lost one that it waited for"))
 
     def _end(self, idle: float, asked: bool) -> None:
         """Write everything and end the process. Never returns."""
@@ -111,15 +110,15 @@ class HangWatch:
         stacks = folder.path / "stacks"
         try:
             if asked:
-                within(_FILE_SECONDS, lambda: self._write(f"another rank found no progress; here none for {idle:.0f} s"))
+                within(FILE_SECONDS, lambda: self._write(f"another rank found no progress; here none for {idle:.0f} s"))
                 self._wait_for_others("")
                 return
             reason = f"{what} (training.hang_timeout: {self._timeout:g}); stack traces of the ranks are in {stacks}"
             print(f"rank {folder.rank}: {reason}", file=sys.stderr, flush=True)
-            if not within(_FILE_SECONDS, lambda: self._write(what)):
+            if not within(FILE_SECONDS, lambda: self._write(what)):
                 print(f"rank {folder.rank}: the stack traces cannot be written to {stacks}:", file=sys.stderr, flush=True)
                 faulthandler.dump_traceback(sys.stderr, all_threads=True)
-            within(_FILE_SECONDS, lambda: folder.fail(reason))
+            within(FILE_SECONDS, lambda: folder.fail(reason))
             self._wait_for_others(reason)
         finally:
             os._exit(1)
@@ -173,7 +172,7 @@ class HangWatch:
                 meet()
 
         if not within(_GRACE_SECONDS + _STORE_SECONDS, meet_if_there):
-            within(_FILE_SECONDS, lambda: add(STORE_LOST))
+            within(FILE_SECONDS, lambda: add(STORE_LOST))
 
 
 def _ask_for_stacks(store: dist.Store) -> None:

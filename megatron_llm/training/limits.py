@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-_FILE_SECONDS = 10.0  # to report why a process ends, as a file system may hang with the network
+FILE_SECONDS = 10.0  # to write why a process ends, as a file system may be what hangs, or hang with the network
 
 
 def within(seconds: float, action: Callable[[], object]) -> bool:
@@ -36,15 +36,15 @@ class Standstill:
 
     def __init__(self, tick: float, mark: float):
         """mark: whatever changes when something goes on, such as when it last did."""
-        self.seconds = 0.0
+        self._seconds = 0.0
         self._tick, self._mark, self._looked = tick, mark, time.monotonic()
 
     def look(self, mark: float) -> float:
         """Seconds since the mark changed."""
         now = time.monotonic()
-        self.seconds = self.seconds + min(now - self._looked, 5 * self._tick) if mark == self._mark else 0.0
+        self._seconds = self._seconds + min(now - self._looked, 5 * self._tick) if mark == self._mark else 0.0
         self._mark, self._looked = mark, now
-        return self.seconds
+        return self._seconds
 
 
 @contextmanager
@@ -62,5 +62,5 @@ def at_most(seconds: float, late: Callable[[], object]) -> Iterator[None]:
 def end_process(rank: int, reason: str, report: Callable[[str], object]) -> NoReturn:
     """End this process from any thread with exit code 1: say why on stderr, and to `report`."""
     print(f"rank {rank}: {reason}", file=sys.stderr, flush=True)
-    within(_FILE_SECONDS, lambda: report(reason))
+    within(FILE_SECONDS, lambda: report(reason))
     os._exit(1)

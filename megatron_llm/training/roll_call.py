@@ -123,8 +123,8 @@ class RollCall:
         """End the process when the store does not answer, unless it is failing already and says why."""
         standstill = Standstill(_BEAT_SECONDS, self._answers)
         while not self._ended.wait(_BEAT_SECONDS) and not self._failing.is_set():
-            if standstill.look(self._answers) >= self._store_limit:
-                end_process(self._rank, f"no answer for {standstill.seconds:.0f} s: {STORE_LOST}", self._report)
+            if (silent := standstill.look(self._answers)) >= self._store_limit:
+                end_process(self._rank, f"no answer for {silent:.0f} s: {STORE_LOST}", self._report)
 
     def _leave_word_and_ask(self, error: Exception) -> str:
         self._store.set(self._key("word", self._rank), "")

@@ -265,7 +265,7 @@ def test_nodes_come_and_go_under_the_launch_script(tmp_path: Path) -> None:
     assert worlds in ([1, 2, 1, 2], [1, 2, 2]), logs
 
 
-def test_a_second_request_reaches_ranks_that_have_heard_the_first_a_moment_ago_in_time(tmp_path: Path) -> None:
+def test_a_second_request_reaches_ranks_that_have_heard_the_first_a_moment_ago_in_time() -> None:
     """A busy machine may pass on the first so late that ranks would take the second for the same."""
     common = Path(__file__).resolve().parents[2] / "examples/torchrun_common.sh"
     program = (
