@@ -10,8 +10,8 @@ As under a launcher, ranks do not outlive one that was killed by much; all other
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
+import math
 import multiprocessing.connection
 import os
 import pickle
@@ -94,12 +94,12 @@ def launch(
 def _endings(workers: list[_Worker], folder: Path, grace: float, timeout: float) -> list[Ending]:
     """Wait for all ranks; those that live on too long after one was killed are killed."""
     endings: dict[int, Ending] = {}
+    put_down: set[int] = set()
     waiting = {worker.connection: rank for rank, worker in enumerate(workers)}
-    deadline, put_down = time.monotonic() + timeout + 25, False
-    limit: float | None = None  # when the others are put down
+    deadline = time.monotonic() + timeout + 25
+    limit = math.inf  # when the others are put down
     while waiting:
-        until = deadline if limit is None or put_down else limit
-        ready = multiprocessing.connection.wait(list(waiting), max(0.0, until - time.monotonic()))
+        ready = multiprocessing.connection.wait(list(waiting), max(0.0, min(limit, deadline) - time.monotonic()))
         for connection in ready:
             assert isinstance(connection, multiprocessing.connection.Connection)
             rank = waiting.pop(connection)
@@ -108,15 +108,15 @@ def _endings(workers: list[_Worker], folder: Path, grace: float, timeout: float)
             assert ok, answer
             code, seconds = answer
             log = (folder / f"{rank}.log").read_text(errors="replace")
-            endings[rank] = Ending(code, log, seconds, put_down and code == KILLED)
-            if code < 0 and limit is None:
-                limit = time.monotonic() + grace
-        if not ready and limit is not None and not put_down:
-            put_down = True
-            for rank in waiting.values():
-                _kill_job(folder / str(rank))
-        elif not ready:
+            endings[rank] = Ending(code, log, seconds, rank in put_down and code == KILLED)
+            if code < 0:
+                limit = min(limit, time.monotonic() + grace)
+        now = time.monotonic()
+        if now >= deadline and waiting:
             raise RankFailure(f"ranks {sorted(waiting.values())} did not end, and could not be ended")
+        if now >= limit:
+            put_down |= {rank for rank in waiting.values() if rank not in put_down and _kill_job(folder / str(rank))}
+            limit = math.inf if put_down.issuperset(waiting.values()) else now + 0.05  # some have not begun
     late = [rank for rank, ending in endings.items() if ending.seconds >= timeout]
     if late:
         raise RankFailure(
@@ -125,9 +125,13 @@ def _endings(workers: list[_Worker], folder: Path, grace: float, timeout: float)
     return [endings[rank] for rank in range(len(workers))]
 
 
-def _kill_job(place: Path) -> None:
-    with contextlib.suppress(OSError, ValueError):  # it has not begun, or has ended
+def _kill_job(place: Path) -> bool:
+    """Whether there was a process to kill: the rank may not have begun, or may have ended."""
+    try:
         os.kill(int(place.with_suffix(".pid").read_text()), signal.SIGKILL)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _supervise(
@@ -135,28 +139,30 @@ def _supervise(
 ) -> tuple[int, float]:
     """Run the rank as a child of this worker: its exit code as in `Ending`, and the seconds that it lived."""
     faulthandler.cancel_dump_traceback_later()  # its thread does not come along, and the child would wait for it
+    log = os.open(place.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)  # here: the rank may be killed before it can
     start = time.monotonic()
     pid = os.fork()
     if pid == 0:
-        _be_rank(call, environment, place.with_suffix(".log"), timeout)
+        _be_rank(call, environment, log, timeout)
+    os.close(log)
     place.with_suffix(".pid").write_text(str(pid))
     handle = os.pidfd_open(pid)
     ended, _, _ = select.select([handle], [], [], timeout + 5 if kill_after is None else kill_after)
     os.close(handle)
     if not ended:
         os.kill(pid, signal.SIGKILL)
+    place.with_suffix(".pid").unlink()  # before the number can be another process's
     _, status = os.waitpid(pid, 0)
     return os.waitstatus_to_exitcode(status), time.monotonic() - start
 
 
-def _be_rank(call: bytes, environment: dict[str, str], log: Path, timeout: float) -> NoReturn:
+def _be_rank(call: bytes, environment: dict[str, str], log: int, timeout: float) -> NoReturn:
     """Call the function in this process, and end it as the interpreter would."""
     code = 1
     try:
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        sys.stdout = sys.stderr = os.fdopen(descriptor, "w", buffering=1)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        sys.stdout = sys.stderr = os.fdopen(log, "w", buffering=1)
         faulthandler.dump_traceback_later(timeout, exit=True, file=sys.stderr)
         os.environ.update(environment)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # the template ignores it

@@ -66,21 +66,28 @@ def test_every_way_to_end_is_told() -> None:
 
 def test_ranks_are_killed_at_their_time_and_the_others_soon_after() -> None:
     start = time.monotonic()
-    endings = launch(3, _sleep, 1000.0, kill_after={1: 0.3}, grace=3.0)
+    endings = launch(3, _sleep, 1000.0, kill_after={1: 2.0}, grace=3.0)
     assert time.monotonic() - start < 40
     assert [(ending.code, ending.put_down) for ending in endings] == [(KILLED, True), (KILLED, False), (KILLED, True)]
-    assert endings[1].seconds >= 0.3 and endings[0].seconds - endings[1].seconds > 2.0 and endings[1].log == "going to sleep\n"
+    assert endings[1].seconds >= 2.0 and endings[0].seconds - endings[1].seconds > 2.0 and endings[1].log == "going to sleep\n"
+
+
+def test_a_rank_that_is_killed_before_it_has_begun_ends_as_any_other() -> None:
+    for _ in range(20):
+        endings = launch(2, _sleep, 1000.0, kill_after={0: 0.0}, grace=0.0)
+        assert [(ending.code, ending.put_down) for ending in endings] == [(KILLED, False), (KILLED, True)]
+        assert all(ending.log in ("", "going to sleep\n") for ending in endings)
 
 
 def test_who_ends_by_itself_in_time_is_not_put_down() -> None:
-    endings = launch(3, _kill_rank, 1)
+    endings = launch(3, _kill_rank, 1, grace=5.0)
     assert [(ending.code, ending.put_down) for ending in endings] == [(0, False), (KILLED, False), (KILLED, True)]
 
 
 def test_a_rank_that_hangs_is_a_failure_with_its_stack() -> None:
     start = time.monotonic()
-    with pytest.raises(RankFailure, match="rank 0 took longer than 0.7 s(.|\n)*going to sleep(.|\n)*in _sleep"):
-        launch(2, _sleep, 1000.0, timeout=0.7)
+    with pytest.raises(RankFailure, match="rank 0 took longer than 3 s(.|\n)*going to sleep(.|\n)*in _sleep"):
+        launch(2, _sleep, 1000.0, timeout=3)
     assert time.monotonic() - start < 40
 
 
@@ -90,7 +97,7 @@ def test_nothing_of_it_stays() -> None:
     launch(2, _sleep, 1000.0, kill_after={0: 0.1}, grace=0.1)
     launch(1, _sleep, 0.0)
     assert run_ranks(2, _environment) == environments and environments[0][1] is None
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while (left := _descendants(os.getpid()) - processes) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not left and len(processes) >= 3, "a template and two workers"
