@@ -42,11 +42,11 @@ run_dir_of() { # CONFIG.yaml files and overrides: the folder of the run; fails, 
         "$PYTHON" -c 'import sys, yaml; print((yaml.safe_load(sys.stdin) or {"logging": {"run_dir": ""}})["logging"]["run_dir"])'
 }
 
-# The rules of the ranks themselves: what comes within a second is the same request, passed on twice; SIGTERM after SIGUSR1 is
-# SLURM's limit after its warning; anything else is a second request.
+# The rules of the ranks themselves: what comes within three seconds is the same request, passed on twice; SIGTERM after
+# SIGUSR1 is SLURM's limit after its warning; anything else is a second request.
 on_signal() { # name
     local now=${EPOCHREALTIME/[.,]/}
-    if ((now - latest < 1000000)); then return; fi
+    if ((now - latest < 3000000)); then return; fi
     latest=$now
     if [[ -z $first || ($first == USR1 && $1 != USR1) ]]; then first=$1; else urgent=$SECONDS; fi
 }
@@ -82,7 +82,7 @@ pass_on() {
         done
     fi
     if [[ -n $urgent && -z $ending ]]; then
-        if ((${EPOCHREALTIME/[.,]/} - told_at < 2000000)); then return; fi # or they would take it for the same request
+        if ((${EPOCHREALTIME/[.,]/} - told_at < 4000000)); then return; fi # or they would take it for the same request
         ending=yes
         urgent=$SECONDS
         for rank in "${!told[@]}"; do kill -USR1 "$rank" 2>/dev/null || true; done

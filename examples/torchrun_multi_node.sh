@@ -4,7 +4,7 @@
 #     HEAD_NODE=node1 NNODES=4 examples/torchrun_multi_node.sh CONFIG.yaml [FILE.yaml|section.key=value ...] [--allow-change]
 #
 # SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 to this script on any machine end the step, save and stop the run on all; a second one, more
-# than a second later, ends this machine's ranks at once, and the others with them. Exit codes, on each machine: 0 done, 75 stopped
+# than three seconds later, ends this machine's ranks at once, and the others with them. Exit codes, on each machine: 0 done, 75 stopped
 # after saving (run the same commands again to continue), 1 failed, 2 usage.
 #
 # Environment:

@@ -3,7 +3,7 @@
 #
 #     examples/torchrun_single_node.sh CONFIG.yaml [FILE.yaml|section.key=value ...] [--allow-change]
 #
-# SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 to this script end the step, save and stop the run; a second one, more than a second later,
+# SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 to this script end the step, save and stop the run; a second one, more than three seconds later,
 # ends it at once. Exit codes: 0 done, 75 stopped after saving (run the same command again to continue), 1 failed, 2 usage.
 #
 # Environment:

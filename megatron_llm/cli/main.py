@@ -56,6 +56,10 @@ def main(argv: list[str] | None = None) -> int:
             traceback.print_exc()
         elif _reports(error):
             print(f"megatron-llm {args.command}: error: {_message(error)}", file=sys.stderr)
+        else:
+            from megatron_llm.training.launcher import leave_after_rank_0
+
+            leave_after_rank_0()
         return 1
     except OSError as error:
         if error.filename is None or args.debug:

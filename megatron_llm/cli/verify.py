@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from functools import partial
 
     from megatron_llm.training.distributed import launched_rank
+    from megatron_llm.training.launcher import leave_after_rank_0
     from megatron_llm.training.verify import Request, verify
 
     request = Request(
@@ -57,4 +58,6 @@ def run(args: argparse.Namespace) -> int:
     problems = verify(request, partial(print, flush=True))
     if launched_rank() == 0:
         print("\n".join(f"FAILED: {problem}" for problem in problems), file=sys.stderr) if problems else print("verified")
+    elif problems:
+        leave_after_rank_0()
     return 1 if problems else 0

@@ -146,7 +146,10 @@ class _Parts:
             if (self.root / _done(self.share.index)).exists():
                 return None
             for left in self.root.glob(f"{self._prefix}*"):  # by the same task, when it was killed
-                shutil.rmtree(left, ignore_errors=True)
+                # At once, as another process of the task, if it lives, must find all that it wrote or nothing.
+                gone = self.root / f"gone-{left.name}"
+                left.rename(gone)
+                shutil.rmtree(gone, ignore_errors=True)
             return Path(tempfile.mkdtemp(prefix=self._prefix, dir=self.root))
 
     def finish(

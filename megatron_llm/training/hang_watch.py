@@ -157,15 +157,12 @@ class HangWatch:
             store.set(f"{_WRITTEN} {folder.rank}", "")
             store.add(_WRITTEN, 1)
             deadline = time.monotonic() + _GRACE_SECONDS
-            while store.add(_WRITTEN, 0) < world:
-                if time.monotonic() > deadline:
-                    silent = [rank for rank in range(world) if not store.check([f"{_WRITTEN} {rank}"])]
-                    if silent:
-                        add(f"none of {name_ranks(silent)}: {SILENT}, or held in a call that keeps Python's lock")
-                    return
+            while (missing := store.add(_WRITTEN, 0) < world) and time.monotonic() < deadline:
                 time.sleep(0.2)
+            if missing and (silent := [rank for rank in range(world) if not store.check([f"{_WRITTEN} {rank}"])]):
+                add(f"none of {name_ranks(silent)}: {SILENT}, or held in a call that keeps Python's lock")
             if folder.rank == 0:
-                time.sleep(1.0)  # it may hold the store, in which the others are looking
+                time.sleep(2.0)  # it may hold the store, in which the others are looking
 
         def meet_if_there() -> None:
             with suppress(RuntimeError):  # the store ended with the rank that held it

@@ -4,6 +4,7 @@ Called by `training/distributed.py`, and where commands ask before they load tor
 reads the launcher's environment:
 
     torchrun, and those who do as it does   RANK, WORLD_SIZE, LOCAL_RANK; MASTER_ADDR and MASTER_PORT, read by torch
+    torchrun                                TORCHELASTIC_RUN_ID
     srun                                    SLURM_JOB_ID, _STEP_ID, _PROCID, _NTASKS, _LOCALID, the nodes of the step
 
 torchrun's count where both are there: SLURM has then started torchrun. The shells of `sbatch` and `salloc` have variables of
@@ -15,11 +16,13 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0  # and above: SLURM's numbers of the shells of sbatch and salloc, where they have one
+_SPEECH_SECONDS = 4.0  # that rank 0 gets, which may have begun later, to say something
 _PORTS = range(20000, 32000)  # below those that Linux gives to connections
 
 
@@ -50,6 +53,12 @@ def launch_of(environment: Mapping[str, str] | None = None) -> Launch:
         return Launch(*_checked("RANK", "WORLD_SIZE", *numbers), _number(given, "LOCAL_RANK", "0"))
     _refuse_mpirun(given)
     return _of_srun(given) if _in_step(given) else Launch()
+
+
+def leave_after_rank_0() -> None:
+    """Call where rank 0 says for all why they end with an error: torchrun ends it as soon as it sees another that has."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and launch_of().rank > 0:
+        time.sleep(_SPEECH_SECONDS)
 
 
 def _in_step(given: Mapping[str, str]) -> bool:

@@ -39,13 +39,20 @@ def probe_checkpoints(config: Config) -> None:
     """Find out before training whether this rank can write where checkpoints go. Raises ValueError naming the place."""
     place, name = checkpoints_folder(config), f".probe-{launched_rank():05d}"
     try:
-        place.make()
-        with place.create(name):
-            pass
-        place.remove(name)
+        try:
+            _write_and_remove(place, name)
+        except FileNotFoundError:  # rank 0 has just set the folder of an earlier run aside, with `resume: never`
+            _write_and_remove(place, name)
     except Exception as error:  # file systems have errors of their own
         key = "logging.run_dir" if config.checkpoint.path is None else "checkpoint.path"
         raise ValueError(f"{key}: no checkpoint can be written to {place}: {type(error).__name__}: {error}") from error
+
+
+def _write_and_remove(place: Folder, name: str) -> None:
+    place.make()
+    with place.create(name):
+        pass
+    place.remove(name)
 
 
 def find_resume(config: Config, allow_change: bool = False, damaged: Mapping[str, str] | None = None) -> Checkpoint | None:

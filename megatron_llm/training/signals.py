@@ -18,9 +18,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from megatron_llm.training.launcher import launch_of
+
 EXIT_STOPPED = 75
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-_SAME_REQUEST_SECONDS = 1.0  # launchers and batch systems may both pass on one request
+_SAME_REQUEST_SECONDS = 3.0  # launchers and batch systems may all pass on one request, and be late on a busy machine
 
 
 def time_limit(max_minutes: float | None, launched_at: float) -> tuple[float | None, str]:
@@ -33,8 +35,8 @@ def time_limit(max_minutes: float | None, launched_at: float) -> tuple[float | N
 class StopRequest:
     """Context manager: `requested` turns true when a signal arrives or the time is over. In the main thread only.
 
-    A signal within a second of the one before is taken for the same request. SIGTERM or SIGINT after SIGUSR1 is a first signal,
-    since SLURM sends SIGTERM at the limit that it warned of.
+    A signal within three seconds of the one before is taken for the same request. SIGTERM or SIGINT after SIGUSR1 is a first
+    signal, since SLURM sends SIGTERM at the limit that it warned of.
 
     Args:
         deadline: `time.monotonic()` at which to stop; None for never.
@@ -74,7 +76,9 @@ class StopRequest:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            # SLURM warns each node by itself: a rank may hear of it when it has saved and is about to end with its exit code.
+            late = number == signal.SIGUSR1 and launch_of().world_size > 1
+            signal.signal(number, signal.SIG_IGN if late else handler)
         signal.set_wakeup_fd(self._previous_pipe)
         os.close(self._pipe[1])  # the thread reads to the end
         self._thread.join()
@@ -102,5 +106,5 @@ class StopRequest:
             # The folder may be what hangs.
             last_words = threading.Thread(target=self._at_once, args=(text,), daemon=True)
             last_words.start()
-            last_words.join(2.0)
+            last_words.join(4.0)  # the launch scripts kill after five
         os._exit(128 + number)

@@ -231,6 +231,7 @@ class Wandb:
         self.mark: dict[str, Any] = {"id": secrets.token_hex(4), "rows": 0}
         self._config, self._describe = config, describe
         self._run: Any = None
+        self._abandoned = False
         self._known: dict[int, Line] = {}
 
     def begin(self, step: int, undone: Iterable[Line]) -> int:
@@ -244,6 +245,8 @@ class Wandb:
         """Begin or resume, and find out what has really arrived of what was handed over: by the server, or by the disk."""
         import wandb
 
+        if self._abandoned:  # meanwhile: its service would live on
+            raise TimeoutError("wandb took too long to import")
         settings, run_dir = self._config.logging.wandb, Path(self._config.logging.run_dir).absolute()
         assert settings is not None
         row = last_row(run_dir / "wandb", self.mark["id"])  # of starts before this one
@@ -282,6 +285,7 @@ class Wandb:
             self._run.finish(exit_code=int(failed))
 
     def abandon(self) -> None:
+        self._abandoned = True
         end_service()
 
 

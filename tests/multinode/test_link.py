@@ -16,17 +16,17 @@ from megatron_llm.checkpoint.load import open_checkpoint
 from tests.multinode.nodes import TwoNodes, two_nodes, why_not
 from tests.runs import TINY
 from tests.training.commands import read_metrics, read_status, write_config
-from tests.training.processes import ended, started, wait_for_checkpoint, wait_for_steps
+from tests.training.processes import MEETING, ended, lines_of, started, wait_for_checkpoint, wait_for_steps
 from tests.training.test_runs import state_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
-JOIN, ANSWER, LAST_CALL = 8, 3, 1  # seconds that torchrun waits: for machines that do not come, a store, more machines
+JOIN, ANSWER, LAST_CALL = 20, 10, 1  # seconds that torchrun waits: for machines that do not come, a store, more machines
 RENDEZVOUS = f"join_timeout={JOIN},read_timeout={ANSWER},last_call_timeout={LAST_CALL}"
 HANG, LOOK = 6, 18  # training.hang_timeout; that the ranks look for the others: docs/robustness.md
 START_LOOK = 60  # beyond parallel.timeout_seconds, for a store that does not answer
-LONG = 240.0  # for whole runs, seconds where nothing else is at work
-SLACK = 30.0  # for processes to end and scripts to see it, on a machine with other work to do
+LONG = 600.0  # for whole runs, seconds where nothing else is at work
+SLACK = 90.0  # for processes to end and scripts to see it, on a machine with other work to do
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def _lose_the_link(nodes: TwoNodes, config: Path, run: Path, expected: str) -> N
 
 def test_two_nodes_are_as_one_and_a_slow_link_only_slows_down(nodes: TwoNodes, tmp_path: Path) -> None:
     """Stages on two nodes, each split over the ranks of its node. In the middle the link is lost for a moment, and then slow."""
-    parallel, steps = {"tensor_parallel": 2, "pipeline_parallel": 2}, 16
+    parallel, steps = {"tensor_parallel": 2, "pipeline_parallel": 2}, 30
     with started(4, _config(tmp_path, "one", steps, parallel=parallel)) as ranks:
         assert [code for code, _ in ended(ranks, LONG)] == [0] * 4
     config = str(_config(tmp_path, "two", steps, parallel=parallel))
@@ -88,7 +88,7 @@ def test_two_nodes_are_as_one_and_a_slow_link_only_slows_down(nodes: TwoNodes, t
         time.sleep(1.0)
         nodes.plug()
         slow = nodes.slow_down("netem rate 800kbit") or nodes.slow_down("tbf rate 800kbit burst 2kb limit 1mb")
-        slowed_at = len(read_metrics(tmp_path / "two"))
+        slowed_at = lines_of(tmp_path / "two/metrics.jsonl")
         logs = _logs(first, second)
     assert (first.returncode, second.returncode) == (0, 0), logs
     one, two = (read_metrics(tmp_path / run)[1:] for run in ("one", "two"))
@@ -102,7 +102,7 @@ def test_two_nodes_are_as_one_and_a_slow_link_only_slows_down(nodes: TwoNodes, t
 
 
 def test_a_lost_link_ends_both_nodes_and_the_same_commands_go_on(nodes: TwoNodes, tmp_path: Path) -> None:
-    steps, run = 60, tmp_path / "run"
+    steps, run = 300, tmp_path / "run"
     with started(2, _config(tmp_path, "whole", steps)) as ranks:
         assert [code for code, _ in ended(ranks, LONG)] == [0, 0]
     config = _config(tmp_path, "run", steps, training={"hang_timeout": HANG}, checkpoint={"every_steps": 5})
@@ -128,8 +128,7 @@ def test_a_link_that_is_lost_during_the_start_ends_both_ranks(
     """Before a function in which one of them waits for an answer from the store of the other."""
     script, pulled = tmp_path / "planted.py", tmp_path / "pulled"
     script.write_text(
-        f"import os, pathlib, sys, time, {module} as module\n"
-        "from megatron_llm.cli.main import main\n"
+        MEETING.format(folder=tmp_path) + f"import pathlib, {module} as module\n"
         f"function = module.{function}\n"
         "def wait(*args, **kwargs):\n"
         f"    pathlib.Path('{tmp_path}/here-' + os.environ['RANK']).touch()\n"

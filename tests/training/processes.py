@@ -6,8 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,28 @@ from typing import Any
 import psutil
 
 from tests.ports import free_port
-from tests.training.commands import read_metrics
 
-SECONDS = 120.0  # in which whatever a test waits for must have happened, on a machine with other work to do too
+SECONDS = 300.0  # in which whatever a test waits for must have happened, on a machine with other work to do too
+
+
+# The start of a script that is `megatron-llm`. Ranks need seconds to import torch, and on a busy machine not the same number:
+# they wait for each other, so that a short limit on exchanges is not spent on that.
+MEETING = """
+import glob, os, sys, time
+import megatron_llm.training.loop
+from megatron_llm.cli.main import main
+rank = int(os.environ.get("RANK", "0"))
+open(f"{folder}/met-{{rank}}", "w").close()
+while len(glob.glob("{folder}/met-*")) < int(os.environ.get("WORLD_SIZE", "1")): time.sleep(0.01)
+"""
 
 
 def planted(folder: Path, body: str) -> Path:
     """A script that is `megatron-llm`, but `body`, which may use `rank` and `calls`, runs before every stage's forward."""
     script = folder / "planted.py"
     script.write_text(
-        "import os, sys, time\n"
-        "from megatron_llm.cli.main import main\n"
-        "from megatron_llm.models.decoder import DecoderStage\n"
-        "forward, rank, calls = DecoderStage.forward, int(os.environ.get('RANK', '0')), 0\n"
+        MEETING.format(folder=folder) + "from megatron_llm.models.decoder import DecoderStage\n"
+        "forward, calls = DecoderStage.forward, 0\n"
         "def planted_forward(*args, **kwargs):\n"
         "    global calls\n"
         "    calls += 1\n"
@@ -61,33 +71,56 @@ def started(world: int, config: Path, *overrides: str, script: Path | None = Non
             process.wait()
 
 
+class _Logged(subprocess.Popen[str]):
+    """A process that writes to a file: it never waits for a reader, as at a pipe, nor does a reader for what it has started."""
+
+    def __init__(self, command: Sequence[str], environment: dict[str, str]) -> None:
+        self._log = tempfile.TemporaryFile("a+", errors="replace")  # noqa: SIM115 - it lives as long as this
+        super().__init__(command, env=environment, stdout=self._log, stderr=subprocess.STDOUT, text=True)
+
+    def communicate(self, input: str | None = None, timeout: float | None = None) -> tuple[str, str]:
+        self.wait(timeout)
+        self._log.seek(0)
+        return self._log.read(), ""
+
+
 @contextmanager
 def launched(*command: str, **variables: str) -> Iterator[subprocess.Popen[str]]:
     """A launcher, whose log is its stdout. At the end of the context it and all that it started are killed."""
-    settings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd(), **variables}
-    process = subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = _Logged(command, {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd(), **variables})
     try:
         yield process
     finally:
-        kill_tree(process.pid)
-        process.communicate()
+        if process.poll() is None:
+            kill_tree(process.pid)
+        process.wait()
 
 
 def descendants(process: int, name: str = "") -> list[int]:
     """Processes that a process has started, and those that they have, whose command line has `name`."""
-    try:
-        found = psutil.Process(process).children(recursive=True)
-        return [child.pid for child in found if name in " ".join(child.cmdline())]
-    except psutil.NoSuchProcess:
-        return []
+    found: list[int] = []
+    with suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):  # it has just ended
+                if name in " ".join(child.cmdline()):
+                    found.append(child.pid)
+    return found
 
 
 def ranks_of(launcher: int) -> list[int]:
     """The processes of the ranks that run under a launcher."""
-    return [pid for pid in descendants(launcher, " train ") if "RANK" in psutil.Process(pid).environ()]
+    found: list[int] = []
+    for pid in descendants(launcher, " train "):
+        with suppress(psutil.NoSuchProcess):
+            if "RANK" in psutil.Process(pid).environ():
+                found.append(pid)
+    return found
 
 
 def kill_tree(process: int) -> None:
+    """Kill a process and all that it has started; it is stopped first, so that it starts no more."""
+    with suppress(ProcessLookupError):
+        os.kill(process, signal.SIGSTOP)
     for pid in (*descendants(process), process):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -98,6 +131,16 @@ def ended(ranks: list[subprocess.Popen[str]], seconds: float = SECONDS) -> list[
     deadline = time.monotonic() + seconds
     said = [process.communicate(timeout=max(0.1, deadline - time.monotonic()))[1] for process in ranks]
     return [(process.returncode, text) for process, text in zip(ranks, said, strict=True)]
+
+
+def insist(process: subprocess.Popen[Any], number: signal.Signals, gap: float) -> None:
+    """Send a signal every `gap` seconds until the process ends: who is late to hear one takes the next for the same request."""
+    deadline = time.monotonic() + SECONDS
+    while process.poll() is None:
+        assert time.monotonic() < deadline, f"it did not end by {number.name}"
+        process.send_signal(number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(gap)
 
 
 def wait_for_checkpoint(run: Path, step: int, *processes: subprocess.Popen[Any]) -> None:
@@ -113,7 +156,12 @@ def wait_for_checkpoint(run: Path, step: int, *processes: subprocess.Popen[Any])
 def wait_for_steps(run: Path, steps: int, *processes: subprocess.Popen[Any]) -> None:
     """Wait until so many lines of metrics are there, while none of the processes ends."""
     deadline = time.monotonic() + SECONDS
-    while not ((run / "metrics.jsonl").exists() and len(read_metrics(run)) >= steps):
+    while lines_of(run / "metrics.jsonl") < steps:
         assert time.monotonic() < deadline, f"no {steps} steps within {SECONDS:g} s"
         assert all(process.poll() is None for process in processes), "a process has ended"
         time.sleep(0.05)
+
+
+def lines_of(file: Path) -> int:
+    """How many whole lines a file has to which another process appends; 0 if it is not there."""
+    return file.read_bytes().count(b"\n") if file.exists() else 0

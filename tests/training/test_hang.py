@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -26,26 +26,24 @@ def _config(folder: Path, timeout: float, limit: float = 120.0, **parallel: int)
 
 
 def test_a_hang_ends_the_run_with_the_stacks_of_all_ranks(tmp_path: Path) -> None:
-    with started(2, _config(tmp_path, 3.0), script=planted(tmp_path, HANG)) as ranks:
-        wait_for_steps(tmp_path / "run", 3)
-        start = time.monotonic()
+    with started(2, _config(tmp_path, 6.0), script=planted(tmp_path, HANG)) as ranks:
+        wait_for_steps(tmp_path / "run", 3, *ranks)
         codes, texts = zip(*ended(ranks), strict=True)
     assert codes == (1, 1), texts
-    assert time.monotonic() - start < 60, "of which three seconds are the watch's"
     hung, waiting = ((tmp_path / f"run/stacks/rank-0000{rank}.txt").read_text() for rank in (1, 0))
     assert "planted_forward" in hung and "planted_forward" not in waiting
     assert "in train_step" in waiting, f"it waits in the exchange of the gradients or of the sums:\n{waiting}"
-    assert "rank 1 (process " in hung and "no progress for 3 s after step" in hung + waiting
+    assert "rank 1 (process " in hung and re.search(r"no progress for \d+ s after step", hung + waiting)
     status = read_status(tmp_path / "run")
     assert status["outcome"] == "failed" and f"stack traces of the ranks are in {tmp_path}/run/stacks" in status["reason"]
-    assert "training.hang_timeout: 3" in "".join(texts)
+    assert "training.hang_timeout: 6" in "".join(texts)
 
 
 @pytest.mark.slow
 def test_a_pipeline_whose_rank_hangs_and_one_that_is_stopped(tmp_path: Path) -> None:
     """Stopped as a whole, a rank can write nothing: the others do, and name it."""
-    with started(3, _config(tmp_path, 3.0, pipeline_parallel=3)) as ranks:
-        wait_for_steps(tmp_path / "run", 3)
+    with started(3, _config(tmp_path, 6.0, pipeline_parallel=3)) as ranks:
+        wait_for_steps(tmp_path / "run", 3, *ranks)
         ranks[1].send_signal(signal.SIGSTOP)
         said = ended([ranks[0], ranks[2]])
     assert [code for code, _ in said] == [1, 1]
@@ -55,25 +53,25 @@ def test_a_pipeline_whose_rank_hangs_and_one_that_is_stopped(tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_a_shorter_limit_on_exchanges_names_the_rank_and_has_it_write_its_stacks(tmp_path: Path) -> None:
-    with started(2, _config(tmp_path, 20.0, limit=5.0), script=planted(tmp_path, HANG)) as ranks:
-        wait_for_steps(tmp_path / "run", 3)
+    with started(2, _config(tmp_path, 60.0, limit=5.0), script=planted(tmp_path, HANG)) as ranks:
+        wait_for_steps(tmp_path / "run", 3, *ranks)
         (first, _), (second, text) = ended(ranks[:1])[0], ended(ranks[1:])[0]
     assert (first, second) == (1, 1)
     reason = read_status(tmp_path / "run")["reason"]
     assert "only rank 1 of the run left no word: alive, and not going on" in reason, "not what the watch found later"
     stacks = (tmp_path / "run/stacks/rank-00001.txt").read_text()
     assert "another rank has lost one that it waited for" in stacks and "planted_forward" in stacks
-    assert "no progress for 20 s" in text, "nobody else ended it"
+    assert re.search(r"no progress for 6\d s", text), "nobody else ended it"
 
 
 def test_a_slow_run_is_left_alone(tmp_path: Path) -> None:
     """Every forward takes a quarter of the limit, a step and an evaluation take more than it."""
     training = ("training.steps=2", "training.eval_rows=8", "training.eval_every=1")
-    raw = TINY | {"training": TINY["training"] | {"hang_timeout": 2.0}, "logging": {"run_dir": str(tmp_path / "run")}}
+    raw = TINY | {"training": TINY["training"] | {"hang_timeout": 4.0}, "logging": {"run_dir": str(tmp_path / "run")}}
     config = write_config(tmp_path / "run.yaml", raw)
-    with started(1, config, *training, script=planted(tmp_path, "time.sleep(0.55)")) as ranks:
+    with started(1, config, *training, script=planted(tmp_path, "time.sleep(1.05)")) as ranks:
         assert ended(ranks)[0][0] == 0
-    assert [line["step_seconds"] > 2.1 for line in read_metrics(tmp_path / "run")[1:]] == [True, True]
+    assert [line["step_seconds"] > 4.1 for line in read_metrics(tmp_path / "run")[1:]] == [True, True]
     assert not (tmp_path / "run/stacks").exists()
 
 

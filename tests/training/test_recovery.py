@@ -14,10 +14,18 @@ import torch
 from megatron_llm.checkpoint.load import Checkpoint
 from megatron_llm.config import Config
 from megatron_llm.data.stream import build_train_stream
+from megatron_llm.ops.storage import LocalFolder
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.training.build import build_engine
 from megatron_llm.training.progress import Progress
-from megatron_llm.training.recovery import check_agreement, choose_checkpoint, find_resume, load_run, newest_checkpoint
+from megatron_llm.training.recovery import (
+    check_agreement,
+    choose_checkpoint,
+    find_resume,
+    load_run,
+    newest_checkpoint,
+    probe_checkpoints,
+)
 from megatron_llm.training.run_folder import RunFolder
 from megatron_llm.training.step import RunState, train_step
 from tests.ranks import RankFailure, run_ranks
@@ -192,3 +200,19 @@ def test_a_rank_that_never_joined_says_nothing_in_the_folder_of_a_live_run(tmp_p
         with pytest.raises(TimeoutError), RunFolder(config, 1):
             raise TimeoutError("rank 0 never came")
         assert json.loads((tmp_path / "status.json").read_text()) == {"outcome": "running", "step": 3}
+
+
+def test_the_folder_of_checkpoints_may_be_set_aside_while_a_rank_tries_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As rank 0 does with `resume: never`, when ranks do not wait for each other yet."""
+    make, moved = LocalFolder.make, []
+
+    def make_and_lose(self: LocalFolder) -> None:
+        make(self)
+        if not moved:
+            moved.append(self.path.rename(tmp_path / "before"))
+
+    monkeypatch.setattr(LocalFolder, "make", make_and_lose)
+    probe_checkpoints(config_of(logging={"run_dir": str(tmp_path / "run")}))
+    assert moved and not list((tmp_path / "run/checkpoints").iterdir())
