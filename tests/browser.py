@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-SECONDS = 60.0
+SECONDS = 150.0
 
 
 class Page:
@@ -30,7 +30,7 @@ class Page:
         self._to, self._from, self._rest, self._number, self._session = to_browser, from_browser, b"", 0, ""
         self.problems: list[str] = []
         self.requests: list[str] = []
-        self._loaded = False
+        self._loaded: set[str] = set()
 
     def open(self, url: str, width: int = 1280, height: int = 900, dark: bool = False) -> None:
         """Load a page in a window of that size and wait until all of it is there."""
@@ -38,11 +38,11 @@ class Page:
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
+        self.call("Page.setLifecycleEventsEnabled", enabled=True)
         self.resize(width, height, dark)
-        self._loaded = False
-        self.call("Page.navigate", url=url)
+        loader = self.call("Page.navigate", url=url)["loaderId"]  # the event of about:blank may still come
         deadline = time.monotonic() + SECONDS
-        while not self._loaded:
+        while loader not in self._loaded:
             self._take(self._message(deadline))
 
     def resize(self, width: int, height: int, dark: bool = False) -> None:
@@ -96,8 +96,8 @@ class Page:
             self.problems.append(json.dumps(event["params"]))
         elif method == "Network.requestWillBeSent":
             self.requests.append(event["params"]["request"]["url"])
-        elif method == "Page.loadEventFired":
-            self._loaded = True
+        elif method == "Page.lifecycleEvent" and event["params"]["name"] == "load":
+            self._loaded.add(event["params"]["loaderId"])
 
 
 @contextmanager
@@ -105,7 +105,10 @@ def browser() -> Iterator[Page]:
     """A page of a browser that ends with the context."""
     assert CHROMIUM is not None, "see CHROMIUM"
     (theirs_in, to_browser), (from_browser, theirs_out) = os.pipe(), os.pipe()
-    with TemporaryDirectory(prefix="chromium-") as profile, open(Path(profile) / "log", "wb") as log:
+    with (
+        TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True) as profile,  # its children end a moment later
+        open(Path(profile) / "log", "wb") as log,
+    ):
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--hide-scrollbars"]
         # The pipe's ends are expected at 3 and 4.
         flags += [f"--user-data-dir={profile}/data", "--remote-debugging-pipe", f"3<&{theirs_in}", f"4>&{theirs_out}"]
@@ -118,7 +121,7 @@ def browser() -> Iterator[Page]:
         finally:
             os.close(to_browser)  # it ends when nobody drives it any more
             try:
-                process.wait(timeout=10)
+                process.wait(timeout=60)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

@@ -18,11 +18,15 @@ import torch  # noqa: E402
 if not torch.cuda.is_available():  # before anything imports triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 
 from tests import ranks  # noqa: E402
 
 torch.set_num_threads(1)
+# An example may wait for a core longer than the 200 ms that it would have.
+hypothesis.settings.register_profile("tests", deadline=None)
+hypothesis.settings.load_profile("tests")
 
 
 def pytest_collection_finish() -> None:

@@ -57,7 +57,7 @@ def launch(
     *args: Any,
     kill_after: dict[int, float] | None = None,
     grace: float = GRACE_SECONDS,
-    timeout: float = 150,
+    timeout: float = 300,
 ) -> list[Ending]:
     """Run `fn(*args)` in `world` new processes with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set.
 

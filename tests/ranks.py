@@ -45,8 +45,8 @@ class _Worker:
 
     def __init__(self, connection: Connection):
         self.connection = connection
-        if not connection.poll(30):
-            raise RuntimeError("a worker process did not start within 30 s")
+        if not connection.poll(120):
+            raise RuntimeError("a worker process did not start within 120 s")
         self.pid: int = pickle.loads(connection.recv_bytes())
 
     def start(self, rank: int, world: int, folder: str, timeout: float, call: bytes) -> None:
@@ -108,7 +108,7 @@ def fork_worker() -> _Worker:
     return _pool.fork()
 
 
-def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 60, **kwargs: Any) -> list[Any]:
+def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 240, **kwargs: Any) -> list[Any]:
     """The results of `fn(*args, **kwargs)` on ranks 0 .. world - 1, in rank order.
 
     `fn` is a module-level function; arguments and results travel by pickle. Inside, `torch.distributed` is initialized

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from megatron_llm.cli.main import build_parser, main
-from tests.test_readme import ROOT, blocks
+from tests.test_readme import ROOT, blocks, copy_tree
 
 MADE_OF = ("README.md", "CONTRIBUTING.md", "mkdocs.yml", "docs", "examples", "benchmarks/results", "megatron_llm/config")
 
@@ -70,7 +70,7 @@ def build(root: Path, into: Path) -> subprocess.CompletedProcess[str]:
     """Make the site of a repository, with every warning an error."""
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(into)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -122,7 +122,7 @@ def test_the_search_works_from_files(site: Path, tmp_path: Path) -> None:
         pytest.skip("needs Chromium: apt-get install chromium")
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--virtual-time-budget=20000"]
     address = f"file://{site}/formats.html?q=Tijdeman"  # a word of docs/data.md alone
-    done = subprocess.run([browser, *options, "--dump-dom", address], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([browser, *options, "--dump-dom", address], capture_output=True, text=True, timeout=600)
     found = re.findall(r'<a href="([^"]*)" class="md-search-result__link', done.stdout)
     assert found and all("/data.html" in link for link in found), done.stderr[-2000:]
 
@@ -133,7 +133,7 @@ def test_a_site_with_wrong_links_is_not_made(tmp_path: Path) -> None:
     for name in MADE_OF:
         source, copy = ROOT / name, tmp_path / name
         copy.parent.mkdir(parents=True, exist_ok=True)
-        (shutil.copytree if source.is_dir() else shutil.copy)(source, copy)
+        copy_tree(source, copy) if source.is_dir() else shutil.copy(source, copy)
     wrong = {
         "docs/data.md": ("gone.md", "../examples/gone.sh", "formats.md#lost", "#missing"),
         "README.md": ("docs/data.md#vanished", "docs/absent.md"),

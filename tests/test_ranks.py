@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -89,7 +90,7 @@ def test_failing_rank_is_named_with_its_traceback_and_the_next_job_works() -> No
 def test_hanging_rank_is_ended_with_its_stack_and_the_next_job_works() -> None:
     start = time.monotonic()
     with pytest.raises(RankFailure, match="_sleep_on_rank_1"):
-        run_ranks(2, _sleep_on_rank_1, timeout=1.5)
+        run_ranks(2, _sleep_on_rank_1, timeout=8)
     assert time.monotonic() - start < 40
     assert run_ranks(2, _sum_of_ranks, 1)[0][2].item() == 1.0
 
@@ -113,7 +114,7 @@ def test_killed_workers_leave_no_process() -> None:
     pids = [pid for *_, pid in run_ranks(2, _sum_of_ranks, 1)]
     with pytest.raises(RankFailure):
         run_ranks(2, _fail_on, 0)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while any(os.path.exists(f"/proc/{pid}") for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
@@ -126,8 +127,12 @@ def test_impossible_world_is_refused(world: int) -> None:
 
 
 def _priorities_of_gloo() -> set[int]:
-    tasks = [task for task in Path("/proc/self/task").iterdir() if (task / "comm").read_text() == "gloo_tcp_loop\n"]
-    return {os.getpriority(os.PRIO_PROCESS, int(task.name)) for task in tasks}
+    priorities = set()
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # it has ended
+            if (task / "comm").read_text() == "gloo_tcp_loop\n":
+                priorities.add(os.getpriority(os.PRIO_PROCESS, int(task.name)))
+    return priorities
 
 
 def test_threads_of_gloo_that_spin_yield() -> None:

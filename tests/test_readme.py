@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,11 @@ def commands_of(page: str, section: str | None = None) -> list[str]:
     return [" ".join(line.split("  #")[0].split()) for line in text.splitlines() if line.strip()]
 
 
+def copy_tree(source: Path, target: Path) -> None:
+    """A copy of a folder of the project, without what Python may be writing there."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+
+
 def run_commands(page: str, folder: Path, at_least: int, section: str | None = None) -> None:
     """Run every command of a page, or of one of its sections, in `folder`, in order; each must succeed."""
     commands = commands_of(page, section)
@@ -58,7 +64,7 @@ def run_commands(page: str, folder: Path, at_least: int, section: str | None = N
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=600,
         )
         assert done.returncode == 0, f"$ {command}\n{done.stdout}\n{done.stderr}"
 
@@ -136,7 +142,7 @@ def test_every_command_of_the_data_page_runs(tmp_path: Path) -> None:
     config["parallel"] = {}
     (tmp_path / "data.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "megatron_llm", "train", "data.yaml"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     last = json.loads((tmp_path / "runs/data/metrics.jsonl").read_text().splitlines()[-1])
     assert last["valid_loss/held_out"] > 0
@@ -161,7 +167,7 @@ def test_the_commands_about_evaluation_run(tmp_path: Path) -> None:
         "export runs/demo hf/demo",
     ):
         done = subprocess.run(
-            [sys.executable, "-m", "megatron_llm", *command.split()], cwd=tmp_path, capture_output=True, text=True, timeout=240
+            [sys.executable, "-m", "megatron_llm", *command.split()], cwd=tmp_path, capture_output=True, text=True, timeout=600
         )
         assert done.returncode == 0, done.stdout + done.stderr
     last = json.loads((tmp_path / "runs/demo/metrics.jsonl").read_text().splitlines()[-1])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ import yaml
 
 from megatron_llm.config import parse_config
 from tests.runs import TINY
-from tests.test_readme import FROM_FILES, ROOT, commands_of, prepare
+from tests.test_readme import FROM_FILES, ROOT, commands_of, copy_tree, prepare
 
 RECIPE = ROOT / "examples" / "continue_then_sft"
 SMALL = {
@@ -43,7 +42,7 @@ def small_checkout(folder: Path) -> None:
     """The examples, with a recipe of a few steps; and what the README says that one needs."""
     prepare(folder)
     make_base(folder)
-    shutil.copytree(ROOT / "examples", folder / "examples")
+    copy_tree(ROOT / "examples", folder / "examples")
     for name in ("continue.yaml", "sft.yaml"):
         path = folder / "examples" / "continue_then_sft" / name
         raw = yaml.safe_load(path.read_text())
@@ -56,7 +55,7 @@ def run_as_written(folder: Path, starts: tuple[str, ...], environment: dict[str,
     assert len(mine) == len(starts)
     for command in mine:
         done = subprocess.run(
-            ["bash", "-c", command], cwd=folder, env=environment, input="", capture_output=True, text=True, timeout=280
+            ["bash", "-c", command], cwd=folder, env=environment, input="", capture_output=True, text=True, timeout=600
         )
         assert done.returncode == 0, f"$ {command}\n{done.stdout}{done.stderr}"
 
@@ -80,7 +79,7 @@ def _run(folder: Path, out: str, *more: str) -> str:
     options = [word for name, file in files.items() for word in (f"--{name}", file)]
     settings = [f"{section}.{key}={value}" for section, values in SMALL.items() for key, value in values.items()]
     command = [str(RECIPE / "run.sh"), *options, "--out", out, *more, *settings]
-    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 

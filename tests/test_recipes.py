@@ -20,7 +20,7 @@ from megatron_llm.config import Config, ConfigError
 from megatron_llm.models.stages import whole_model
 from megatron_llm.planning.compare import GIB, SPARE
 from megatron_llm.training.resolve import resolve
-from tests.test_readme import blocks, prepare
+from tests.test_readme import blocks, copy_tree, prepare
 from tools import plan_recipes
 from tools.plan_recipes import DEVICE, GPUS, MODELS, RECIPES, figures, layout_file, line, recipe, table_lines
 
@@ -217,7 +217,7 @@ def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
     """As written, on two ranks, where hf/, the text and the conversations are tiny, and so is what the recipe makes of them."""
     _text(tmp_path)
     _small("llama-3.1-8b", tmp_path)
-    shutil.copytree(RECIPES.parent, tmp_path / "examples")
+    copy_tree(RECIPES.parent, tmp_path / "examples")
     for file in (RECIPES / "llama-3.1-8b").glob("*.yaml"):
         (tmp_path / "examples/recipes/llama-3.1-8b" / file.name).write_text(yaml.safe_dump(_shrunk(file)))
     scripts = Path(sys.executable).parent

@@ -65,7 +65,7 @@ def peaks(folder: Path) -> dict[str, float]:
 
 
 def test_a_save_holds_one_copy_and_a_load_a_slab(tmp_path: Path) -> None:
-    (found,) = run_ranks(1, peaks, tmp_path, timeout=120)
+    (found,) = run_ranks(1, peaks, tmp_path)
     assert found["share"] > 190
     assert 0.9 * found["share"] < found["save behind"] < found["share"] + 24, found
     assert found["save at once"] < 24 and found["load"] < 128 and found["load columns"] < 128, found

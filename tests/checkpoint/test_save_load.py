@@ -109,7 +109,7 @@ def test_ranks_write_and_any_box_is_read(tmp_path: Path, world: int) -> None:
     ],
 )
 def test_a_failure_on_one_rank_is_raised_on_all(tmp_path: Path, fail: str, message: str) -> None:
-    errors = run_ranks(3, _save_on_ranks, tmp_path / "step-00000001", fail, timeout=20)
+    errors = run_ranks(3, _save_on_ranks, tmp_path / "step-00000001", fail)
     for error in errors:
         assert error is not None and f"{tmp_path / 'step-00000001'} was not written: {message}" in error
     assert latest_checkpoint(tmp_path) is None
@@ -119,7 +119,7 @@ def test_a_failure_on_one_rank_is_raised_on_all(tmp_path: Path, fail: str, messa
 
 def test_rank_that_dies_does_not_hang_the_others(tmp_path: Path) -> None:
     with pytest.raises(RankFailure, match="planted"):
-        run_ranks(2, _die_in_save, tmp_path, timeout=20)
+        run_ranks(2, _die_in_save, tmp_path)
     assert latest_checkpoint(tmp_path) is None
 
 

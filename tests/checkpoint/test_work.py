@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
@@ -21,13 +20,13 @@ def _world() -> Axis:
 
 
 def outlast_collectives() -> tuple[str, int, list[int], list[int]]:
-    """Rank 1 works for longer than a collective may last."""
+    """Rank 1 works until it has heard three times that the work goes on: never, if rank 0 sits in one collective until then."""
     world = _world()
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2), dist.group.WORLD)
     alive = 0
 
     def work(progress: Callable[[int], None]) -> str:
-        for _ in range(40 * world.rank):
+        deadline = time.monotonic() + 60
+        while world.rank == 1 and alive < 3 and time.monotonic() < deadline:
             time.sleep(0.1)
             progress(10)
         return f"of rank {world.rank}"
@@ -60,16 +59,17 @@ def test_work_that_stands_still_is_not_alive() -> None:
 
 def test_the_part_is_that_of_all_ranks() -> None:
     parts: list[float] = []
+    shares = [0.25, 0.5, 0.75, 1.0]
 
     def work(progress: Callable[[int], None]) -> None:
-        for _ in range(4):
-            time.sleep(0.9)
+        deadline = time.monotonic() + 60
+        for share in shares:
             progress(25)
+            while share not in parts and time.monotonic() < deadline:
+                time.sleep(0.01)
 
     Work(work, 100).wait_for_all(Axis("world"), parts.append)
-    assert (
-        parts == sorted(set(parts)) and {0.25, 0.5, 0.75} & set(parts) and all(part in (0.25, 0.5, 0.75, 1.0) for part in parts)
-    )
+    assert parts in (shares, [0.0, *shares]), "the first look may come before the work has begun"
 
 
 def test_errors_are_kept_and_abandoned_work_ends() -> None:

@@ -32,5 +32,5 @@ NO_COMMANDS = {"plan_recipes"}  # for those who release: tests/test_recipes.py
 def test_a_tool_runs_its_command(tool: str, tmp_path: Path) -> None:
     arguments, message = WANTED[tool]
     command = [sys.executable, str(TOOLS / f"{tool}.py"), *arguments]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stderr) == (1, message)

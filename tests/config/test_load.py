@@ -246,4 +246,4 @@ def test_anchors_and_merge_keys_work_and_may_be_overridden(tmp_path: Path) -> No
 
 def test_config_does_not_import_torch() -> None:
     code = "import sys, megatron_llm.config; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=600).returncode == 0

@@ -128,7 +128,7 @@ def test_the_first_word_of_a_sentencepiece_text_has_no_space_and_the_others_have
 def test_through_a_pipe(folder: Path) -> None:
     command = [sys.executable, "-m", "megatron_llm", "chat", "--hf", str(folder / "hf"), "--temperature", "0"]
     done = subprocess.run(
-        [*command, "--max-new-tokens", NEW], input="hi\n/nothing\n", capture_output=True, text=True, timeout=120
+        [*command, "--max-new-tokens", NEW], input="hi\n/nothing\n", capture_output=True, text=True, timeout=600
     )
     (said,) = replies(folder, [[("user", "hi")]])
     assert (done.returncode, done.stdout) == (0, f"{said}\n") and "is no command" in done.stderr

@@ -38,7 +38,7 @@ print(f"\\npeak {status('VmHWM') - before}")
 
 def peak(*arguments: str) -> float:
     """MiB that a command holds at most beyond what the interpreter and its imports hold."""
-    done = subprocess.run([sys.executable, "-c", MEASURED, *arguments], capture_output=True, text=True, timeout=250)
+    done = subprocess.run([sys.executable, "-c", MEASURED, *arguments], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return float(done.stdout.rsplit("peak ", 1)[1])
 

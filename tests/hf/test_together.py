@@ -129,7 +129,7 @@ def test_one_after_the_other(
 @KINDS
 def test_side_by_side(tmp_path: Path, sources: Path, kind: str) -> None:
     tasks = [start(command) for command in commands(kind, sources, tmp_path / "result")]
-    said = [task.communicate(timeout=120)[0] for task in tasks]
+    said = [task.communicate(timeout=600)[0] for task in tasks]
     assert [task.returncode for task in tasks] == [0] * SHARDS, said
     assert_equal(kind, sources, tmp_path / "result")
 
@@ -143,7 +143,7 @@ def test_ranks_of_torchrun(tmp_path: Path, sources: Path) -> None:
         "megatron_llm",
         *commands("export", sources, tmp_path / "result")[0][:-2],
     ]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert_equal("export", sources, tmp_path / "result")
 
@@ -197,7 +197,7 @@ def test_two_processes_of_one_task(tmp_path: Path, sources: Path) -> None:
     output = tmp_path / "result"
     tasks = commands("export", sources, output)
     twins = [start(command) for command in (tasks[0], tasks[0], tasks[0])]
-    said = [task.communicate(timeout=120)[0] for task in twins]
+    said = [task.communicate(timeout=600)[0] for task in twins]
     codes = [task.returncode for task in twins]
     assert 0 in codes and all(
         code == 0 or "being written by another process" in text for code, text in zip(codes, said, strict=True)

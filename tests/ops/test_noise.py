@@ -62,7 +62,7 @@ def test_masks_and_noise_are_their_definition_on_any_shard(width: int) -> None:
     assert whole.on(torch.device("cpu")).tolist() == _addresses(ROWS, 7)
     x = torch.randn(21, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     expected = x * masks(KEY, _addresses(ROWS, 7), width, 0.3)
-    most = torch.rand(21, dtype=torch.float64)
+    most = torch.rand(21, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     numbers = [fields(KEY, address, width, 32) for address in _addresses(ROWS, 7)]
     expected_noise = torch.tensor(numbers, dtype=torch.float64) / 2**31 * most[:, None]
     assert torch.equal(dropout(x, 0.3, KEY, whole), expected)
@@ -137,10 +137,11 @@ def test_no_token_and_no_channel_is_dropped_more_often() -> None:
 
 def test_backward_makes_the_same_mask_and_nothing_is_kept() -> None:
     saved: list[Tensor] = []
-    x = torch.randn(21, 10, dtype=torch.float64, requires_grad=True)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(21, 10, dtype=torch.float64, generator=generator, requires_grad=True)
     with saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         y = dropout(x, 0.3, KEY, Addresses(ROWS, 7, 0, 21))
-    dy = torch.randn(21, 10, dtype=torch.float64)
+    dy = torch.randn(21, 10, dtype=torch.float64, generator=generator)
     y.backward(dy)
     assert x.grad is not None and torch.equal(x.grad, dy * masks(KEY, _addresses(ROWS, 7), 10, 0.3))
     assert not saved
@@ -149,7 +150,7 @@ def test_backward_makes_the_same_mask_and_nothing_is_kept() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_other_dtypes_have_the_same_mask_and_round_once(dtype: torch.dtype) -> None:
     here = Addresses(ROWS, 7, 0, 21)
-    x = torch.randn(21, 12).to(dtype)
+    x = torch.randn(21, 12, generator=torch.Generator().manual_seed(1)).to(dtype)
     mask = masks(KEY, _addresses(ROWS, 7), 12, 0.1)
     y = dropout(x, 0.1, KEY, here)
     assert y.dtype is dtype

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron_llm.config import ParallelConfig
 from megatron_llm.parallel.collectives import all_reduce
 from megatron_llm.parallel.grid import Axis, Grid
+from tests import ranks
 from tests.ranks import RankFailure, run_ranks
 
 AXES = ("pp", "dp", "cp", "tp", "dp_cp", "world", "kv_replica", "tied", "pp_forward", "pp_backward")
@@ -122,6 +123,7 @@ def test_layout_that_does_not_divide_the_world_is_refused() -> None:
 
 def _wait_for_absent_peer(timeout: float) -> float:
     """Rank 1 stays alive but does not come: seconds until rank 0 gets an error."""
+    dist.barrier()  # the limit is also that on making the group
     grid = Grid.build(ParallelConfig(tensor_parallel=2, timeout_seconds=timeout), 2)
     start = time.monotonic()
     if grid.tp.rank == 1:
@@ -133,12 +135,12 @@ def _wait_for_absent_peer(timeout: float) -> float:
 
 
 def test_collective_whose_peer_stays_away_ends_at_its_timeout() -> None:
-    waited, _ = run_ranks(2, _wait_for_absent_peer, 1.0)
-    assert 0.9 < waited < 40  # the default group waits for 60 s
+    waited, _ = run_ranks(2, _wait_for_absent_peer, 4.0)
+    assert 3.6 < waited < 40  # the default group waits for 240 s
 
 
 def _wait_for_dead_peer(folder: str) -> None:
-    grid = Grid.build(ParallelConfig(tensor_parallel=2, timeout_seconds=20), 2)
+    grid = Grid.build(ParallelConfig(tensor_parallel=2, timeout_seconds=60), 2)
     all_reduce(torch.ones(3), grid.tp)
     if grid.tp.rank == 1:
         os._exit(1)
@@ -148,8 +150,9 @@ def _wait_for_dead_peer(folder: str) -> None:
     (Path(folder) / "error").write_text(f"{time.monotonic() - start} {caught.value}")
 
 
-def test_collective_whose_peer_dies_ends_at_once(tmp_path: Any) -> None:
+def test_collective_whose_peer_dies_ends_at_once(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "GRACE_SECONDS", 30.0)  # rank 0 has its say, however busy the machine is
     with pytest.raises(RankFailure, match="rank 1 of 2:\nthe process died"):
         run_ranks(2, _wait_for_dead_peer, str(tmp_path))
     seconds, message = (tmp_path / "error").read_text().split(" ", 1)
-    assert float(seconds) < 5 and "Connection" in message, message
+    assert float(seconds) < 30 and "Connection" in message, message

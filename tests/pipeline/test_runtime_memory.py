@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from datetime import timedelta
 from unittest import mock
 
 import pytest
@@ -29,7 +30,7 @@ def _alive(references: list[weakref.ref]) -> int:
 
 def _left_after_waiting(references: list[weakref.ref]) -> int:
     """How many stay alive although there is all the time to let go of them."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while _alive(references) and time.monotonic() < deadline:
         time.sleep(0.01)
     return _alive(references)
@@ -63,12 +64,13 @@ def test_an_output_is_let_go_of_once_it_is_sent_long_before_its_backward(schedul
 def _ahead(microbatches: int) -> tuple[int, int]:
     """(most messages that the first rank has unsent, most threads beyond those at the start) while the second rank sleeps."""
     toy, most = Toy((0, 1)), [0, 0]
-    threads = threading.active_count()
+    threads, store = threading.active_count(), dist.distributed_c10d._get_default_store()
 
     def wrap(forward: Forward) -> Forward:
         def watched(stage: int, microbatch: int, x: Tensor | None) -> Tensor:
-            if stage == 1:
-                time.sleep(0.5 if microbatch == 0 else 0)
+            if stage == 1 and microbatch == 0:
+                store.wait(["4 unsent"], timedelta(seconds=60))
+                time.sleep(0.5)  # in which there could be more
             most[1] = max(most[1], threading.active_count() - threads)
             return forward(stage, microbatch, x)
 
@@ -78,6 +80,8 @@ def _ahead(microbatches: int) -> tuple[int, int]:
 
     def counted(outbox: Outbox, message: Tensor) -> None:
         send(outbox, message)
+        if most[0] < 4 <= len(outbox._under_way):
+            store.set("4 unsent", "")
         most[0] = max(most[0], len(outbox._under_way))
 
     with mock.patch.object(Outbox, "send", counted):

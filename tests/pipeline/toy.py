@@ -20,7 +20,7 @@ from megatron_llm.pipeline.schedules import Action, Schedule
 SHAPE = (3, 4)
 
 
-def make_grid(ranks: int, timeout_seconds: float = 20) -> Grid:
+def make_grid(ranks: int, timeout_seconds: float = 60) -> Grid:
     return Grid.build(ParallelConfig(pipeline_parallel=ranks, timeout_seconds=timeout_seconds), 1)
 
 
@@ -54,7 +54,7 @@ def reference(schedule: Schedule) -> tuple[dict[int, float], list[Tensor]]:
 class Toy:
     """The stages of one rank and the runtime that drives them. Stages are not symmetric in number and micro-batch."""
 
-    def __init__(self, placement: tuple[int, ...], timeout_seconds: float = 20, grid: Grid | None = None):
+    def __init__(self, placement: tuple[int, ...], timeout_seconds: float = 60, grid: Grid | None = None):
         self.grid = grid or make_grid(max(placement) + 1, timeout_seconds)
         self.last = len(placement) - 1
         self.layers: dict[int, ColumnParallelLinear] = {}

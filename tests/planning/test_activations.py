@@ -17,7 +17,6 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
@@ -77,23 +76,24 @@ def _storages(tensors: list[Tensor]) -> dict[int, int]:
     return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
 
 
+def _tensors() -> list[Tensor]:
+    return [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
+
+
 def _alive() -> dict[int, int]:
-    """Storages of all tensors; the fewest of several looks, as gloo's threads let go of a buffer a moment late."""
-    looks = []
-    for _ in range(4 if dist.is_initialized() else 1):
-        gc.collect()
-        looks.append(_look())
+    """Storages of all tensors."""
+    gc.collect()
+    return _storages(_tensors())
+
+
+def _added(before: dict[int, int], expected: int) -> int:
+    """Bytes alive that were not before; looks again if they are more than expected, as gloo's threads let go of a buffer late."""
+    deadline = time.monotonic() + 10
+    while True:
+        added = sum(size for pointer, size in _alive().items() if pointer not in before)
+        if added <= expected or time.monotonic() > deadline:
+            return added
         time.sleep(0.02)
-    return min(looks, key=len)
-
-
-def _look() -> dict[int, int]:
-    return _storages([thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)])
-
-
-def _added(before: dict[int, int]) -> int:
-    """Bytes alive that were not before."""
-    return sum(size for pointer, size in _alive().items() if pointer not in before)
 
 
 def _measured(config: Config, layers: range, first: bool, last: bool) -> StageBytes:
@@ -132,31 +132,33 @@ def _measured(config: Config, layers: range, first: bool, last: bool) -> StageBy
         y = stage(x, batch, regularization=chosen)
         return x, stage.objective(y, batch, chosen)[0] if last else y
 
+    expected = stage_bytes(config, layers, first, last, rank=grid.tp.rank)
     before = _alive()
     with saved_tensors_hooks(Tensor.detach, Tensor.detach):  # not run backward: hooks hide the parameters' attributes
         x, y = forward()
     edge = get_gradient_edge(y)
     del x, y
-    kept = _added(before)
+    kept = _added(before, expected.forward)
     del edge
+    assert _added(before, 0) == 0, "F leaves something behind"
 
     again = [0]
     make_again = _Recomputation._make_again
 
     def watched(recomputation: _Recomputation) -> None:
-        known = _look()
+        tensors = _tensors()  # held, so that what is made gets memory of its own
+        known = _storages(tensors)
         make_again(recomputation)
         made = _storages([*recomputation.made.values()])
         again.append(sum(size for pointer, size in made.items() if pointer not in known))
 
-    before = _alive()
     x, y = forward()
     with queue.deferred("B"), mock.patch.object(_Recomputation, "_make_again", watched):
         torch.autograd.backward(y, None if last else torch.randn_like(y))
     del x, y
-    waiting = _added(before)
+    waiting = _added(before, expected.backward)
     queue.run("B")
-    assert _added(before) == 0, "W leaves something behind"
+    assert _added(before, 0) == 0, "W leaves something behind"
     return StageBytes(kept, waiting, max(again))
 
 

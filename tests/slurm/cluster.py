@@ -65,8 +65,9 @@ class Cluster:
         self._daemon("slurmctld")
         for node in ("127.0.0.1", "127.0.0.2"):
             self._daemon("slurmd", "-N", node)
-        deadline = time.monotonic() + 30
-        while self.call("sinfo", "--noheader", "--Node", "--partition=main", "--format=%T").split() != ["idle", "idle"]:
+        deadline = time.monotonic() + 150
+        states = ("sinfo", "--noheader", "--Node", "--partition=main", "--format=%T")
+        while self.attempt(*states).stdout.split() != ["idle", "idle"]:  # it fails while slurmctld does not listen
             if time.monotonic() > deadline:
                 logs = [f"--- {path.name}\n{path.read_text()[-3000:]}" for path in sorted(self.folder.glob("*.log"))]
                 raise RuntimeError("SLURM did not start:\n" + "\n".join(logs))
@@ -88,7 +89,7 @@ class Cluster:
         while self.attempt("squeue", "--noheader").stdout.strip() and time.monotonic() < deadline:
             time.sleep(0.2)
         self.attempt("scancel", "--signal=KILL", "--full", "--user=root")
-        deadline = time.monotonic() + 40
+        deadline = time.monotonic() + 150
         while self.attempt("squeue", "--noheader").stdout.strip() and time.monotonic() < deadline:
             time.sleep(0.2)
 
@@ -101,7 +102,7 @@ class Cluster:
     def attempt(self, *command: str, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
         """A command of SLURM, however it ends."""
         return subprocess.run(
-            command, cwd=cwd or self.folder, env=self.environment | variables, capture_output=True, text=True, timeout=60
+            command, cwd=cwd or self.folder, env=self.environment | variables, capture_output=True, text=True, timeout=240
         )
 
     def submit(self, *arguments: object, cwd: Path, **variables: str) -> int:
@@ -133,7 +134,7 @@ class Cluster:
             time.sleep(0.2)
 
     def _daemon(self, *command: str) -> None:
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
 
@@ -146,7 +147,9 @@ class Cluster:
                 f"SlurmctldPort={free_port()}",
                 "AuthType=auth/munge",
                 # A job that is put back into the queue waits for as long as its credential may live: 121 s by default.
-                f"AuthInfo=socket={self.folder}/munge.socket,cred_expire=5",
+                f"AuthInfo=socket={self.folder}/munge.socket,cred_expire=30",
+                "MessageTimeout=60",
+                "KillWait=120",  # from being asked to end to being killed
                 "SlurmUser=root",
                 "SlurmdUser=root",
                 "ProctrackType=proctrack/linuxproc",

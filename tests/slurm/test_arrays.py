@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,14 +14,14 @@ from megatron_llm.cli.main import main
 from megatron_llm.config import parse_config
 from tests.runs import TINY
 from tests.slurm.cluster import SCRIPTS, Cluster
-from tests.test_readme import prepare
+from tests.test_readme import copy_tree, prepare
 from tests.training.commands import read_metrics, read_status, write_config
 
 SMALL = ("--cpus-per-task=1",)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 def test_a_shard_that_was_killed_is_repeated_alone_and_the_text_is_whole(
     tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -29,8 +29,12 @@ def test_a_shard_that_was_killed_is_repeated_alone_and_the_text_is_whole(
     monkeypatch.chdir(tmp_path)
     what = ("--input", "text.jsonl", "--tokenizer", "tokenizer", "--split", "0.8,0.2", "--shuffle-documents=5", "--output")
     script = SCRIPTS / "preprocess_array.sbatch"
-    job = cluster.submit("--array=0-2", *SMALL, script, *what, "data/text", cwd=tmp_path, MERGE_OPTIONS="--time=5")
-    cluster.until(lambda: cluster.states(job)[1:2] == ["RUNNING"], 60, "task 1 did not begin")
+    slow = tmp_path / "slow_python"  # of which task 1 runs until it is killed
+    slow.write_text(f'#!/bin/bash\nif [[ ${{SLURM_ARRAY_TASK_ID:-}} == 1 ]]; then sleep 1000; fi\nexec {sys.executable} "$@"\n')
+    slow.chmod(0o755)
+    variables = {"MERGE_OPTIONS": "--time=5", "PYTHON": str(slow)}
+    job = cluster.submit("--array=0-2", *SMALL, script, *what, "data/text", cwd=tmp_path, **variables)
+    cluster.until(lambda: cluster.states(job)[1:2] == ["RUNNING"], 200, "task 1 did not begin")
     cluster.call("scancel", "--signal=KILL", "--full", f"{job}_1")
     states = cluster.wait(job)
     log = (tmp_path / f"preprocess-{job}_0.log").read_text()
@@ -52,7 +56,7 @@ def test_a_shard_that_was_killed_is_repeated_alone_and_the_text_is_whole(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 def test_a_sweep_and_conversions(tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = write_config(tmp_path / "sweep.yaml", TINY | {"logging": {"run_dir": "sweep"}})
@@ -102,7 +106,7 @@ def _elements(shape: tuple[int, ...]) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 def test_what_is_wrong_is_said_with_the_way_out(tmp_path: Path, cluster: Cluster) -> None:
     config = write_config(tmp_path / "run.yaml", TINY | {"logging": {"run_dir": "run"}}).name
     write_config(tmp_path / "wrong.yaml", TINY | {"optimizer": {"lr": "fast"}, "logging": {"run_dir": "run"}})
@@ -131,7 +135,7 @@ def test_what_is_wrong_is_said_with_the_way_out(tmp_path: Path, cluster: Cluster
     logs.mkdir()
     # From elsewhere, so that the scripts must find what belongs to them.
     elsewhere = tmp_path / "copies with a space" / "examples"
-    shutil.copytree(SCRIPTS.parent, elsewhere)
+    copy_tree(SCRIPTS.parent, elsewhere)
     jobs = []
     for number, (name, options, arguments, _) in enumerate(cases):
         few = () if name in ("train", "sweep_array", "command") else SMALL

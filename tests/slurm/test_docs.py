@@ -46,5 +46,5 @@ def test_a_script_of_a_large_array_finds_what_lies_beside_it(script: str, tmp_pa
     (tmp_path / "slurm_script").write_bytes((SCRIPTS / script).read_bytes())
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(tmp_path)}
     command = ["bash", str(tmp_path / "slurm_script")]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 2 and "slurm: job 7: " in done.stderr, (done.returncode, done.stderr)

@@ -18,7 +18,7 @@ NAMES = ["chat", "import", "chat-valid", "text", "merge", "text-valid", "continu
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 def test_from_files_to_an_evaluated_model(tmp_path: Path, cluster: Cluster) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -31,7 +31,7 @@ def test_from_files_to_an_evaluated_model(tmp_path: Path, cluster: Cluster) -> N
     # Nothing stays in the queue of a pipeline that could not be submitted whole.
     done = cluster.attempt("bash", "-c", f"{command} --evaluate-options --partition=none", cwd=tmp_path, **few)
     assert done.returncode == 1 and "sbatch refused job 'evaluate'" in done.stderr and "cancelled" in done.stderr, done.stderr
-    cluster.until(lambda: not cluster.call("squeue", "--noheader"), 60, "jobs were not cancelled")
+    cluster.until(lambda: not cluster.call("squeue", "--noheader"), 200, "jobs were not cancelled")
 
     done = cluster.attempt("bash", "-c", command, cwd=tmp_path, **few)
     assert done.returncode == 0, done.stderr

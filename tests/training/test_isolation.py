@@ -128,7 +128,7 @@ def _check(decoder: str, world: int, parallel: dict[str, Any], compute: str = "f
         training={"sequence_length": LENGTH, "micro_batch_size": 2, "global_batch_size": 2, **training},
     )  # fmt: skip
     found: dict[tuple[int, str], set[int]] = {}
-    for seen in run_ranks(world, _rank, config, timeout=120):
+    for seen in run_ranks(world, _rank, config):
         for change, name, tokens in seen:
             found.setdefault((change, name), set()).update(tokens)
     layers = config.model.num_hidden_layers

@@ -12,6 +12,7 @@ from megatron_llm.cli.main import main
 from megatron_llm.training import launcher
 from megatron_llm.training.distributed import pick_device, process_group
 from megatron_llm.training.launcher import Launch, first_host, launch_of, port_of
+from tests.ports import free_port
 
 # As SLURM 22.05 sets them.
 SBATCH = {
@@ -146,7 +147,7 @@ def test_a_task_that_sees_its_own_gpu_alone_takes_it(monkeypatch: pytest.MonkeyP
 
 def test_ranks_that_do_not_meet_say_where_they_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as other:
-        other.bind(("", 0))
+        other.bind(("", free_port()))  # which no other test gets later
         other.listen()
         port = str(other.getsockname()[1])
         _be(monkeypatch, SRUN | {"SLURM_PROCID": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})

@@ -175,7 +175,7 @@ def test_a_run_that_diverges_fails_with_the_report(tmp_path: Path, capsys: pytes
 @pytest.mark.slow
 def test_what_all_ranks_say_is_heard_once(tmp_path: Path) -> None:
     config = write_config(tmp_path / "run.yaml", diverging(tmp_path / "run"))
-    done = subprocess.run(train_command(2, config), env=environment(), capture_output=True, text=True, timeout=240)
+    done = subprocess.run(train_command(2, config), env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 1 and done.stderr.count("3 steps in a row") == 1, done.stderr
 
 

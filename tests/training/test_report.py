@@ -271,7 +271,7 @@ def test_a_million_steps_keep_their_extremes(tmp_path: Path) -> None:
     start = time.process_time()
     page = report(tmp_path, run)
     seconds = time.process_time() - start
-    assert seconds < 20 * steps / 1e6 + 3, f"{seconds:.1f} s"
+    assert seconds < 20 * steps / 1e6 + 15, f"{seconds:.1f} s"
     found = next(c for c in page.data["charts"]["grad-norm"]["curves"])
     size = page.data["axes"][found["axis"]]["steps_per_point"]
     assert size == 34 and len(found["values"]) <= POINTS and f"the mean of {size} consecutive steps" in page.text
@@ -357,7 +357,7 @@ def test_a_real_run_that_was_killed_went_on_elsewhere_skipped_a_step_and_went_ba
     run = tmp_path / "run"
     raw = raw_config(run, write_rows(tmp_path / "data", range(72, 80)), checkpoint={"every_steps": 4, "asynchronous": False})
     command = ["train", str(write_config(tmp_path / "run.yaml", raw)), "logging.trace_steps=[12]"]
-    killed = launch(2, disturbed, [48], 6, *command)
+    killed = launch(2, disturbed, [48], 6, *command, grace=60)
     assert [ending.code for ending in killed] == [KILLED] * 2, killed[0].log
     page = report(tmp_path, run)
     assert {mark["kind"] for mark in page.data["marks"]} == {"stall"} and page.curve("loss", "loss")[0] == list(range(1, 7))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import signal
-import subprocess
-import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +25,7 @@ from megatron_llm.training.signals import StopRequest
 from tests.runs import TINY
 from tests.training.commands import environment, read_metrics, read_status, run_train, train_command, write_config
 from tests.training.planted import fresh_run
+from tests.training.processes import SECONDS, launched, wait_for_steps
 
 
 def tiny(run: Path, **sections: dict[str, Any]) -> dict[str, Any]:
@@ -81,16 +80,10 @@ def test_a_signal_saves_and_the_next_start_continues(tmp_path: Path) -> None:
     run = tmp_path / "run"
     sections = {"parallel": {"pipeline_parallel": 2}, "training": {"steps": 100_000}, "lr_schedule": {"kind": "constant"}}
     config = write_config(tmp_path / "run.yaml", tiny(run, **sections))
-    process = subprocess.Popen(train_command(2, config), env=environment(), stderr=subprocess.PIPE, text=True)
-    try:
-        deadline = time.monotonic() + 120
-        while not (run / "metrics.jsonl").exists() or len(read_metrics(run)) < 4:
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.1)
+    with launched(*train_command(2, config), **environment()) as process:
+        wait_for_steps(run, 4, process)
         process.send_signal(signal.SIGTERM)
-        _, log = process.communicate(timeout=60)
-    finally:
-        process.kill()
+        log, _ = process.communicate(timeout=SECONDS)
     assert process.returncode != 0, "a stopped run is not a finished one"
     status = read_status(run)
     assert status["outcome"] == "stopped", log

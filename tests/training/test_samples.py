@@ -68,7 +68,7 @@ def _train(folder: Path, name: str, layout: str, **settings: Any) -> Path:
     changed = {"logging": {"run_dir": str(run), **settings.pop("logging", SAMPLED)}, "parallel": parallel, **settings}
     config = folder / f"{name}.yaml"
     config.write_text(yaml.safe_dump(yaml.safe_load((folder / "config.yaml").read_text()) | changed))
-    endings = launch(world, main, ["train", str(config)], timeout=100)
+    endings = launch(world, main, ["train", str(config)])
     assert [ending.code for ending in endings] == [0] * world, logs(endings)
     (run / "log").write_text(endings[0].log)
     return run

@@ -66,7 +66,7 @@ def test_an_error_of_any_rank_is_the_error(kind: str, error: Any, said: str, ran
         run_ranks(2, _fail, kind, rank, timeout_seconds=120)
     assert type(caught.value) is error and re.fullmatch(said.format(rank=rank), str(caught.value)), str(caught.value)
     assert multiprocessing.active_children() == []
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < 110
 
 
 def test_a_rank_that_hangs_ends_with_the_limit(capfd: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ from tests.runs import assemble, config_of, owned_weights
 from tests.training.commands import read_metrics
 from tests.training.planted import fresh_run
 
-SLEEP = 0.25
+SLEEP = 0.75
 STEPS = 3
 LAYOUTS: dict[str, tuple[int, dict[str, Any], int]] = {
     "dp2": (2, {}, 1),

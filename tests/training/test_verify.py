@@ -304,9 +304,9 @@ def test_a_layout_that_differs_is_named(
 def test_the_command_as_a_user_starts_it(folder: Path, tmp_path: Path) -> None:
     settings = environment() | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "megatron_llm", "verify", str(folder), "--tokens", "40"]
-    done = subprocess.run([*command, "--layouts", "pp2"], env=settings, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([*command, "--layouts", "pp2"], env=settings, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and set(lines(done.stdout)) == {"one process", "pp2"}, done.stdout + done.stderr
-    done = subprocess.run([*command, "--tolerance", "0"], env=settings, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([*command, "--tolerance", "0"], env=settings, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1 and done.stderr.startswith("FAILED: one process"), done.stdout + done.stderr
 
 
@@ -316,7 +316,7 @@ def test_the_ranks_of_torchrun_are_used(folder: Path, tmp_path: Path, tolerance:
     command = [*TORCHRUN, "--nproc-per-node", "4", "-m", "megatron_llm", "verify", str(folder), "--tolerance", tolerance]
     settings = environment() | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        [*command, "--layouts", "tp2pp2", "tp4"], env=settings, cwd=tmp_path, capture_output=True, text=True, timeout=280
+        [*command, "--layouts", "tp2pp2", "tp4"], env=settings, cwd=tmp_path, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == code, done.stdout + done.stderr
     assert list(lines(done.stdout)) == ["one process", "tp2pp2", "tp4"]
