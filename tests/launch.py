@@ -88,7 +88,7 @@ def launch(
             for rank, worker in enumerate(workers):
                 if not worker.connection.closed:  # no answer: something went wrong here
                     _kill_job(Path(folder) / str(rank))
-                worker.kill()
+                    worker.kill()  # others end by themselves, and their numbers may be another process's by now
 
 
 def _endings(workers: list[_Worker], folder: Path, grace: float, timeout: float) -> list[Ending]:
