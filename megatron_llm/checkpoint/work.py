@@ -31,7 +31,8 @@ class Work:
         self._headway, self._size = 0, size
         self._abandoned = False
         # It does not keep the process from ending.
-        threading.Thread(target=self._run, args=(work,), name="checkpoint", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, args=(work,), name="checkpoint", daemon=True)
+        self._thread.start()
 
     def _run(self, work: Callable[[Callable[[int], None]], Any]) -> None:
         try:
@@ -50,6 +51,8 @@ class Work:
 
     def result(self) -> Any:
         """What the work came to, when it is done. Raises what it raised."""
+        wait([self._future])
+        self._thread.join()  # it lets go of what it wrote, which must not be when the interpreter ends
         return self._future.result()
 
     def abandon(self) -> None:

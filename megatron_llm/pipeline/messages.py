@@ -205,7 +205,8 @@ class _HostSend:
     def __init__(self, work: dist.Work, message: Tensor):
         self._over: Future[None] = Future()
         self.device = message.device
-        threading.Thread(target=self._wait_for, args=(work, message), daemon=True).start()
+        self._thread = threading.Thread(target=self._wait_for, args=(work, message), daemon=True)
+        self._thread.start()
 
     def _wait_for(self, work: dist.Work, message: Tensor) -> None:
         try:
@@ -223,3 +224,6 @@ class _HostSend:
             self._over.result(timeout_seconds)
         except TimeoutError:
             raise TimeoutError(f"it has taken no message for {timeout_seconds:g} s") from None
+        finally:
+            if self._over.done():
+                self._thread.join()  # it lets go of the work in C++, which must not be when the interpreter ends

@@ -77,15 +77,18 @@ class RollCall:
         beating = (store.clone(),)  # type: ignore[attr-defined]
         self._beats = threading.Thread(target=self._beat, args=beating, daemon=True)
         self._beats.start()
-        threading.Thread(target=self._watch_store, daemon=True).start()
+        self._watch = threading.Thread(target=self._watch_store, daemon=True)
+        self._watch.start()
 
     def end(self) -> None:
         """Stop saying that this rank lives.
 
-        Waits for the thread that said so: one that is in C++ when the interpreter ends aborts the process.
+        Waits for its threads: one that is in C++ when the interpreter ends aborts the process, and the last that lets go of a
+        store is.
         """
         self._ended.set()
-        self._beats.join(_STORE_SECONDS)
+        for thread in (self._beats, self._watch):
+            thread.join(_STORE_SECONDS)
 
     def verdict(self, error: Exception) -> str:
         """Who failed first, as far as can be known in bounded time, when this rank ends with `error`; "" if that says it itself.

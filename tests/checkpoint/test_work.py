@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 
@@ -91,3 +92,24 @@ def test_errors_are_kept_and_abandoned_work_ends() -> None:
     abandoned.wait_for_all(Axis("world"), lambda _: None)
     with pytest.raises(RuntimeError, match="the run has ended"):
         abandoned.result()
+
+
+class _GoesSlowly:
+    def __del__(self) -> None:
+        time.sleep(0.5)
+
+
+def test_its_thread_has_ended_when_it_has_a_result() -> None:
+    """What a thread lets go of in C++ while the interpreter ends would abort a process whose run is done."""
+
+    let_go = threading.Event()
+
+    def begin() -> Work:
+        held = _GoesSlowly()
+        return Work(lambda _: let_go.wait(60) and bool(held))
+
+    before = set(threading.enumerate())
+    work = begin()
+    let_go.set()
+    assert work.result()
+    assert set(threading.enumerate()) <= before

@@ -121,6 +121,14 @@ def test_a_rank_that_lives_and_does_not_go_on_is_named() -> None:
     assert set(said.values()) == {"only rank 1 of the run left no word: alive, and not going on"}
 
 
+def test_none_of_its_threads_is_left() -> None:
+    """One that lets go of the store in C++ while the interpreter ends would abort a process whose run is done."""
+    before = set(threading.enumerate())
+    for _ in range(100):
+        RollCall(dist.HashStore(), 0, 1, 5.0).end()
+        assert set(threading.enumerate()) <= before
+
+
 class _DeadStore:
     """One whose machine is lost: calls never return."""
 
