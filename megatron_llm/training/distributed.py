@@ -6,6 +6,7 @@ that restarts ranks.
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -112,6 +113,9 @@ def process_group(
         raise
     # Not after a failure: NCCL would first wait for messages that no longer come. The process ends, and the group with it.
     dist.destroy_process_group()
+    # In cycles of objects groups live on, and gloo's threads with them: one that lets go of a tensor while the interpreter ends
+    # needs Python's lock, and aborts the process when it does not get it.
+    gc.collect()
 
 
 def _join(backend: str, timeout: timedelta) -> None:

@@ -126,6 +126,7 @@ def train(resolved: ResolvedRun, allow_change: bool = False) -> int:
             run = _begin(replace(resolved, config=config), allow_change, fresh_assets, device, folder, stop)
             with _closing(run.metrics):
                 stopped = _train(run)
+            del run  # the groups can go
     return exit_code_of_stopped_run() if stopped else 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from megatron_llm.parallel.shard import Box, Part
 from megatron_llm.training.loop import Run, _steps
 from megatron_llm.training.metrics import Metrics
 from megatron_llm.training.signals import StopRequest
+from tests.launch import launch
 from tests.runs import TINY
 from tests.training.commands import environment, read_metrics, read_status, run_train, train_command, write_config
 from tests.training.planted import fresh_run
@@ -74,6 +76,25 @@ def test_interrupted_equals_uninterrupted_bit_for_bit(tmp_path: Path) -> None:
     losses = [(line["step"], line["valid_loss"]) for line in read_metrics(tmp_path / "whole") if "valid_loss" in line]
     assert [step for step, _ in losses] == [0, 5, 10, 12]
     assert read_status(tmp_path / "parts") == {"outcome": "done", "step": 12}
+
+
+def _train_and_look(config: str) -> int:
+    """Fails if threads of the process groups or of their store outlive the run."""
+    code = main(["train", config])
+    names = []
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # it has ended
+            names.append((task / "comm").read_text().strip())
+    assert not [name for name in names if name.startswith(("gloo", "pt_"))], names
+    return code
+
+
+@pytest.mark.parametrize("parallel", [{}, {"pipeline_parallel": 2}])
+def test_nothing_of_the_groups_is_left(tmp_path: Path, parallel: dict[str, Any]) -> None:
+    """A thread of gloo that is at work while the interpreter ends would abort a process whose run is done."""
+    config = write_config(tmp_path / "run.yaml", tiny(tmp_path / "run", parallel=parallel, training={"steps": 2}))
+    endings = launch(2, _train_and_look, str(config))
+    assert [ending.code for ending in endings] == [0, 0], endings[0].log
 
 
 def test_a_signal_saves_and_the_next_start_continues(tmp_path: Path) -> None:
