@@ -51,7 +51,6 @@ class Work:
 
     def result(self) -> Any:
         """What the work came to, when it is done. Raises what it raised."""
-        wait([self._future])
         self._thread.join()  # it lets go of what it wrote, which must not be when the interpreter ends
         return self._future.result()
 

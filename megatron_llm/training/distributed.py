@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_llm.training.agreement import AgreedError
-from megatron_llm.training.launcher import Launch, launch_of
+from megatron_llm.training.launcher import Launch, launch_of, under_torchrun
 from megatron_llm.training.limits import at_most, end_process
 from megatron_llm.training.roll_call import STORE_GRACE_SECONDS, STORE_LOST, roll_call
 from megatron_llm.training.roster import roster_of
@@ -55,7 +55,7 @@ def launched_at() -> float:
     A rank that torchrun has restarted has not got more time than the one before.
     """
     processes = [os.getpid()]
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if under_torchrun():
         processes.append(os.getppid())
     return time.monotonic() - max(map(_age, processes))
 

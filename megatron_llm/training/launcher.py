@@ -55,9 +55,14 @@ def launch_of(environment: Mapping[str, str] | None = None) -> Launch:
     return _of_srun(given) if _in_step(given) else Launch()
 
 
+def under_torchrun() -> bool:
+    """Whether torchrun itself started this process, and ends it with others."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def leave_after_rank_0() -> None:
     """Call where rank 0 says for all why they end with an error: torchrun ends it as soon as it sees another that has."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and launch_of().rank > 0:
+    if under_torchrun() and launch_of().rank > 0:
         time.sleep(_SPEECH_SECONDS)
 
 
